@@ -1,0 +1,59 @@
+# make serve | test | demo each do all of the set-up they need, once.
+#
+# HOST, PORT, MODEL: where to serve, and what. KIND: cpu or gpu; found out by itself.
+
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?= tiny
+KIND ?= $(shell test -e /dev/nvidiactl && echo gpu || echo cpu)
+PYTHON ?= python3
+ARGS ?=
+
+# PyTorch's CPU builds are on the configured package indexes on some machines, on PyTorch's own everywhere.
+TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
+
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
+READY = .venv/.ready-$(KIND)
+
+.PHONY: setup check test serve demo bench lock clean
+
+setup: $(READY)
+
+$(READY): requirements/$(KIND).txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	@echo "setting up .venv for a $(KIND) machine: some gigabytes, some minutes, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) install --upgrade pip
+	@$(PIP) install --no-deps -r requirements/$(KIND).txt || \
+		{ test $(KIND) = cpu && $(PIP) install --no-deps --extra-index-url $(TORCH_CPU_INDEX) -r requirements/cpu.txt; }
+	@$(PIP) install --no-deps --editable .
+	@touch $@
+	@echo "set up"
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(READY)
+	@sh tests/install-servers.sh
+	$(BIN)/python -m pytest $(ARGS)
+
+serve: $(READY)
+	@exec $(BIN)/justitia serve --host $(HOST) --port $(PORT) --model $(MODEL) $(ARGS)
+
+demo: $(READY)
+	@exec $(BIN)/justitia demo $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m gateway.bench.overhead $(ARGS)
+
+lock:
+	$(BIN)/python requirements/lock.py cpu
+	$(BIN)/python requirements/lock.py gpu
+	$(BIN)/python requirements/lock.py gateway
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-results dist

@@ -1,0 +1,46 @@
+"""What a request carries from the gateway to the engine's scheduler.
+
+Three fields of vLLM's OpenAI request, nothing else: `priority` holds the tag, and two flat `vllm_xargs` name the agent
+and the task. A stock vLLM honours the first and ignores the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+AGENT_XARG = "justitia_agent"
+TASK_XARG = "justitia_task"
+
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+
+class Hints(NamedTuple):
+    """Where a task stands: the smallest comes first.
+
+    tag: the gateway's order, an int64; for the policy `justitia` the agent's virtual finish time in token·iterations.
+    agent: the agent's id; tasks of one agent stay together when tags are equal.
+    task: the gateway's number for the task; grows with arrival, and never repeats, not even over restarts.
+    """
+
+    tag: int
+    agent: str
+    task: int
+
+
+def to_tag(rank: float) -> int:
+    """A policy's rank as the int64 that `priority` can hold; beyond its range the nearest end."""
+    return max(INT64_MIN, min(INT64_MAX, int(rank)))
+
+
+def to_fields(hints: Hints) -> tuple[int, dict[str, str | int]]:
+    """`(priority, vllm_xargs)` for the body of a request."""
+    return hints.tag, {AGENT_XARG: hints.agent, TASK_XARG: hints.task}
+
+
+def from_fields(priority: int, xargs: Mapping[str, Any] | None) -> Hints:
+    """The hints of a request at the scheduler. One that did not come through the gateway has task -1 and no agent."""
+    if not xargs:
+        return Hints(priority, "", -1)
+    task = xargs.get(TASK_XARG, -1)
+    return Hints(priority, str(xargs.get(AGENT_XARG, "")), task if isinstance(task, int) else -1)

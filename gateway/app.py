@@ -1,0 +1,112 @@
+"""The composition root: the only place that puts the parts together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib.metadata import version as distribution_version
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CollectorRegistry
+from starlette.exceptions import HTTPException
+
+from gateway.capacity import EngineView
+from gateway.engine_client import EngineClient, EngineUnreachable
+from gateway.errors import GatewayError, NoEngine
+from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
+from gateway.feedback import Feedback
+from gateway.metrics import Metrics
+from gateway.operations import operation_routes
+from gateway.relay import Parts
+from gateway.release import Dispatcher
+from gateway.routes import task_routes
+from gateway.settings import GatewaySettings
+from gateway.state import Store, open_store
+from gateway.watch import follow_link, poll_metrics, sweep_agents, watch_health
+from predictor.ladder import Ladder
+from predictor.types import Predictor
+
+logger = logging.getLogger(__name__)
+
+MIB = 2**20
+
+
+async def create_app(
+    settings: GatewaySettings,
+    *,
+    client: EngineClient | None = None,
+    predictor: Predictor | None = None,
+    store: Store | None = None,
+) -> FastAPI:
+    """The gateway for these settings; what is not given is made from them. Call it in the event loop that will serve."""
+    version = distribution_version("justitia")
+    engine = EngineView(settings.capacity_tokens, settings.max_in_flight)
+    limits = ReleaseLimits(beta=settings.beta, engine_waiting=settings.max_engine_waiting)
+    queue = FairQueue(POLICIES[settings.policy](), limits)
+    metrics = Metrics(CollectorRegistry(), version=version, policy=settings.policy)
+    predictor = predictor or Ladder()
+    store = store or open_store(settings.state)
+    parts = Parts(
+        queue=queue,
+        dispatcher=Dispatcher(queue, engine, max_waiting=settings.max_waiting),
+        engine=engine,
+        client=client or EngineClient(settings.engine),
+        predictor=predictor,
+        feedback=Feedback(queue, predictor, store, metrics, now=lambda: engine.now),
+        metrics=metrics,
+        suspect=asyncio.Event(),
+        max_queue_s=settings.max_queue_s,
+    )
+    app = FastAPI(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
+    app.state.parts = parts
+    app.include_router(task_routes(parts, max_body_bytes=int(settings.max_body_mib * MIB)))
+    app.include_router(operation_routes(parts, version=version, policy=settings.policy))
+    _answer_errors(app)
+    return app
+
+
+def _lifespan(
+    settings: GatewaySettings, parts: Parts, store: Store
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        remembered = await parts.feedback.recall()
+        logger.info("learned from %d agents that the state store had kept", remembered)
+        watches = [watch_health(parts), sweep_agents(parts, settings.agent_idle_s)]
+        watches.append(follow_link(parts, settings.link) if settings.link else poll_metrics(parts))
+        tasks = [asyncio.create_task(watch) for watch in watches]
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await parts.feedback.flush()
+        await store.close()
+        await parts.client.close()
+
+    return lifespan
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every error leaves in OpenAI's shape."""
+
+    @app.exception_handler(GatewayError)
+    async def gateway_error(request: Request, error: GatewayError) -> Response:
+        if isinstance(error, EngineUnreachable):
+            error = NoEngine(error.message, retry_after_s=5)
+        return Response(error.body(), error.status, error.headers(), media_type="application/json")
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        return _plain(error.status_code, str(error.detail), "invalid_request_error")
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return _plain(500, "internal error", "internal_error")
+
+
+def _plain(status: int, message: str, kind: str) -> Response:
+    body = msgspec.json.encode({"error": {"message": message, "type": kind, "param": None, "code": None}})
+    return Response(body, status, media_type="application/json")

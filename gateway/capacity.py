@@ -1,0 +1,109 @@
+"""What the gateway knows of its engine: the service clock τ, the capacity M, and what is waiting, running and held there.
+
+Fed by the link when the engine's scheduler is ours, else by polling a stock vLLM's `/metrics`. It changes nothing but
+itself; `release` asks it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.link import Hello, Holding, Message, Report
+from gateway.fairness import Iterations
+
+
+@dataclass(slots=True)
+class EngineView:
+    """declared_capacity_tokens, declared_max_num_seqs: what the settings say instead of the engine, if they do."""
+
+    declared_capacity_tokens: int | None = None
+    declared_max_num_seqs: int | None = None
+    up: bool = False  # it answered when it was last asked
+    suspect: bool = False  # a task has just been lost: nothing is released until the engine has answered again
+    reporting: bool = False  # the link, or /metrics, has said who the engine is
+    iterations: float = 0.0  # τ, over all lives of the engine
+    engine_capacity_tokens: float = 0.0
+    engine_max_num_seqs: int | None = None
+    running: int = 0
+    waiting: int = 0
+    held_tokens: float = 0.0
+    preempted: int = 0  # over all lives of the engine
+    restarts: int = 0
+    held: dict[int, Holding] = field(default_factory=dict)  # by task
+    _life: str | None = None
+    _iteration: float = 0.0  # of this life, as are those below
+    _preempted: int = 0
+    _blocks: int = 0
+    _block_size: int = 0
+
+    @property
+    def now(self) -> Iterations:
+        return Iterations(self.iterations)
+
+    @property
+    def capacity_tokens(self) -> float:
+        """M. 0 when neither the settings nor the engine have said it."""
+        return self.declared_capacity_tokens or self.engine_capacity_tokens
+
+    @property
+    def max_num_seqs(self) -> int | None:
+        return self.declared_max_num_seqs or self.engine_max_num_seqs
+
+    def answered(self) -> None:
+        self.up, self.suspect = True, False
+
+    def lost(self) -> None:
+        """The engine does not answer: whatever it held is gone."""
+        self.up = self.suspect = False
+        self.running = self.waiting = 0
+        self.held_tokens = 0.0
+        self.held = {}
+
+    def hear(self, message: Message) -> None:
+        """A message from the link. Reports of an engine that has not said hello are not counted."""
+        if isinstance(message, Hello):
+            self._begin_life(message.engine_id)
+            self.reporting = True
+            self.engine_capacity_tokens = message.capacity_tokens
+            self.engine_max_num_seqs = message.max_num_seqs
+            self._blocks, self._block_size = message.total_blocks, message.block_size
+        elif message.engine_id == self._life:
+            self._hear_report(message)
+
+    def read_metrics(self, exposition: str) -> None:
+        """A stock vLLM's `/metrics`, for what can be had of it."""
+        values: dict[str, float] = {}
+        for family in text_string_to_metric_families(exposition):
+            for sample in family.samples:
+                if sample.name == "vllm:cache_config_info":
+                    blocks, size = sample.labels.get("num_gpu_blocks", ""), sample.labels.get("block_size", "")
+                    if blocks.isdigit() and size.isdigit():
+                        self.engine_capacity_tokens = int(blocks) * int(size)
+                elif not sample.name.endswith("_created"):
+                    values[sample.name] = values.get(sample.name, 0.0) + sample.value
+        iteration = values.get("vllm:iteration_tokens_total_count", 0.0)
+        if self._life is None or iteration < self._iteration:
+            self._begin_life(f"metrics-{self.restarts}")
+        self._count(iteration, int(values.get("vllm:num_preemptions_total", 0)))
+        self.running = int(values.get("vllm:num_requests_running", 0))
+        self.waiting = int(values.get("vllm:num_requests_waiting", 0))
+        self.held_tokens = values.get("vllm:kv_cache_usage_perc", 0.0) * self.engine_capacity_tokens
+        self.reporting = True
+
+    def _hear_report(self, report: Report) -> None:
+        self._count(report.iteration, report.preempted)
+        self.running, self.waiting, self.held = report.running, report.waiting, report.held
+        self.held_tokens = (self._blocks - report.free_blocks) * self._block_size
+
+    def _begin_life(self, life: str) -> None:
+        if life != self._life:
+            self.restarts += self._life is not None
+            self._life, self._iteration, self._preempted = life, 0.0, 0
+
+    def _count(self, iteration: float, preempted: int) -> None:
+        """Counters begin again at zero in each life of the engine; ours go on."""
+        self.iterations += max(0.0, iteration - self._iteration)
+        self.preempted += max(0, preempted - self._preempted)
+        self._iteration, self._preempted = max(iteration, self._iteration), max(preempted, self._preempted)

@@ -1,0 +1,167 @@
+"""The command `justitia`. Settings are in `settings`; here they meet the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Coroutine
+from importlib.metadata import version as distribution_version
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from rich.console import Console
+
+from engine import tiny_model
+from engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState
+from gateway.logs import set_up_logs
+from gateway.server import PortTaken, start_gateway
+from gateway.settings import GatewaySettings, ServeSettings, cache_home, load
+
+USAGE = """\
+usage: justitia COMMAND [OPTIONS]
+
+  serve      the gateway and its own vLLM engine, on this machine
+  gateway    the gateway alone, before an engine that is already there (--engine URL)
+  demo       replay a mix of agents as fcfs and as justitia, and show what changed
+  version    print the version
+
+`justitia COMMAND --help` lists the options. Each can also be set as JUSTITIA_NAME in the environment, or in a file (--config).
+"""
+
+STOP_GRACE_S = 20.0
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    command, *arguments = sys.argv[1:] or ["--help"]
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "serve": lambda arguments: _run(_serve(load(ServeSettings, arguments, program="justitia serve"))),
+        "gateway": lambda arguments: _run(_gateway(load(GatewaySettings, arguments, program="justitia gateway"))),
+        "demo": _demo,
+        "version": lambda arguments: print(distribution_version("justitia")) or 0,
+    }
+    if command in ("-h", "--help", "help"):
+        print(USAGE, end="")
+    elif command in ("-V", "--version"):
+        sys.exit(commands["version"]([]))
+    elif command not in commands:
+        print(f"justitia: no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
+        sys.exit(2)
+    else:
+        sys.exit(commands[command](arguments))
+
+
+def _demo(arguments: list[str]) -> int:
+    from gateway.bench.demo import DemoSettings, run_demo  # needs the extra `demo`
+
+    return _run(run_demo(load(DemoSettings, arguments, program="justitia demo")))
+
+
+def _run(command: Coroutine[Any, Any, int]) -> int:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            return runner.run(command)
+        except KeyboardInterrupt:
+            return 130
+
+
+async def _gateway(settings: GatewaySettings) -> int:
+    if not settings.engine:
+        console.print("justitia gateway: --engine is needed: http://host:port, or unix:/path/to/socket")
+        return 2
+    set_up_logs(settings.log_level)
+    try:
+        gateway = await start_gateway(settings)
+    except PortTaken as error:
+        console.print(f"justitia gateway: {error}")
+        return 1
+    gateway.stop_on_signals()
+    console.print(f"justitia listens on {gateway.url}, in front of {settings.engine}")
+    await gateway.served
+    return 0
+
+
+async def _serve(settings: ServeSettings) -> int:
+    """The gateway listens at once, and says 503 until the engine is there. It goes first at the end, the engine after it."""
+    set_up_logs(settings.log_level)
+    with tempfile.TemporaryDirectory(prefix="justitia-") as temporary:
+        model = settings.model
+        if model == "tiny":
+            console.print("making the tiny model …")
+            model = str(await asyncio.to_thread(tiny_model.make, cache_home() / "tiny-model"))
+        try:
+            spec = EngineSpec(
+                model=model,
+                runtime_dir=settings.runtime_dir or Path(temporary),
+                kv_blocks=settings.kv_blocks,
+                max_num_seqs=settings.max_num_seqs,
+                max_model_len=settings.max_model_len,
+                scheduler=settings.engine_scheduler,
+                extra_args=_engine_args(settings),
+            )
+        except ValueError as error:
+            console.print(f"justitia serve: {error}")
+            return 2
+        link = spec.link_address if settings.engine_scheduler == "justitia" else None
+        try:
+            gateway = await start_gateway(settings.model_copy(update={"engine": spec.url, "link": link}))
+        except PortTaken as error:
+            console.print(f"justitia serve: {error}")
+            return 1
+        gateway.stop_on_signals()
+        logging.getLogger("engine.launcher").setLevel(logging.WARNING)  # said on the console
+        engine = EngineProcess(spec, _say_state)
+        try:
+            await engine.start()
+            running = [asyncio.create_task(engine.run()), gateway.served]
+            ready = asyncio.create_task(_say_ready(engine, gateway.url, settings))
+            await asyncio.wait((*running, ready), return_when=asyncio.FIRST_COMPLETED)
+            if ready.done() and ready.exception() is None:
+                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            ready.cancel()
+        except EngineFailed as failure:
+            console.print(f"the engine cannot be started: {failure}", markup=False)
+            return 1
+        finally:
+            await gateway.stop()
+            console.print("stopping the engine …")
+            await engine.stop(STOP_GRACE_S)
+            console.print("stopped")
+        try:
+            await asyncio.gather(running[0], ready)
+        except EngineFailed as failure:
+            console.print(f"the engine failed: {failure}", markup=False)
+            return 1
+        except asyncio.CancelledError:  # it was not ready yet
+            pass
+        return 0
+
+
+def _engine_args(settings: ServeSettings) -> tuple[str, ...]:
+    """The engine knows the model by the name that the user gave."""
+    return ("--served-model-name", settings.model, *settings.engine_args)
+
+
+def _say_state(state: EngineState, detail: str) -> None:
+    console.print(f"engine {state}: {detail}")
+
+
+async def _say_ready(engine: EngineProcess, url: str, settings: ServeSettings) -> None:
+    await engine.wait_ready(settings.engine_start_s)
+    console.print(
+        f"""
+[bold green]ready[/] at [bold]{url}[/] with the model {settings.model!r}, policy {settings.policy}. Try it:
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -H 'X-Agent-ID: my-agent' \\
+    -d '{{"model": "{settings.model}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'
+
+Agents in the queue: {url}/v1/agents   metrics: {url}/metrics   engine's log: {engine.spec.log}   stop: Ctrl-C"""
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The fair queue: who goes next, and when.
+
+**Model.** The engine's KV cache holds M tokens. A task with a prompt of p tokens that decodes d tokens occupies
+p + 1, p + 2, … p + d of them, one engine iteration each, and so costs
+
+    c = p·d + d(d+1)/2                                                              [KV token·iterations]
+
+An *agent* is the tasks of one run of one program. Time is τ, the engine iterations done so far: the cost of a task
+divided by M is the number of iterations that the whole cache would be busy with it.
+
+**Reference.** An ideal processor (GPS: generalized processor sharing) shares the cache among the agents that are
+backlogged *in the reference*, in proportion to their weights w. Its virtual time V is what it has given to each unit of
+weight so far:
+
+    dV/dτ = M / Σ w                                                                 [token·iterations per unit of weight]
+
+An agent is backlogged there while V has not reached its *backlog tag* B, the virtual time at which all of its work that
+has arrived will have been served. A task that arrives with predicted cost ĉ moves B by ĉ/w (from V, if the agent was
+idle there); the true cost c, once known, moves it by (c − ĉ)/w. When the real queue and the real engine are both empty a
+busy period has ended, and V moves to the largest B.
+
+**Order.** The agent's total cost Ĉ is predicted at its first task. With A the work that has arrived, it would finish
+under fair sharing at the *finish tag*
+
+    F = B + (Ĉ − A)/w
+
+and agents are served one after another in the order of F, each with all the memory it can use: nobody finishes much later
+than under fair sharing, and most finish much earlier (selective pampering). Since B and A move together, F stands still
+while the agent is backlogged in the reference, and is V plus the frozen remainder when it comes back from a tool. It moves
+on two occasions only: while the agent is *forming* (none of its tasks released yet) Ĉ is renewed with each arrival, since a
+fan-out reaches a server as single requests; and when A outgrows Ĉ, Ĉ is predicted anew and F moves back by the difference.
+
+**Release.** Tasks are released to the engine in order, while the memory predicted for those in flight, Σ max(p + d̂, held),
+stays within β·M and the engine's own queue is shallow; so order is decided late, and here.
+
+**Rules of this package.** The standard library only: no I/O, no clock, no asyncio, no logging, no metrics. Every method
+that changes something takes `now` (τ) and first brings the reference up to it. It returns what is to be done and calls
+nobody. A call that is not allowed raises `QueueError`, and nothing has changed. A decision costs O(log N) in the number of
+agents.
+
+Sources: Justitia, arXiv 2510.17015; Parekh and Gallager 1993 (GPS); Bennett and Zhang 1996.
+"""
+
+from gateway.fairness.fair_queue import FairQueue
+from gateway.fairness.policies import POLICIES, Policy
+from gateway.fairness.types import (
+    Agent,
+    AgentId,
+    Iterations,
+    KvTokenIterations,
+    QueueError,
+    Release,
+    ReleaseLimits,
+    Task,
+    TaskId,
+    VirtualTime,
+)
+
+__all__ = [
+    "POLICIES",
+    "Agent",
+    "AgentId",
+    "FairQueue",
+    "Iterations",
+    "KvTokenIterations",
+    "Policy",
+    "QueueError",
+    "Release",
+    "ReleaseLimits",
+    "Task",
+    "TaskId",
+    "VirtualTime",
+]

@@ -1,0 +1,10 @@
+"""First come, first served by task, as vLLM does by default: agents do not count."""
+
+from __future__ import annotations
+
+from gateway.fairness.types import Agent, Task
+
+
+class Fcfs:
+    def rank(self, agent: Agent, head: Task) -> float:
+        return head.id  # ids grow with arrival

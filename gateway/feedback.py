@@ -1,0 +1,147 @@
+"""What became of an agent: its record while it lives, and what is learned when it ends.
+
+An agent ends when the client has said so (`X-Agent-Final`) and nothing of it is left, when it has been silent for long
+enough, or, if it had no id, with its only task. Then its completion time is measured, the predictor learns from it, the
+store keeps it, and the queue forgets it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gateway.fairness import AgentId, FairQueue, Iterations
+from gateway.identify import Identity
+from gateway.metrics import Metrics
+from gateway.state import StateError, Store
+from predictor.types import AgentProgress, FinishedAgent, FinishedTask, Predictor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class AgentRecord:
+    """Times in seconds of a monotonic clock."""
+
+    id: AgentId
+    source: str
+    agent_class: str | None
+    tenant: str
+    first_arrival_s: float
+    last_end_s: float
+    tasks_arrived: int = 0
+    final: bool = False
+    whole: bool = True  # every task so far was answered: only then its cost says what such an agent costs
+    predicted: float | None = None  # Ĉ at its first release
+    tasks: list[FinishedTask] = field(default_factory=list)
+
+    def progress(self, cost_arrived: float) -> AgentProgress:
+        return AgentProgress(self.agent_class, self.tenant, self.tasks_arrived, cost_arrived)
+
+
+class Feedback:
+    """clock: seconds, monotonic. now: the service clock τ."""
+
+    def __init__(
+        self,
+        queue: FairQueue,
+        predictor: Predictor,
+        store: Store,
+        metrics: Metrics,
+        *,
+        now: Callable[[], Iterations],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.records: dict[AgentId, AgentRecord] = {}
+        self._queue, self._predictor, self._store, self._metrics = queue, predictor, store, metrics
+        self._now, self._clock = now, clock
+        self._writes: set[asyncio.Task[None]] = set()
+
+    async def recall(self) -> int:
+        """Learn what the store has kept; the number of agents."""
+        try:
+            agents = await self._store.load()
+        except StateError as error:
+            self._state_failed(error)
+            return 0
+        for agent in agents:
+            self._predictor.learn(agent)
+        return len(agents)
+
+    def arrived(self, agent_id: AgentId, identity: Identity) -> AgentRecord:
+        """A task of this agent has come."""
+        record = self.records.get(agent_id)
+        if record is None:
+            now = self._clock()
+            record = AgentRecord(agent_id, identity.source, identity.agent_class, identity.tenant, now, now)
+            self.records[agent_id] = record
+        record.tasks_arrived += 1
+        record.agent_class = record.agent_class or identity.agent_class
+        record.final = record.final or identity.final or identity.agent_id is None
+        return record
+
+    def withdrawn(self, record: AgentRecord) -> None:
+        """That task was refused before it was enqueued."""
+        record.tasks_arrived -= 1
+        if record.tasks_arrived == 0:
+            self.records.pop(record.id, None)
+
+    def released(self, record: AgentRecord, predicted: float) -> None:
+        if record.predicted is None:
+            record.predicted = predicted
+
+    def ended(self, record: AgentRecord, finished: FinishedTask | None) -> None:
+        """A task of this agent is over: answered, with what it used, or not."""
+        record.last_end_s = self._clock()
+        if finished is None:
+            record.whole = False
+        else:
+            record.tasks.append(finished)
+            self._metrics.task_charged(
+                record.agent_class, finished.prompt_tokens, finished.decode_tokens, finished.cost
+            )
+        if record.final and not self._is_busy(record.id):
+            self._end(record)
+
+    def sweep(self, idle_s: float) -> None:
+        """End the agents that have been silent for `idle_s` seconds."""
+        silent_since = self._clock() - idle_s
+        for record in [r for r in self.records.values() if r.last_end_s <= silent_since]:
+            if not self._is_busy(record.id):
+                self._end(record)
+
+    async def flush(self) -> None:
+        """Wait until what was learned is in the store."""
+        await asyncio.gather(*self._writes)
+
+    def _is_busy(self, agent_id: AgentId) -> bool:
+        agent = self._queue.agents.get(agent_id)
+        return agent is not None and agent.busy
+
+    def _end(self, record: AgentRecord) -> None:
+        del self.records[record.id]
+        if record.id in self._queue.agents:
+            self._queue.evict(self._now(), record.id)
+        if not record.whole or not record.tasks:
+            return
+        agent = FinishedAgent(record.agent_class, record.tenant, record.tasks)
+        self._metrics.agent_finished(
+            record.agent_class, record.last_end_s - record.first_arrival_s, agent.cost, record.predicted or 0.0
+        )
+        self._predictor.learn(agent)
+        write = asyncio.get_running_loop().create_task(self._append(agent))
+        self._writes.add(write)
+        write.add_done_callback(self._writes.discard)
+
+    async def _append(self, agent: FinishedAgent) -> None:
+        try:
+            await self._store.append(agent)
+        except StateError as error:
+            self._state_failed(error)
+
+    def _state_failed(self, error: StateError) -> None:
+        self._metrics.state_failed()
+        logger.warning("the state store failed, and the gateway goes on without it: %s", error)

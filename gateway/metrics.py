@@ -1,0 +1,150 @@
+"""Every metric, in one place: prefix `justitia_`, base units, bounded labels. Called by verb; the fair queue never sees it."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+from gateway.errors import Outcome
+
+# Classes are the clients' words: after this many different ones, `other`.
+MAX_CLASSES = 1000
+NO_CLASS, OTHER_CLASSES = "none", "other"
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+_OVERHEAD_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+_RATIO = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10)
+
+
+class Metrics:
+    def __init__(self, registry: CollectorRegistry, *, version: str, policy: str) -> None:
+        self.registry = registry
+        self._classes: set[str] = set()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"justitia_{name}", text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"justitia_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"justitia_{name}", text, labels, registry=registry, buckets=buckets)
+
+        Info("justitia_build", "Version and policy.", registry=registry).info({"version": version, "policy": policy})
+        self._requests = counter("requests_total", "Requests by endpoint and outcome.", "endpoint", "outcome")
+        self._request_s = histogram(
+            "request_seconds", "From a request's arrival to its end.", _SECONDS, "endpoint", "outcome"
+        )
+        self._queue_s = histogram("queue_seconds", "Time waiting in the fair queue.", _SECONDS, "outcome")
+        self._overhead_s = histogram(
+            "gateway_overhead_seconds",
+            "Time of a request spent neither in the queue nor waiting for the engine.",
+            _OVERHEAD_SECONDS,
+        )
+        self._first_token_s = histogram(
+            "time_to_first_token_seconds", "From arrival to the answer's first bytes.", _SECONDS
+        )
+        self._agent_jct_s = histogram(
+            "agent_jct_seconds", "An agent's completion time: first arrival to last end.", _SECONDS, "agent_class"
+        )
+        self._cost_ratio = histogram(
+            "agent_cost_ratio", "Observed cost of an agent over the one predicted at its first release.", _RATIO
+        )
+        self._agents_finished = counter("agents_finished_total", "Agents that have ended.", "agent_class")
+        self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens, cached ones included.", "agent_class")
+        self._completion_tokens = counter("completion_tokens_total", "Tokens decoded.", "agent_class")
+        self._observed_cost = counter(
+            "observed_cost_token_iterations_total", "True cost of tasks, KV token·iterations.", "agent_class"
+        )
+        self._agents = gauge("agents", "Agents by state: waiting, running (nothing waits), idle.", "state")
+        self._tasks = gauge("tasks", "Tasks by state.", "state")
+        self._kv_held = gauge("kv_held_tokens", "KV cache in use at the engine, tokens.")
+        self._kv_capacity = gauge("kv_capacity_tokens", "KV cache of the engine, tokens (M).")
+        self._kv_predicted = gauge("kv_predicted_tokens", "KV predicted for what is in flight, tokens.")
+        self._virtual_time = gauge(
+            "virtual_time", "Virtual time of the fluid reference, token·iterations per unit of weight."
+        )
+        self._iterations = gauge("service_iterations", "Engine iterations done: the service clock.")
+        self._engine_up = gauge("engine_up", "1 when the engine serves.")
+        self._engine_running = gauge("engine_running", "Tasks that the engine runs.")
+        self._engine_waiting = gauge("engine_waiting", "Tasks in the engine's own queue.")
+        self._preemptions = counter("preemptions_total", "Preemptions by the engine.")
+        self._engine_restarts = counter("engine_restarts_total", "Restarts of the engine seen.")
+        self._link_up = gauge("link_up", "1 when the engine's scheduler reports on the link.")
+        self._link_reports = counter("link_reports_total", "Reports received on the link.")
+        self._state_errors = counter("state_errors_total", "Failed reads and writes of the state store.")
+
+    def request_ended(self, endpoint: str, outcome: Outcome, seconds: float) -> None:
+        self._requests.labels(endpoint, outcome).inc()
+        self._request_s.labels(endpoint, outcome).observe(seconds)
+
+    def left_queue(self, outcome: Outcome, seconds: float) -> None:
+        self._queue_s.labels(outcome).observe(seconds)
+
+    def overhead(self, seconds: float) -> None:
+        self._overhead_s.observe(max(0.0, seconds))
+
+    def first_token(self, seconds: float) -> None:
+        self._first_token_s.observe(seconds)
+
+    def task_charged(self, agent_class: str | None, prompt_tokens: int, completion_tokens: int, cost: float) -> None:
+        label = self._class(agent_class)
+        self._prompt_tokens.labels(label).inc(prompt_tokens)
+        self._completion_tokens.labels(label).inc(completion_tokens)
+        self._observed_cost.labels(label).inc(cost)
+
+    def agent_finished(self, agent_class: str | None, jct_s: float, cost: float, predicted: float) -> None:
+        label = self._class(agent_class)
+        self._agents_finished.labels(label).inc()
+        self._agent_jct_s.labels(label).observe(jct_s)
+        if predicted > 0:
+            self._cost_ratio.observe(cost / predicted)
+
+    def queue_is(self, *, waiting: int, in_flight: int, predicted_tokens: float, virtual_time: float) -> None:
+        self._tasks.labels("waiting").set(waiting)
+        self._tasks.labels("in_flight").set(in_flight)
+        self._kv_predicted.set(predicted_tokens)
+        self._virtual_time.set(virtual_time)
+
+    def agents_are(self, *, waiting: int, running: int, idle: int) -> None:
+        for state, count in (("waiting", waiting), ("running", running), ("idle", idle)):
+            self._agents.labels(state).set(count)
+
+    def engine_is(
+        self,
+        *,
+        up: bool,
+        link_up: bool,
+        running: int,
+        waiting: int,
+        held_tokens: float,
+        capacity_tokens: float,
+        iterations: float,
+    ) -> None:
+        self._engine_up.set(up)
+        self._link_up.set(link_up)
+        self._engine_running.set(running)
+        self._engine_waiting.set(waiting)
+        self._kv_held.set(held_tokens)
+        self._kv_capacity.set(capacity_tokens)
+        self._iterations.set(iterations)
+
+    def preempted(self, count: int) -> None:
+        self._preemptions.inc(count)
+
+    def engine_restarted(self) -> None:
+        self._engine_restarts.inc()
+
+    def link_reported(self) -> None:
+        self._link_reports.inc()
+
+    def state_failed(self) -> None:
+        self._state_errors.inc()
+
+    def _class(self, agent_class: str | None) -> str:
+        if agent_class is None:
+            return NO_CLASS
+        if agent_class not in self._classes:
+            if len(self._classes) >= MAX_CLASSES:
+                return OTHER_CLASSES
+            self._classes.add(agent_class)
+        return agent_class

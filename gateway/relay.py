@@ -1,0 +1,246 @@
+"""One task, from its place in the queue to its last byte, as an ASGI response.
+
+The response owns the turn, since a handler may be gone before a byte is sent, and a generator that never starts never
+cleans up. It watches for the client's leaving from the start. However it ends, the turn is settled without awaiting, so that
+nothing can come between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from engine.hints import Hints, to_tag
+from gateway.body import Body
+from gateway.capacity import EngineView
+from gateway.engine_client import Answer, EngineClient, EngineUnreachable
+from gateway.errors import EngineLost, GatewayError, Outcome
+from gateway.estimate import Estimate, estimate_agent
+from gateway.fairness import AgentId, FairQueue, KvTokenIterations, Release, Task, TaskId
+from gateway.feedback import AgentRecord, Feedback
+from gateway.metrics import Metrics
+from gateway.release import Dispatcher, Turn
+from gateway.sse import UsageFilter, begins_with_error, error_event
+from gateway.usage import Usage, finished_task, parse_usage
+from predictor.cost import task_cost
+from predictor.types import Predictor
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What every request needs, put together once in `app`. suspect: tells the watch that the engine may be gone."""
+
+    queue: FairQueue
+    dispatcher: Dispatcher
+    engine: EngineView
+    client: EngineClient
+    predictor: Predictor
+    feedback: Feedback
+    metrics: Metrics
+    suspect: asyncio.Event
+    max_queue_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRequest:
+    """One task as it came. arrived_s: on the monotonic clock."""
+
+    id: TaskId
+    path: str
+    body: Body
+    headers: dict[str, str]
+    record: AgentRecord
+    estimate: Estimate
+    arrived_s: float
+
+
+class TaskResponse(Response):
+    """Waits for the task's turn, lets the engine do it, relays the answer, and settles what it cost.
+
+    A `Response` for FastAPI's sake, which only calls it; nothing of the base class is used.
+    """
+
+    background = None
+
+    def __init__(self, parts: Parts, request: TaskRequest) -> None:
+        self._parts = parts
+        self._request = request
+        self._outcome = Outcome.FAILED
+        self._turn: Turn | None = None
+        self._usage: Usage | None = None
+        self._own_headers: list[tuple[bytes, bytes]] = _ascii(
+            {"x-agent-id": request.record.id, "x-agent-source": request.record.source}
+        )
+        self._events = 0
+        self._started = False  # bytes have left for the client
+        self._left = False
+        self._engine_s = 0.0  # spent waiting for the engine
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        serving = asyncio.current_task()
+        assert serving is not None
+        watch = asyncio.create_task(self._watch(receive, serving))
+        try:
+            await self._serve(send)
+        except asyncio.CancelledError:
+            self._outcome = Outcome.CANCELLED
+            if not self._left or serving.uncancel():
+                raise
+        finally:
+            watch.cancel()
+            self._settle()
+
+    async def _watch(self, receive: Receive, serving: asyncio.Task[None]) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._left = True
+        serving.cancel()
+
+    async def _serve(self, send: Send) -> None:
+        try:
+            turn = self._turn = self._enqueue()
+            while True:
+                release = await turn.wait(self._parts.max_queue_s)
+                self._note_release(release, turn)
+                try:
+                    return await self._exchange(release, send)
+                except EngineLost as lost:
+                    self._parts.engine.suspect = True
+                    self._parts.suspect.set()
+                    if self._started or not turn.requeue(sent=not isinstance(lost, EngineUnreachable)):
+                        raise
+        except GatewayError as error:
+            self._outcome = error.outcome
+            await self._send_error(error, send)
+
+    def _enqueue(self) -> Turn:
+        """Raises what `Dispatcher.submit` raises; then the agent's record is as it was."""
+        request, parts = self._request, self._parts
+        agent_id, estimate = AgentId(request.record.id), request.estimate
+        known = parts.queue.agents.get(agent_id)
+        cost_arrived = estimate.cost + (known.arrived if known else 0.0)
+        agent_cost = estimate_agent(parts.predictor, request.record.progress(cost_arrived))
+        task = Task(request.id, agent_id, cost=KvTokenIterations(estimate.cost), memory_tokens=estimate.memory_tokens)
+        try:
+            return parts.dispatcher.submit(task, agent_cost)
+        except GatewayError:
+            parts.feedback.withdrawn(request.record)
+            raise
+
+    def _note_release(self, release: Release, turn: Turn) -> None:
+        agent = self._parts.queue.agents[release.task.agent_id]
+        self._parts.feedback.released(self._request.record, agent.predicted)
+        self._own_headers = _ascii(
+            {
+                "x-agent-id": agent.id,
+                "x-agent-source": self._request.record.source,
+                "x-justitia-queue-ms": f"{turn.queued_s * 1000:.1f}",
+                "x-justitia-predicted-cost": f"{agent.predicted:.0f}",
+                "x-justitia-finish-tag": f"{agent.finish_tag:.0f}",
+            }
+        )
+
+    async def _exchange(self, release: Release, send: Send) -> None:
+        """Raises `EngineLost` if the engine breaks off; nothing may have been sent by then."""
+        request = self._request
+        hints = Hints(to_tag(release.rank), release.task.agent_id, release.task.id)
+        asked_s = time.monotonic()
+        async with self._parts.client.post(request.path, request.body.for_engine(hints), request.headers) as answer:
+            self._engine_s += time.monotonic() - asked_s
+            if answer.status >= 500 and not await self._parts.client.is_healthy():
+                raise EngineLost("the engine died")
+            if answer.status == 200 and answer.content_type.startswith("text/event-stream"):
+                await self._relay_events(answer, send)
+            else:
+                await self._relay_whole(answer, send)
+
+    async def _relay_whole(self, answer: Answer, send: Send) -> None:
+        asked_s = time.monotonic()
+        data = await answer.read()
+        self._engine_s += time.monotonic() - asked_s
+        self._usage = parse_usage(data) if answer.status == 200 else None
+        self._outcome = _outcome(answer.status)
+        await self._start(answer.status, answer.content_type, send, length=len(data))
+        await send(_body(data, more=False))
+
+    async def _relay_events(self, answer: Answer, send: Send) -> None:
+        events = UsageFilter(show=self._request.body.wants_usage)
+        since_s = time.monotonic()
+        try:
+            async for chunk in answer.chunks():
+                self._engine_s += time.monotonic() - since_s
+                if data := events.feed(chunk):
+                    if not self._started:
+                        if begins_with_error(data) and not await self._parts.client.is_healthy():
+                            raise EngineLost("the engine died")
+                        await self._start(answer.status, answer.content_type, send)
+                    await send(_body(data, more=True))
+                since_s = time.monotonic()
+        finally:
+            self._usage, self._events = events.usage, events.events
+        if not events.done:
+            raise EngineLost("the engine broke off its answer")
+        self._outcome = Outcome.COMPLETED if self._usage is not None else Outcome.FAILED  # it ended with an error event
+        await send(_body(b"", more=False))
+
+    async def _start(self, status: int, content_type: str, send: Send, *, length: int | None = None) -> None:
+        self._started = True
+        self._parts.metrics.first_token(time.monotonic() - self._request.arrived_s)
+        headers = [(b"content-type", content_type.encode("latin-1")), *self._own_headers]
+        if length is not None:
+            headers.append((b"content-length", b"%d" % length))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def _send_error(self, error: GatewayError, send: Send) -> None:
+        if self._started:
+            await send(_body(error_event(error), more=False))
+            return
+        data = error.body()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data)), *self._own_headers]
+        headers += _ascii(error.headers())
+        await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await send(_body(data, more=False))
+
+    def _settle(self) -> None:
+        """Charge what was used and say how it went. Awaits nothing."""
+        request, parts = self._request, self._parts
+        ended_s = time.monotonic() - request.arrived_s
+        parts.metrics.request_ended(request.path, self._outcome, ended_s)
+        if self._turn is None:
+            return
+        finished = finished_task(self._usage, request.body) if self._usage is not None else None
+        agent = parts.queue.agents[AgentId(request.record.id)]
+        if finished is not None:
+            arrived = max(0.0, agent.arrived - request.estimate.cost + finished.cost)
+            self._turn.complete(finished.cost, estimate_agent(parts.predictor, request.record.progress(arrived)))
+        else:
+            self._turn.cancel(self._cost_held())
+        parts.feedback.ended(request.record, finished)
+        parts.metrics.left_queue(self._outcome, self._turn.queued_s)
+        if self._outcome is Outcome.COMPLETED:
+            parts.metrics.overhead(ended_s - self._turn.queued_s - self._engine_s)
+
+    def _cost_held(self) -> float:
+        """Of a task that was broken off: by the engine's last word on it, else by the events that were relayed."""
+        holding = self._parts.engine.held.get(self._request.id)
+        if holding is not None:
+            return task_cost(max(0, holding.kv_tokens - holding.output_tokens), holding.output_tokens)
+        return task_cost(self._request.estimate.prompt_tokens, self._events)
+
+
+def _outcome(status: int) -> Outcome:
+    if status < 400:
+        return Outcome.COMPLETED
+    return Outcome.INVALID if status < 500 else Outcome.FAILED
+
+
+def _body(data: bytes, *, more: bool) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+def _ascii(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("ascii"), value.encode("ascii")) for name, value in headers.items()]

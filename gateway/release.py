@@ -1,0 +1,162 @@
+"""The shell around the fair queue: futures and the engine's state, and no policy.
+
+`Dispatcher.submit` enqueues a task and gives a `Turn`; the turn's owner waits for it, and must settle it exactly once,
+without awaiting, whatever happens. Each change asks the queue what to release next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from dataclasses import replace
+
+from gateway.capacity import EngineView
+from gateway.errors import GatewayError, NoEngine, QueueFull, ShuttingDown, WaitedTooLong
+from gateway.fairness import FairQueue, KvTokenIterations, Release, Task, TaskId
+
+MAX_RETRY_AFTER_S = 30
+# Tasks over whose completions the drain rate is taken.
+DRAIN_WINDOW = 64
+
+
+class Turn:
+    """A task on its way through the queue and the engine. `queued_s`: seconds spent waiting, once it is over."""
+
+    def __init__(self, dispatcher: Dispatcher, task: Task) -> None:
+        self.task = task
+        self.queued_s = 0.0
+        self._dispatcher = dispatcher
+        self._released: asyncio.Future[Release] = dispatcher.loop.create_future()
+        self._since = time.monotonic()
+        self._requeued = False
+        self._settled = False
+
+    async def wait(self, limit_s: float) -> Release:
+        """Until the task may go to the engine. Raises `WaitedTooLong`, or `ShuttingDown`."""
+        try:
+            async with asyncio.timeout(max(0.0, limit_s - self.queued_s)):
+                return await self._released
+        except TimeoutError:
+            raise WaitedTooLong(f"the task waited for {limit_s:g} s and was not reached") from None
+        finally:
+            self.queued_s += time.monotonic() - self._since
+
+    def requeue(self, *, sent: bool) -> bool:
+        """Back into the queue, in its old place, after the engine lost it; once, if the engine had been `sent` it."""
+        if self._settled or self._dispatcher.draining or (sent and self._requeued):
+            return False
+        self._requeued = self._requeued or sent
+        self._released = self._dispatcher.loop.create_future()
+        self._since = time.monotonic()
+        self._dispatcher.requeue(self)
+        return True
+
+    def complete(self, cost: float, agent_cost: float) -> None:
+        """The task ended with its true `cost`; its agent is now predicted to cost `agent_cost`."""
+        if not self._settled:
+            self._settled = True
+            self._dispatcher.complete(self, cost, agent_cost)
+
+    def cancel(self, cost: float) -> None:
+        """The task was given up; `cost` is of what it really held. Does nothing once the turn is settled."""
+        if not self._settled:
+            self._settled = True
+            self._dispatcher.cancel(self, cost)
+
+    def grant(self, release: Release) -> None:
+        if not self._released.done():
+            self._released.set_result(release)
+
+    def refuse(self, error: GatewayError) -> None:
+        if not self._released.done():
+            self._released.set_exception(error)
+            self._released.exception()  # its owner may have left; that is no error
+
+
+class Dispatcher:
+    """queue: the fair queue; engine: what is known of the engine. Make it inside a running event loop."""
+
+    def __init__(self, queue: FairQueue, engine: EngineView, *, max_waiting: int) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.queue = queue
+        self.engine = engine
+        self.draining = False
+        self._max_waiting = max_waiting
+        self._turns: dict[TaskId, Turn] = {}
+        self._ends: deque[float] = deque(maxlen=DRAIN_WINDOW)
+        self._all_ended = asyncio.Event()
+        self._all_ended.set()
+
+    def submit(self, task: Task, agent_cost: float, weight: float = 1.0) -> Turn:
+        """Enqueue. Raises `ShuttingDown`, `NoEngine`, or `QueueFull`; then nothing was enqueued."""
+        if self.draining:
+            raise ShuttingDown("the gateway is shutting down", retry_after_s=1)
+        if not self.engine.up:
+            raise NoEngine("the engine is not ready", retry_after_s=5)
+        if self.queue.waiting >= self._max_waiting:
+            raise QueueFull(f"{self.queue.waiting} tasks are waiting already", retry_after_s=self.retry_after_s())
+        self.queue.enqueue(self.engine.now, task, KvTokenIterations(agent_cost), weight)
+        turn = self._turns[task.id] = Turn(self, task)
+        self._all_ended.clear()
+        self.pump()
+        return turn
+
+    def pump(self) -> None:
+        """Release what the queue says can go now."""
+        if not self.engine.up or self.engine.suspect:
+            return
+        for release in self.queue.release(self.engine.now, self.engine.waiting):
+            self._turns[release.task.id].grant(release)
+
+    def engine_changed(self) -> None:
+        """The engine's view has heard something: take over M, its slots, and what it holds."""
+        engine = self.engine
+        if engine.capacity_tokens != self.queue.capacity_tokens:
+            self.queue.set_capacity(engine.now, engine.capacity_tokens)
+        if engine.max_num_seqs is not None:
+            slots = engine.max_num_seqs + self.queue.limits.engine_waiting
+            if slots != self.queue.limits.in_flight:
+                self.queue.limits = replace(self.queue.limits, in_flight=slots)
+        for task_id, holding in engine.held.items():
+            self.queue.hold(TaskId(task_id), holding.kv_tokens)
+        self.pump()
+
+    def requeue(self, turn: Turn) -> None:
+        self.queue.requeue(self.engine.now, turn.task.id)
+        self.pump()
+
+    def complete(self, turn: Turn, cost: float, agent_cost: float) -> None:
+        self.queue.complete(self.engine.now, turn.task.id, KvTokenIterations(cost), KvTokenIterations(agent_cost))
+        self._ended(turn)
+
+    def cancel(self, turn: Turn, cost: float) -> None:
+        self.queue.cancel(self.engine.now, turn.task.id, KvTokenIterations(cost))
+        self._ended(turn)
+
+    def retry_after_s(self) -> int:
+        """Whole seconds until the waiting tasks should have drained, from the rate of the last completions."""
+        if len(self._ends) < 2:
+            return MAX_RETRY_AFTER_S
+        span_s = max(time.monotonic() - self._ends[0], 1e-3)
+        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(self.queue.waiting * span_s / len(self._ends))))
+
+    async def drain(self, limit_s: float) -> bool:
+        """Take nothing new, hand back what waits, and give what is in flight `limit_s` seconds. True if all of it ended."""
+        self.draining = True
+        for turn in list(self._turns.values()):
+            turn.refuse(ShuttingDown("the gateway is shutting down", retry_after_s=1))
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._all_ended.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _ended(self, turn: Turn) -> None:
+        del self._turns[turn.task.id]
+        self._ends.append(time.monotonic())
+        if not self._turns:
+            self._all_ended.set()
+        self.pump()

@@ -1,0 +1,69 @@
+"""The endpoints that clients use: a request comes in, is identified and estimated, and becomes a response that waits."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Awaitable, Callable
+
+from fastapi import APIRouter, Request, Response
+
+from gateway.body import parse_body
+from gateway.errors import BodyTooLarge, GatewayError
+from gateway.estimate import estimate_task
+from gateway.fairness import AgentId, TaskId
+from gateway.identify import identify
+from gateway.relay import Parts, TaskRequest, TaskResponse
+
+TASK_PATHS = ("/v1/chat/completions", "/v1/completions")
+
+
+def task_routes(parts: Parts, *, max_body_bytes: int) -> APIRouter:
+    router = APIRouter()
+    # Numbers that grow over restarts too, so that an engine which outlives the gateway never sees one twice.
+    numbers = itertools.count(time.time_ns())
+
+    def serve(path: str) -> Callable[[Request], Awaitable[Response]]:
+        async def serve_task(request: Request) -> Response:
+            arrived_s = time.monotonic()
+            try:
+                body = parse_body(await _read(request, max_body_bytes))
+                identity = identify(request.headers, body.fields)
+            except GatewayError as error:
+                parts.metrics.request_ended(path, error.outcome, time.monotonic() - arrived_s)
+                raise
+            task_id = TaskId(next(numbers))
+            record = parts.feedback.arrived(AgentId(identity.agent_id or f"task-{task_id}"), identity)
+            estimate = estimate_task(parts.predictor, identity, body)
+            task = TaskRequest(task_id, path, body, dict(request.headers), record, estimate, arrived_s)
+            return TaskResponse(parts, task)
+
+        return serve_task
+
+    for path in TASK_PATHS:
+        router.add_api_route(path, serve(path), methods=["POST"], response_model=None, name=path)
+
+    @router.get("/v1/models", response_model=None)
+    async def models(request: Request) -> Response:
+        """The engine's own answer."""
+        answer = await parts.client.get("/v1/models", request.headers)
+        return Response(answer.content, answer.status_code, media_type=answer.headers.get("content-type"))
+
+    return router
+
+
+async def _read(request: Request, limit_bytes: int) -> bytes:
+    """The body. Raises `BodyTooLarge` before more than the limit has been read."""
+    declared = request.headers.get("content-length", "")
+    size = int(declared) if declared.isdigit() else 0
+    chunks = []
+    if size <= limit_bytes:
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            chunks.append(chunk)
+            if size > limit_bytes:
+                break
+    if size > limit_bytes:
+        raise BodyTooLarge(f"the body is larger than {limit_bytes} bytes")
+    return b"".join(chunks)

@@ -1,0 +1,93 @@
+"""The gateway as a process: uvicorn, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from gateway.app import create_app
+from gateway.settings import GatewaySettings
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+
+
+class GatewayServer(uvicorn.Server):
+    """On SIGTERM or SIGINT: takes nothing new, hands back what waits, gives what is in flight its time, then ends."""
+
+    def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
+        super().__init__(config)
+        self._drain_s = drain_s
+        self._cut_off = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are for the process that we are a part of: uvicorn would raise them again and end it."""
+        yield
+
+    def cut_off(self) -> None:
+        """Do not wait for what is in flight."""
+        self._cut_off.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        dispatcher = self.config.app.state.parts.dispatcher  # type: ignore[union-attr]  # the FastAPI app that we made
+        logger.info("shutting down: %d waiting, %d in flight", dispatcher.queue.waiting, dispatcher.queue.in_flight)
+        drained = asyncio.create_task(dispatcher.drain(self._drain_s))
+        cut_off = asyncio.create_task(self._cut_off.wait())
+        await asyncio.wait((drained, cut_off), return_when=asyncio.FIRST_COMPLETED)
+        drained.cancel()
+        cut_off.cancel()
+        if dispatcher.queue.in_flight:
+            logger.warning("%d tasks in flight are cut off", dispatcher.queue.in_flight)
+        await super().shutdown(sockets)
+
+
+class PortTaken(Exception):
+    """The address cannot be listened on."""
+
+
+class RunningGateway:
+    """A gateway that listens at `url`; `served` ends when it has stopped."""
+
+    def __init__(self, server: GatewayServer, url: str, served: asyncio.Task[None]) -> None:
+        self.url = url
+        self.served = served
+        self._server = server
+
+    def stop_on_signals(self) -> None:
+        """SIGTERM and SIGINT stop the gateway; the second one does not wait for what is in flight."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop_soon)
+
+    async def stop(self) -> None:
+        """Returns when it has stopped."""
+        self._server.should_exit = True
+        await self.served
+
+    def _stop_soon(self) -> None:
+        if self._server.should_exit:
+            self._server.cut_off()
+        self._server.should_exit = True
+
+
+async def start_gateway(settings: GatewaySettings) -> RunningGateway:
+    """Listen at once. Tasks are served from the moment that the engine answers. Raises `PortTaken`."""
+    try:
+        listening = socket.create_server((settings.host, settings.port), backlog=BACKLOG)
+    except OSError as error:
+        raise PortTaken(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
+    app = await create_app(settings)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=2, timeout_keep_alive=75
+    )
+    server = GatewayServer(config, settings.drain_s)
+    url = f"http://{settings.host}:{listening.getsockname()[1]}"
+    served = asyncio.create_task(server.serve([listening]))
+    return RunningGateway(server, url, served)

@@ -1,0 +1,188 @@
+"""Every setting, once: name, default, bounds, and a sentence of help.
+
+A flag (`--max-queue-s 60`) goes over the environment (`JUSTITIA_MAX_QUEUE_S`), over a TOML file (`--config`, or
+`JUSTITIA_CONFIG`), over the default. A name that is not known is an error in all three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+PREFIX = "JUSTITIA_"
+OTHER_PREFIXES = ("JUSTITIA_DEMO_",)
+PolicyName = Literal["justitia", "fcfs"]
+
+
+def _state_home() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "justitia"
+
+
+def cache_home() -> Path:
+    """Where what can be made again is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "justitia"
+
+
+def _default_state() -> str:
+    return f"sqlite:///{_state_home() / 'state.db'}"
+
+
+class GatewaySettings(BaseSettings):
+    """`justitia gateway`: the gateway alone, before an engine that is already there."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        extra="forbid",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+    )
+
+    config: Path | None = Field(
+        None, description="A TOML file with settings, one per line, named as here with _ for -."
+    )
+    engine: str = Field("", description="The engine: http://host:port, or unix:/path/to/socket.")
+    link: str | None = Field(
+        None,
+        description="ZeroMQ address on which the engine's scheduler reports (ipc:///path). Without it, /metrics is polled.",
+    )
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on. Until keys are configured, everybody who reaches it is served."
+    )
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    policy: PolicyName = Field("justitia", description="The order in which tasks are released.")
+    beta: float = Field(
+        1.1, gt=0, le=10, description="Share of the KV cache that the predicted memory in flight may take."
+    )
+    max_engine_waiting: int = Field(
+        4, ge=0, description="Tasks in the engine's own queue above which none is released."
+    )
+    max_in_flight: int | None = Field(
+        None, ge=1, description="Tasks at the engine at once; default: what the engine says."
+    )
+    capacity_tokens: int | None = Field(
+        None, ge=1, description="KV cache of the engine in tokens; default: what the engine says."
+    )
+    max_waiting: int = Field(10_000, ge=1, description="Tasks that may wait in the queue; more are refused with 429.")
+    max_queue_s: float = Field(
+        600, gt=0, description="Seconds a task may wait in the queue; then it is answered with 504."
+    )
+    max_body_mib: float = Field(64, gt=0, description="Largest body of a request, in MiB.")
+    agent_idle_s: float = Field(300, gt=0, description="Seconds without a task after which an agent counts as ended.")
+    drain_s: float = Field(30, ge=0, description="Seconds that tasks in flight are given when the gateway stops.")
+    state: str = Field(
+        default_factory=_default_state,
+        description="Where what was learned is kept: sqlite:///path, redis://host:port/db, or memory:.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_url(cls, url: str) -> str:
+        if url and not url.startswith(("http://", "https://", "unix:/")):
+            raise ValueError("must begin with http://, https:// or unix:/")
+        return url.rstrip("/")
+
+    @field_validator("state")
+    @classmethod
+    def _state_url(cls, url: str) -> str:
+        if url != "memory:" and not url.startswith(("sqlite:///", "redis://", "rediss://", "unix://")):
+            raise ValueError("must be sqlite:///path, redis://host:port/db, or memory:")
+        return url
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def _split(value: object) -> object:
+    return tuple(shlex.split(value)) if isinstance(value, str) else value
+
+
+class ServeSettings(GatewaySettings):
+    """`justitia serve`: the gateway and its own vLLM engine, on one machine."""
+
+    model: str = Field(
+        "tiny", description="Model to serve: a name or path that vLLM takes, or `tiny`, made on the spot."
+    )
+    runtime_dir: Path | None = Field(
+        None, description="Directory for sockets and the engine's log; default: a temporary one."
+    )
+    kv_blocks: int | None = Field(
+        None, ge=2, description="Blocks of KV cache; default: what the engine finds room for."
+    )
+    max_num_seqs: int | None = Field(None, ge=1, description="Tasks the engine runs at once; default: vLLM's.")
+    max_model_len: int | None = Field(None, ge=1, description="Longest sequence in tokens; default: the model's.")
+    engine_scheduler: Literal["justitia", "stock"] = Field(
+        "justitia", description="The engine's scheduler: ours, or vLLM's own with `priority` alone."
+    )
+    engine_args: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), description="Further arguments for vLLM, as one string."
+    )
+    engine_start_s: float = Field(600, gt=0, description="Seconds the engine is given to start.")
+
+
+Settings = TypeVar("Settings", bound=BaseSettings)
+
+
+def load(settings: type[Settings], arguments: list[str], *, program: str) -> Settings:
+    """The settings that flags, environment, file and defaults give together. Exits with 2 and a line on each that is wrong."""
+    _refuse_unknown_names(settings)
+    config = SettingsConfigDict(toml_file=_config_file(arguments), cli_prog_name=program)
+    with_file = type(settings.__name__, (settings,), {"model_config": config, "__doc__": settings.__doc__})
+    try:
+        return CliApp.run(with_file, cli_args=arguments)
+    except ValidationError as error:
+        wrong = [f"{program}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise SystemExit(_fail(*wrong)) from None
+
+
+def _config_file(arguments: list[str]) -> Path | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default=os.environ.get(f"{PREFIX}CONFIG"))
+    path = parser.parse_known_args(arguments)[0].config
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise SystemExit(_fail(f"config: no such file: {path}"))
+    return Path(path)
+
+
+def _refuse_unknown_names(settings: type[BaseSettings]) -> None:
+    """A variable that begins like ours and is no setting is a slip of the pen. Other commands' settings are let be."""
+    known = {
+        f"{of.model_config.get('env_prefix', '')}{name}".upper()
+        for of in (ServeSettings, settings)
+        for name in of.model_fields
+    }
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    unknown = [name for name in unknown if not name.startswith(OTHER_PREFIXES)]
+    if unknown:
+        raise SystemExit(_fail(*(f"environment: {name} is not a setting" for name in unknown)))
+
+
+def _fail(*lines: str) -> int:
+    print(*lines, sep="\n", file=sys.stderr)
+    return 2

@@ -1,0 +1,307 @@
+"""The queue's verbs and tags, with a fake clock, against cases worked by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.fairness import (
+    POLICIES,
+    AgentId,
+    FairQueue,
+    Iterations,
+    KvTokenIterations,
+    QueueError,
+    ReleaseLimits,
+    Task,
+    TaskId,
+)
+
+M = 100.0
+UNLIMITED = ReleaseLimits(beta=10)
+
+
+class Driver:
+    """A queue with a clock that is moved by hand."""
+
+    def __init__(self, policy: str = "justitia", limits: ReleaseLimits = UNLIMITED, capacity: float = M) -> None:
+        self.queue = FairQueue(POLICIES[policy](), limits)
+        self.now = Iterations(0.0)
+        self.queue.set_capacity(self.now, capacity)
+        self._ids = iter(range(1, 10_000))
+
+    def enqueue(
+        self, agent: str, cost: float, total: float | None = None, memory: float = 10, weight: float = 1
+    ) -> TaskId:
+        task = Task(TaskId(next(self._ids)), AgentId(agent), KvTokenIterations(cost), memory)
+        known = self.queue.agents.get(task.agent_id)
+        expected = total if total is not None else cost + (known.arrived if known else 0)
+        self.queue.enqueue(self.now, task, KvTokenIterations(expected), weight)
+        return task.id
+
+    def release(self, engine_waiting: int = 0) -> list[str]:
+        return [release.task.agent_id for release in self.queue.release(self.now, engine_waiting)]
+
+    def complete(self, task: TaskId, cost: float, total: float = 0) -> None:
+        self.queue.complete(self.now, task, KvTokenIterations(cost), KvTokenIterations(total))
+
+    def cancel(self, task: TaskId, cost: float = 0) -> None:
+        self.queue.cancel(self.now, task, KvTokenIterations(cost))
+
+    def tag(self, agent: str) -> float:
+        return self.queue.agents[AgentId(agent)].finish_tag
+
+    def backlog(self, agent: str) -> float:
+        return self.queue.backlog_tag(AgentId(agent))
+
+
+def test_known_fixture_the_cheaper_of_two_goes_first_with_both_branches() -> None:
+    queue = Driver()
+    for _ in range(2):
+        queue.enqueue("large", 50, total=100)
+    for _ in range(2):
+        queue.enqueue("small", 25, total=50)
+    assert (queue.tag("large"), queue.tag("small")) == (100, 50)
+    assert queue.release() == ["small", "small", "large", "large"]
+
+
+def test_fcfs_goes_by_arrival_of_the_task() -> None:
+    queue = Driver("fcfs")
+    queue.enqueue("large", 100)
+    queue.enqueue("small", 1)
+    queue.enqueue("large", 100)
+    assert queue.release() == ["large", "small", "large"]
+
+
+def test_a_later_agent_gets_its_tag_from_the_virtual_time_of_its_arrival() -> None:
+    queue = Driver()
+    queue.enqueue("first", 1000)
+    queue.now = Iterations(4)
+    queue.enqueue("second", 100)
+    assert queue.tag("second") == 4 * M + 100
+
+
+def test_the_tag_stands_still_while_tasks_of_a_known_agent_arrive() -> None:
+    queue = Driver()
+    queue.enqueue("a", 100, total=1000)
+    queue.release()
+    for now in (1, 2, 3):
+        queue.now = Iterations(now)
+        queue.enqueue("a", 200, total=77777)
+        assert queue.tag("a") == 1000
+
+
+def test_a_forming_agent_renews_its_prediction_with_each_task() -> None:
+    queue = Driver()
+    queue.enqueue("a", 10, total=20)
+    queue.enqueue("a", 10, total=500)
+    assert queue.tag("a") == 500
+    queue.enqueue("a", 10, total=300)
+    assert queue.tag("a") == 300
+
+
+def test_work_that_outgrows_the_prediction_moves_the_tag_back_by_the_difference() -> None:
+    queue = Driver()
+    queue.enqueue("a", 100, total=150)
+    queue.release()
+    queue.enqueue("a", 100, total=600)
+    assert queue.tag("a") == 600
+    queue.enqueue("a", 700, total=0)
+    assert queue.tag("a") == 900, "never below what has arrived"
+
+
+def test_a_true_cost_above_the_prediction_moves_the_tag_back() -> None:
+    queue = Driver()
+    task = queue.enqueue("a", 100, total=100)
+    queue.enqueue("a", 0, total=100)
+    queue.release()
+    queue.complete(task, 250, total=400)
+    assert queue.tag("a") == 400
+    assert queue.backlog("a") == 250
+
+
+def test_an_agent_that_waits_for_its_tool_is_neither_aged_nor_charged() -> None:
+    queue = Driver()
+    queue.enqueue("other", 10_000)
+    first = queue.enqueue("a", 100, total=300)
+    queue.release()
+    queue.now = Iterations(2)  # both have been given 100 each: a is idle in the reference
+    assert queue.tag("a") == 300
+    queue.complete(first, 100)
+    queue.now = Iterations(12)  # V: 100 + 10 iterations alone
+    queue.enqueue("a", 100, total=77777)
+    assert queue.tag("a") == 1100 + 200, "V plus what was left of it, 200"
+    assert queue.backlog("a") == 1100 + 100
+
+
+def test_a_cancelled_task_is_refunded_what_it_did_not_hold() -> None:
+    queue = Driver()
+    queue.enqueue("other", 1000)
+    waiting = queue.enqueue("a", 100, total=100)
+    assert queue.backlog("a") == 100
+    queue.cancel(waiting)
+    assert queue.backlog("a") == 0
+    assert queue.queue.agents[AgentId("a")].arrived == 0
+
+    held = queue.enqueue("a", 100, total=100)
+    queue.release()
+    queue.cancel(held, cost=30)
+    assert queue.backlog("a") == 30
+
+
+def test_weight_divides_cost() -> None:
+    queue = Driver()
+    queue.enqueue("light", 100)
+    queue.enqueue("heavy", 150, weight=2)
+    assert (queue.tag("light"), queue.tag("heavy")) == (100, 75)
+
+
+def test_the_end_of_a_busy_period_leaves_no_ghosts() -> None:
+    queue = Driver()
+    a = queue.enqueue("a", 500)
+    b = queue.enqueue("b", 300)
+    queue.release()
+    queue.complete(a, 500)
+    queue.complete(b, 300)
+    assert queue.queue.virtual_time == 500
+    queue.enqueue("late", 10)
+    assert queue.tag("late") == 510
+    queue.now = Iterations(0.05)
+    queue.queue.release(queue.now)
+    assert queue.queue.virtual_time == 505, "late is alone: slope M"
+
+
+def test_an_agent_that_comes_back_after_it_has_ended_does_not_get_ahead() -> None:
+    queue = Driver()
+    queue.enqueue("other", 10_000)
+    task = queue.enqueue("a", 1000)
+    queue.release()
+    queue.complete(task, 1000)
+    queue.queue.evict(queue.now, AgentId("a"))
+    queue.enqueue("a", 10)
+    assert queue.tag("a") == 1010, "the reference has not yet served what it was given"
+
+
+# Release
+
+
+def test_release_keeps_within_beta_m() -> None:
+    queue = Driver(limits=ReleaseLimits(beta=1.1))
+    for _ in range(5):
+        queue.enqueue("a", 1, memory=50)
+    assert len(queue.release()) == 2
+    assert queue.queue.memory_tokens == 100
+
+
+def test_the_head_is_not_overtaken_by_a_smaller_one_that_would_fit() -> None:
+    queue = Driver(limits=ReleaseLimits(beta=1.0))
+    queue.enqueue("a", 1, memory=80)
+    queue.enqueue("b", 2, memory=80)
+    queue.enqueue("c", 3, memory=10)
+    assert queue.release() == ["a"]
+
+
+def test_at_least_one_task_is_released_however_large() -> None:
+    queue = Driver()
+    queue.enqueue("a", 1, memory=100 * M)
+    assert queue.release(engine_waiting=99) == ["a"]
+
+
+def test_nothing_is_released_while_the_engine_has_a_queue_of_its_own() -> None:
+    queue = Driver(limits=ReleaseLimits(engine_waiting=2))
+    queue.enqueue("a", 1)
+    assert queue.release() == ["a"]
+    queue.enqueue("b", 1)
+    assert queue.release(engine_waiting=3) == []
+    assert queue.release(engine_waiting=2) == ["b"]
+
+
+def test_slots_limit_what_is_in_flight() -> None:
+    queue = Driver(limits=ReleaseLimits(beta=10, in_flight=2))
+    for _ in range(3):
+        queue.enqueue("a", 1)
+    assert len(queue.release()) == 2
+
+
+def test_a_task_that_holds_more_than_predicted_takes_the_room_it_holds() -> None:
+    queue = Driver(limits=ReleaseLimits(beta=1.0))
+    grown = queue.enqueue("a", 1, memory=10)
+    queue.release()
+    queue.queue.hold(grown, 95)
+    queue.queue.hold(grown, 50)  # an older word
+    queue.enqueue("b", 1, memory=10)
+    assert queue.release() == []
+    queue.complete(grown, 1)
+    assert queue.release() == ["b"]
+    assert queue.queue.memory_tokens == 10
+
+
+def test_a_requeued_task_waits_in_its_old_place() -> None:
+    queue = Driver()
+    first = queue.enqueue("a", 10)
+    queue.enqueue("a", 10)
+    queue.release()
+    queue.enqueue("b", 1000)
+    queue.enqueue("a", 0, total=0)
+    queue.queue.requeue(queue.now, first)
+    releases = queue.queue.release(queue.now)
+    assert releases[0].task.id == first
+    assert queue.queue.in_flight == 4
+
+
+def test_rank_goes_with_the_release() -> None:
+    queue = Driver()
+    queue.enqueue("a", 50, total=70)
+    assert queue.queue.release(queue.now)[0].rank == 70
+
+
+# Refusals change nothing
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda q: q.queue.complete(q.now, TaskId(2), KvTokenIterations(1), KvTokenIterations(1)),  # it waits
+        lambda q: q.queue.complete(q.now, TaskId(1), KvTokenIterations(float("nan")), KvTokenIterations(1)),
+        lambda q: q.queue.requeue(q.now, TaskId(2)),
+        lambda q: q.queue.reject(q.now, TaskId(1)),  # in flight
+        lambda q: q.queue.cancel(q.now, TaskId(99)),
+        lambda q: q.queue.cancel(q.now, TaskId(1), KvTokenIterations(-1)),
+        lambda q: q.queue.evict(q.now, AgentId("a")),
+        lambda q: q.queue.evict(q.now, AgentId("nobody")),
+        lambda q: q.queue.enqueue(q.now, Task(TaskId(1), AgentId("a"), KvTokenIterations(1), 1), KvTokenIterations(1)),
+        lambda q: q.queue.enqueue(q.now, Task(TaskId(9), AgentId("z"), KvTokenIterations(-1), 1), KvTokenIterations(1)),
+        lambda q: q.queue.enqueue(
+            q.now, Task(TaskId(9), AgentId("z"), KvTokenIterations(1), 1), KvTokenIterations(1), 0
+        ),
+        lambda q: q.queue.set_capacity(q.now, -1),
+        lambda q: q.queue.release(Iterations(q.now - 1)),
+    ],
+)
+def test_a_refused_call_changes_nothing(refused) -> None:  # type: ignore[no-untyped-def]
+    queue = Driver(limits=ReleaseLimits(beta=10, in_flight=1))
+    queue.enqueue("a", 10)
+    queue.enqueue("a", 10)
+    queue.now = Iterations(1)
+    queue.release()
+    before = _snapshot(queue)
+    with pytest.raises(QueueError):
+        refused(queue)
+    assert _snapshot(queue) == before
+
+
+def _snapshot(driver: Driver) -> object:
+    queue = driver.queue
+    agents = [
+        (a.id, a.predicted, a.arrived, a.finish_tag, a.forming, set(a.waiting), set(a.in_flight))
+        for a in queue.agents.values()
+    ]
+    return agents, queue.virtual_time, queue.waiting, queue.in_flight, queue.memory_tokens, queue.capacity_tokens
+
+
+def test_many_changes_leave_no_stale_entries_behind() -> None:
+    queue = Driver()
+    task = queue.enqueue("a", 1)
+    for total in range(2000):
+        queue.enqueue("b", 0, total=total)
+    assert len(queue.queue._order) < 100
+    queue.cancel(task)
