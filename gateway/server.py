@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from gateway.app import create_app
+from gateway.relay import Parts
 from gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class RunningGateway:
 
     def __init__(self, server: GatewayServer, url: str, served: asyncio.Task[None]) -> None:
         self.url = url
+        self.parts: Parts = server.config.app.state.parts  # type: ignore[union-attr]  # the FastAPI app that we made
         self.served = served
         self._server = server
 

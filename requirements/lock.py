@@ -7,6 +7,7 @@ install becomes one pinned line. The lists are installed with `--no-deps`, so wh
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,22 +26,13 @@ LEFT_OUT = {"cpu": {"torchvision", "torchaudio", "torchcodec"}}
 
 def resolve(kind: str) -> list[str]:
     target = f"{ROOT}[{KINDS[kind]}]" if KINDS[kind] else str(ROOT)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+    environment = dict(os.environ)
+    if kind == "gpu":
+        # Without this machine's own wheels, among which a CPU build of torch would be taken for the official one.
+        environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": ""}
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--dry-run",
-                "--ignore-installed",
-                "--report",
-                report.name,
-                target,
-            ],
-            check=True,
-        )
+        subprocess.run([*pip, "--report", report.name, target], check=True, env=environment)
         installs = json.loads(Path(report.name).read_text())["install"]
     pins = {entry["metadata"]["name"]: entry["metadata"]["version"] for entry in installs}
     left_out = LEFT_OUT.get(kind, set()) | {"justitia"}

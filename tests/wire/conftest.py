@@ -1,0 +1,84 @@
+"""A gateway on a real socket, before a scripted engine or the real one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from gateway.relay import Parts
+from gateway.server import RunningGateway, start_gateway
+from gateway.settings import GatewaySettings
+from tests.wire.scripted_engine import ScriptedEngine
+
+
+class GatewayUnderTest:
+    def __init__(self, running: RunningGateway, client: httpx.AsyncClient) -> None:
+        self.running = running
+        self.url = running.url
+        self.client = client
+
+    @property
+    def parts(self) -> Parts:
+        return self.running.parts
+
+    async def chat(self, agent: str | None = "a", *, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+        """A task; `fields` go over the body's."""
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], **fields}
+        sent = {**({"X-Agent-ID": agent} if agent else {}), **(headers or {})}
+        return await self.client.post("/v1/chat/completions", json=body, headers=sent)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Poll for what the gateway does by itself."""
+        import asyncio
+
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    def is_empty(self) -> bool:
+        queue = self.parts.queue
+        return queue.waiting == 0 and queue.in_flight == 0
+
+
+@asynccontextmanager
+async def running_gateway(**settings: Any) -> AsyncIterator[GatewayUnderTest]:
+    """Ready to serve when it is given, unless there is no engine."""
+    given = {"port": 0, "state": "memory:", "drain_s": 1, **settings}
+    running = await start_gateway(GatewaySettings(**given))
+    async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+        gateway = GatewayUnderTest(running, client)
+        try:
+            yield gateway
+        finally:
+            await running.stop()
+
+
+@pytest.fixture
+async def scripted() -> AsyncIterator[ScriptedEngine]:
+    async with ScriptedEngine().serving() as engine:
+        yield engine
+
+
+StartGateway = Callable[..., Awaitable[GatewayUnderTest]]
+
+
+@pytest.fixture
+async def start(scripted: ScriptedEngine) -> AsyncIterator[StartGateway]:
+    """Starts a gateway before the scripted engine, with the settings given."""
+    async with AsyncExitStack() as stack:
+
+        async def start_one(**settings: Any) -> GatewayUnderTest:
+            gateway = await stack.enter_async_context(running_gateway(engine=scripted.url, **settings))
+            await gateway.until(lambda: gateway.parts.engine.up and gateway.parts.engine.reporting)
+            return gateway
+
+        yield start_one
+
+
+@pytest.fixture
+async def gateway(start: StartGateway) -> GatewayUnderTest:
+    return await start()

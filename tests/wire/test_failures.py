@@ -1,0 +1,214 @@
+"""The client that leaves, the engine that dies, the queue that is full: nothing is lost, and the error is clear."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+
+from tests.wire.conftest import GatewayUnderTest, StartGateway, running_gateway
+from tests.wire.scripted_engine import ScriptedEngine, chunk, push, start as start_answer, wait_for_word
+
+
+async def stream_then_wait(body, send, engine) -> None:  # type: ignore[no-untyped-def]
+    await start_answer(send)
+    await push(send, chunk("first"))
+    await engine.go.wait()
+
+
+async def stream_then_break(body, send, engine) -> None:  # type: ignore[no-untyped-def]
+    """Ends the connection in the middle of the answer."""
+    await start_answer(send)
+    await push(send, chunk("first"))
+    await engine.go.wait()
+    send.__self__.transport.abort()  # uvicorn's request cycle: the connection is gone, as when a process is killed
+
+
+async def break_at_once(body, send, engine) -> None:  # type: ignore[no-untyped-def]
+    send.__self__.transport.abort()
+
+
+def outcomes(gateway: GatewayUnderTest) -> dict[str, float]:
+    return {
+        sample.labels["outcome"]: sample.value
+        for family in gateway.parts.metrics.registry.collect()
+        if family.name == "justitia_requests"
+        for sample in family.samples
+        if sample.name == "justitia_requests_total"
+    }
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_before_the_first_byte_frees_the_engine(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine, stream: bool
+) -> None:
+    scripted.default = wait_for_word
+    request = asyncio.create_task(gateway.chat(stream=stream))
+    await scripted.until(lambda engine: len(engine.bodies) == 1)
+    request.cancel()
+    await scripted.until(lambda engine: engine.left == 1)
+    await gateway.until(gateway.is_empty)
+    assert outcomes(gateway) == {"cancelled": 1}
+
+
+async def test_a_client_that_leaves_mid_stream_frees_the_engine_and_is_charged_what_it_held(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine
+) -> None:
+    scripted.default = stream_then_wait
+    async with gateway.client.stream(
+        "POST", "/v1/chat/completions", json={"stream": True, "messages": []}, headers={"X-Agent-ID": "a"}
+    ) as answer:
+        async for _ in answer.aiter_bytes():
+            break
+    await scripted.until(lambda engine: engine.left == 1)
+    await gateway.until(gateway.is_empty)
+    agent = gateway.parts.queue.agents["a"]
+    assert 0 < agent.arrived < 100, "one token of a prompt of a few bytes"
+    assert outcomes(gateway) == {"cancelled": 1}
+
+
+async def test_a_client_that_leaves_the_queue_is_gone_from_it_and_refunded(
+    start: StartGateway, scripted: ScriptedEngine
+) -> None:
+    gateway = await start(max_in_flight=1, max_engine_waiting=0)
+    scripted.default = wait_for_word
+    first = asyncio.create_task(gateway.chat("first"))
+    await scripted.until(lambda engine: len(engine.bodies) == 1)
+    second = asyncio.create_task(gateway.chat("second"))
+    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    second.cancel()
+    await gateway.until(lambda: gateway.parts.queue.waiting == 0)
+    assert gateway.parts.queue.agents["second"].arrived == 0
+    scripted.go.set()
+    assert (await first).status_code == 200
+    assert len(scripted.bodies) == 1, "it never reached the engine"
+
+
+async def test_a_full_queue_answers_429_with_retry_after(start: StartGateway, scripted: ScriptedEngine) -> None:
+    gateway = await start(max_in_flight=1, max_engine_waiting=0, max_waiting=1)
+    scripted.default = wait_for_word
+    kept = [asyncio.create_task(gateway.chat("a"))]
+    await scripted.until(lambda engine: len(engine.bodies) == 1)
+    kept.append(asyncio.create_task(gateway.chat("b")))
+    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    answer = await gateway.chat("c")
+    assert answer.status_code == 429
+    assert answer.json()["error"]["code"] == "queue_full"
+    assert 1 <= int(answer.headers["retry-after"]) <= 30
+    assert "c" not in gateway.parts.feedback.records
+    scripted.go.set()
+    assert [kept_answer.status_code for kept_answer in await asyncio.gather(*kept)] == [200, 200]
+
+
+async def test_a_task_that_waits_too_long_is_answered_504(start: StartGateway, scripted: ScriptedEngine) -> None:
+    gateway = await start(max_in_flight=1, max_engine_waiting=0, max_queue_s=0.2)
+    scripted.default = wait_for_word
+    first = asyncio.create_task(gateway.chat("first"))
+    await scripted.until(lambda engine: len(engine.bodies) == 1)
+    answer = await gateway.chat("second")
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "waited_too_long"
+    assert gateway.parts.queue.waiting == 0
+    scripted.go.set()
+    assert (await first).status_code == 200
+
+
+async def test_no_engine_is_answered_503_with_retry_after() -> None:
+    async with running_gateway(engine="unix:/tmp/no-engine-is-here.sock") as gateway:
+        answer = await gateway.chat()
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "no_engine"
+        assert int(answer.headers["retry-after"]) > 0
+        assert (await gateway.client.get("/ready")).status_code == 503
+        assert (await gateway.client.get("/health")).status_code == 200
+        assert (await gateway.client.get("/v1/models")).status_code == 503
+
+
+async def test_a_task_that_the_engine_lost_before_its_answer_is_sent_again_once_with_its_tag(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine
+) -> None:
+    scripted.answers = [break_at_once]
+    answer = await gateway.chat()
+    assert answer.status_code == 200
+    assert len(scripted.bodies) == 2
+    assert scripted.bodies[0]["priority"] == scripted.bodies[1]["priority"]
+    assert scripted.bodies[0]["vllm_xargs"] == scripted.bodies[1]["vllm_xargs"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_task_that_the_engine_loses_twice_is_answered_502(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine, stream: bool
+) -> None:
+    scripted.answers = [break_at_once, break_at_once]
+    answer = await gateway.chat(stream=stream)
+    assert answer.status_code == 502
+    assert answer.json()["error"]["code"] == "engine_lost"
+    assert gateway.is_empty()
+
+
+async def test_a_stream_that_breaks_ends_with_an_error_event_and_done(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine
+) -> None:
+    scripted.answers = [stream_then_break]
+    scripted.go.set()
+    answer = await gateway.chat(stream=True)
+    events = answer.content.split(b"\n\n")
+    assert events[0] + b"\n\n" == chunk("first")
+    assert b'"code":"engine_lost"' in events[1]
+    assert events[2] == b"data: [DONE]"
+    assert gateway.is_empty()
+    assert outcomes(gateway) == {"failed": 1}
+
+
+async def test_tasks_wait_while_the_engine_is_away_and_are_served_when_it_is_back() -> None:
+    async with ScriptedEngine(default=wait_for_word).serving() as engine:
+        port = int(engine.url.rpartition(":")[2])
+        async with running_gateway(engine=engine.url, max_in_flight=1, max_engine_waiting=0) as gateway:
+            await gateway.until(lambda: gateway.parts.engine.up)
+            requests = [asyncio.create_task(gateway.chat(f"a{number}")) for number in range(3)]
+            await engine.until(lambda engine: len(engine.bodies) == 1)
+            await gateway.until(lambda: gateway.parts.queue.waiting == 2)
+            engine.healthy = False
+            engine.default = break_at_once
+            await gateway.until(lambda: not gateway.parts.engine.up)
+            assert (await gateway.chat("new")).status_code == 503
+            engine.go.set()  # the first is answered all the same; the others must not be released
+            assert (await requests[0]).status_code == 200
+            assert gateway.parts.queue.waiting == 2
+            engine.default = wait_for_word
+            engine.healthy = True
+            assert [answer.status_code for answer in await asyncio.gather(*requests)] == [200] * 3
+    assert port
+
+
+async def test_a_gateway_that_stops_finishes_what_is_in_flight_and_hands_back_the_rest(
+    start: StartGateway, scripted: ScriptedEngine
+) -> None:
+    gateway = await start(max_in_flight=1, max_engine_waiting=0, drain_s=20)
+    scripted.default = wait_for_word
+    in_flight = asyncio.create_task(gateway.chat("first"))
+    await scripted.until(lambda engine: len(engine.bodies) == 1)
+    waiting = asyncio.create_task(gateway.chat("second"))
+    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    stopping = asyncio.create_task(gateway.running.stop())
+    handed_back = await waiting
+    assert handed_back.status_code == 503
+    assert handed_back.json()["error"]["code"] == "shutting_down"
+    assert not stopping.done()
+    scripted.go.set()
+    assert (await in_flight).status_code == 200
+    await stopping
+    with pytest.raises(httpx.ConnectError):
+        await gateway.client.get("/health")
+
+
+async def test_what_is_in_flight_is_cut_off_after_its_time(start: StartGateway, scripted: ScriptedEngine) -> None:
+    gateway = await start(drain_s=0.1)
+    scripted.default = wait_for_word
+    in_flight = asyncio.create_task(gateway.chat())
+    await scripted.until(lambda engine: len(engine.bodies) == 1)
+    async with asyncio.timeout(10):
+        await gateway.running.stop()
+    with pytest.raises(httpx.HTTPError):
+        (await in_flight).raise_for_status()

@@ -1,0 +1,183 @@
+"""What goes through, and how: bodies, streams, usage, headers, errors."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+
+from tests.wire.conftest import GatewayUnderTest, StartGateway
+from tests.wire.scripted_engine import DONE, ScriptedEngine, chunk, push, start, usage_chunk
+
+
+async def test_a_body_goes_through_with_our_fields_and_its_own_bytes(gateway: GatewayUnderTest, scripted: ScriptedEngine) -> None:
+    body = b'{"model": "tiny",  "messages": [ {"role":"user","content":"\\u00e9 1.0e2"} ], "temperature": 1.0e0, "seed": 7}'
+    answer = await gateway.client.post("/v1/chat/completions", content=body, headers={"X-Agent-ID": "a1"})
+    assert answer.status_code == 200
+    sent = scripted.bodies[0]
+    assert sent["priority"] > 0
+    assert sent["vllm_xargs"]["justitia_agent"] == "a1"
+    assert sent["vllm_xargs"]["justitia_task"] > 10**18
+    for untouched in (b'[ {"role":"user","content":"\\u00e9 1.0e2"} ]', b"1.0e0"):
+        assert untouched in scripted.raw[0]
+
+
+async def test_the_clients_own_xargs_and_stream_options_are_kept(gateway: GatewayUnderTest, scripted: ScriptedEngine) -> None:
+    await gateway.chat(stream=True, vllm_xargs={"mine": 1}, stream_options={"continuous_usage_stats": False})
+    assert scripted.bodies[0]["vllm_xargs"]["mine"] == 1
+    assert scripted.bodies[0]["stream_options"] == {"continuous_usage_stats": False, "include_usage": True}
+
+
+@pytest.mark.parametrize("asked", [True, False])
+async def test_usage_of_a_stream_is_shown_only_if_asked_for(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine, asked: bool
+) -> None:
+    fields = {"stream_options": {"include_usage": True}} if asked else {}
+    answer = await gateway.chat(stream=True, **fields)
+    assert scripted.bodies[0]["stream_options"]["include_usage"] is True
+    assert answer.content == chunk("hel") + chunk("lo") + (usage_chunk(10, 4) if asked else b"") + DONE
+    assert gateway.parts.feedback.records[next(iter(gateway.parts.feedback.records))].tasks[0].decode_tokens == 4
+
+
+async def test_a_stream_cut_anywhere_comes_out_whole(gateway: GatewayUnderTest, scripted: ScriptedEngine) -> None:
+    whole = chunk("a") + chunk("b") + usage_chunk(3, 2) + DONE
+
+    async def byte_by_byte(body, send, engine) -> None:  # type: ignore[no-untyped-def]
+        await start(send)
+        for place in range(0, len(whole), 7):
+            await push(send, whole[place : place + 7])
+        await push(send, b"", more=False)
+
+    scripted.answers.append(byte_by_byte)
+    answer = await gateway.chat(stream=True)
+    assert answer.content == chunk("a") + chunk("b") + DONE
+
+
+async def test_headers_tell_the_agent_and_its_place(gateway: GatewayUnderTest) -> None:
+    answer = await gateway.chat("run-17")
+    assert answer.headers["x-agent-id"] == "run-17"
+    assert answer.headers["x-agent-source"] == "x-agent-id"
+    assert float(answer.headers["x-justitia-queue-ms"]) >= 0
+    assert int(answer.headers["x-justitia-predicted-cost"]) > 0
+    assert int(answer.headers["x-justitia-finish-tag"]) > 0
+
+
+async def test_a_request_without_an_id_is_an_agent_of_its_own(gateway: GatewayUnderTest) -> None:
+    first, second = await gateway.chat(None), await gateway.chat(None)
+    assert first.headers["x-agent-source"] == "none"
+    assert first.headers["x-agent-id"] != second.headers["x-agent-id"]
+    assert (await gateway.client.get("/v1/agents")).json()["data"] == [], "and has ended with its only task"
+
+
+async def test_the_engines_own_errors_pass_through(gateway: GatewayUnderTest, scripted: ScriptedEngine) -> None:
+    async def refuse(body, send, engine) -> None:  # type: ignore[no-untyped-def]
+        await start(send, b"application/json", status=404)
+        await push(send, b'{"error": {"message": "no such model"}}', more=False)
+
+    scripted.answers.append(refuse)
+    answer = await gateway.chat()
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"] == "no such model"
+    assert gateway.is_empty()
+    assert gateway.parts.queue.agents["a"].arrived == 0, "a task that was refused costs nothing"
+
+
+async def test_models_are_the_engines(gateway: GatewayUnderTest) -> None:
+    assert (await gateway.client.get("/v1/models")).json() == {"object": "list", "data": []}
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "param"),
+    [
+        (b"{", {}, 400, None),
+        (b"[1]", {}, 400, None),
+        (b"\xff\xfe", {}, 400, None),
+        (b'{"stream": "yes"}', {}, 400, "stream"),
+        (b'{"n": 0}', {}, 400, "n"),
+        (b'{"n": 99999}', {}, 400, "n"),
+        (b'{"vllm_xargs": 3}', {}, 400, "vllm_xargs"),
+        (b'{"max_tokens": -4}', {}, 400, "max_tokens"),
+        (b'{"prompt_cache_key": 5}', {}, 400, "prompt_cache_key"),
+        (b"{}", {"X-Agent-ID": "x" * 256}, 400, "x-agent-id"),
+        (b"{}", {"X-Agent-ID": ""}, 400, "x-agent-id"),
+        (b"{}", {"X-Agent-Class": "two words"}, 400, "x-agent-class"),
+        (b"{}", {"X-Agent-Final": "perhaps"}, 400, "x-agent-final"),
+        (b" " * 2_000_000, {}, 413, None),
+    ],
+)
+async def test_bad_input_gets_a_clear_error_in_openais_shape(
+    start: StartGateway, scripted: ScriptedEngine, content: bytes, headers: dict[str, str], status: int, param: str | None
+) -> None:
+    gateway = await start(max_body_mib=1)
+    answer = await gateway.client.post("/v1/chat/completions", content=content, headers=headers)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert scripted.bodies == []
+    assert gateway.is_empty()
+
+
+async def test_a_body_without_a_length_is_limited_too(start: StartGateway) -> None:
+    gateway = await start(max_body_mib=1)
+
+    async def endless():  # type: ignore[no-untyped-def]
+        for _ in range(100):
+            yield b" " * 65536
+
+    answer = await gateway.client.post("/v1/chat/completions", content=endless())
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nowhere", 404), ("GET", "/v1/completions", 405)])
+async def test_unknown_paths_are_answered_in_openais_shape(
+    gateway: GatewayUnderTest, method: str, path: str, status: int
+) -> None:
+    answer = await gateway.client.request(method, path)
+    assert answer.status_code == status
+    assert "message" in answer.json()["error"]
+
+
+async def test_sizes_of_a_batch_are_charged_by_sequence(gateway: GatewayUnderTest, scripted: ScriptedEngine) -> None:
+    body = {"model": "tiny", "prompt": ["one", "two"], "n": 2, "max_tokens": 5}
+    await gateway.client.post("/v1/completions", json=body, headers={"X-Agent-ID": "a"})
+    task = gateway.parts.feedback.records["a"].tasks[0]
+    assert (task.prompts, task.sequences) == (2, 4)
+    assert task.cost == 4 * (5 * 1 + 1)  # usage: 10 prompt tokens over 2 prompts, 4 decoded over 4 sequences
+
+
+async def test_many_connections_at_once(gateway: GatewayUnderTest) -> None:
+    limits = httpx.Limits(max_connections=300)
+    async with httpx.AsyncClient(base_url=gateway.url, limits=limits, timeout=60) as client:
+        import asyncio
+
+        async def one(number: int) -> int:
+            body = {"model": "tiny", "messages": [], "stream": number % 2 == 0}
+            return (await client.post("/v1/chat/completions", json=body, headers={"X-Agent-ID": f"a{number}"})).status_code
+
+        assert set(await asyncio.gather(*(one(number) for number in range(300)))) == {200}
+    await gateway.until(gateway.is_empty)
+
+
+async def test_agents_are_listed_in_the_order_of_their_turn(start: StartGateway, scripted: ScriptedEngine) -> None:
+    import asyncio
+
+    from tests.wire.scripted_engine import wait_for_word
+
+    gateway = await start(max_in_flight=1, max_engine_waiting=0)
+    scripted.default = wait_for_word
+    requests = [asyncio.create_task(gateway.chat("first"))]
+    await scripted.until(lambda engine: len(engine.bodies) == 1)
+    for agent, length in (("large", 5000), ("small", 5)):
+        requests.append(asyncio.create_task(gateway.chat(agent, messages=[{"role": "user", "content": "x" * length}])))
+    await gateway.until(lambda: gateway.parts.queue.waiting == 2)
+    listed = (await gateway.client.get("/v1/agents")).json()
+    assert [(agent["id"], agent["state"], agent["position"]) for agent in listed["data"]] == [
+        ("small", "waiting", 0),
+        ("large", "waiting", 1),
+        ("first", "running", None),
+    ]
+    scripted.go.set()
+    assert [answer.status_code for answer in await asyncio.gather(*requests)] == [200, 200, 200]
+    assert [json.loads(raw)["vllm_xargs"]["justitia_agent"] for raw in scripted.raw] == ["first", "small", "large"]
