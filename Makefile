@@ -20,14 +20,14 @@ READY = .venv/.ready-$(KIND)
 
 setup: $(READY)
 
-$(READY): requirements/$(KIND).txt pyproject.toml
+$(READY): requirements/$(KIND).txt requirements/dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	@echo "setting up .venv for a $(KIND) machine: some gigabytes, some minutes, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) install --upgrade pip
 	@$(PIP) install --no-deps -r requirements/$(KIND).txt || \
 		{ test $(KIND) = cpu && $(PIP) install --no-deps --extra-index-url $(TORCH_CPU_INDEX) -r requirements/cpu.txt; }
-	@$(PIP) install --no-deps --editable .
+	@$(PIP) install --no-deps -r requirements/dev.txt --editable .
 	@touch $@
 	@echo "set up"
 
@@ -54,6 +54,7 @@ lock:
 	$(BIN)/python requirements/lock.py cpu
 	$(BIN)/python requirements/lock.py gpu
 	$(BIN)/python requirements/lock.py gateway
+	$(BIN)/python requirements/lock.py dev
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-results dist

@@ -85,7 +85,7 @@ class EngineView:
                     values[sample.name] = values.get(sample.name, 0.0) + sample.value
         iteration = values.get("vllm:iteration_tokens_total_count", 0.0)
         if self._life is None or iteration < self._iteration:
-            self._begin_life(f"metrics-{self.restarts}")
+            self._begin_life(f"metrics-{self.restarts + (self._life is not None)}")
         self._count(iteration, int(values.get("vllm:num_preemptions_total", 0)))
         self.running = int(values.get("vllm:num_requests_running", 0))
         self.waiting = int(values.get("vllm:num_requests_waiting", 0))

@@ -1,4 +1,4 @@
-"""Writes the full pinned lists in this folder: `python requirements/lock.py cpu|gpu|gateway`.
+"""Writes the full pinned lists in this folder: `python requirements/lock.py cpu|gpu|gateway|dev`.
 
 pip resolves the project's own metadata (`--dry-run --report`, nothing is installed) and every distribution it would
 install becomes one pinned line. The lists are installed with `--no-deps`, so what is left out here stays out.
@@ -14,18 +14,15 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = {
-    "cpu": "cpu,demo,dev",
-    "gpu": "gpu,demo,dev",
-    "gateway": "",
-}
+EXTRAS = {"cpu": "cpu,demo", "gpu": "gpu,demo", "gateway": "", "dev": "cpu,demo,dev"}
 # vLLM's CPU build asks for these three. Their published builds are for CUDA, break `import transformers` beside a CPU
 # torch, and serve images, sound and video, which text models do not need.
-LEFT_OUT = {"cpu": {"torchvision", "torchaudio", "torchcodec"}}
+LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 
 
 def resolve(kind: str) -> list[str]:
-    target = f"{ROOT}[{KINDS[kind]}]" if KINDS[kind] else str(ROOT)
+    """`name==version` of all that the project and its extras for this kind need."""
+    target = f"{ROOT}[{EXTRAS[kind]}]" if EXTRAS[kind] else str(ROOT)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
     environment = dict(os.environ)
     if kind == "gpu":
@@ -35,7 +32,7 @@ def resolve(kind: str) -> list[str]:
         subprocess.run([*pip, "--report", report.name, target], check=True, env=environment)
         installs = json.loads(Path(report.name).read_text())["install"]
     pins = {entry["metadata"]["name"]: entry["metadata"]["version"] for entry in installs}
-    left_out = LEFT_OUT.get(kind, set()) | {"justitia"}
+    left_out = {"justitia"} | (set() if kind == "gpu" else LEFT_OUT)
     return [
         f"{name}=={version}"
         for name, version in sorted(pins.items(), key=lambda pin: pin[0].lower())
@@ -44,10 +41,14 @@ def resolve(kind: str) -> list[str]:
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1] not in KINDS:
-        raise SystemExit(f"usage: {sys.argv[0]} {'|'.join(KINDS)}")
+    if len(sys.argv) != 2 or sys.argv[1] not in EXTRAS:
+        raise SystemExit(f"usage: {sys.argv[0]} {'|'.join(EXTRAS)}")
     kind = sys.argv[1]
-    lines = [f"# Made by requirements/lock.py {kind}; install with --no-deps.", *resolve(kind)]
+    pins = resolve(kind)
+    if kind == "dev":  # only what comes on top of a machine's own list
+        runtime = (ROOT / "requirements" / "cpu.txt").read_text().splitlines()
+        pins = [pin for pin in pins if pin not in runtime]
+    lines = [f"# Made by requirements/lock.py {kind}; install with --no-deps.", *pins]
     (ROOT / "requirements" / f"{kind}.txt").write_text("\n".join(lines) + "\n")
 
 

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from engine.link import PROTOCOL, Hello, Holding, Report
+from gateway.capacity import EngineView
+
+
+def hello(life: str = "one") -> Hello:
+    return Hello(PROTOCOL, life, "0.32.0", total_blocks=127, block_size=32, max_num_seqs=64, max_model_len=2048)
+
+
+def report(iteration: int, life: str = "one", preempted: int = 0) -> Report:
+    return Report(life, iteration, free_blocks=100, running=2, waiting=1, preempted=preempted, held={7: Holding(50, 3)})
+
+
+def test_a_report_before_hello_is_not_counted() -> None:
+    view = EngineView()
+    view.hear(report(5))
+    assert view.iterations == 0
+    assert not view.reporting
+
+
+def test_hello_and_report_tell_capacity_clock_and_what_is_held() -> None:
+    view = EngineView()
+    view.hear(hello())
+    view.hear(report(5))
+    assert view.capacity_tokens == 127 * 32
+    assert view.max_num_seqs == 64
+    assert (view.now, view.running, view.waiting, view.held_tokens) == (5, 2, 1, 27 * 32)
+    assert view.held[7].output_tokens == 3
+
+
+def test_the_clock_goes_on_over_restarts_and_never_back() -> None:
+    view = EngineView()
+    view.hear(hello())
+    view.hear(report(100, preempted=4))
+    view.hear(report(99))  # late
+    assert view.now == 100
+    view.lost()
+    assert view.held == {}
+    view.hear(hello("two"))
+    view.hear(report(101, "one"))  # of the engine that is gone
+    view.hear(report(10, "two", preempted=1))
+    assert (view.now, view.preempted, view.restarts) == (110, 5, 1)
+
+
+def test_what_the_settings_declare_goes_over_what_the_engine_says() -> None:
+    view = EngineView(declared_capacity_tokens=1000, declared_max_num_seqs=3)
+    view.hear(hello())
+    assert (view.capacity_tokens, view.max_num_seqs) == (1000, 3)
+
+
+METRICS = """\
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{{block_size="16",num_gpu_blocks="459",engine="0"}} 1.0
+# TYPE vllm:iteration_tokens_total histogram
+vllm:iteration_tokens_total_bucket{{engine="0",le="+Inf"}} {iterations}
+vllm:iteration_tokens_total_count{{engine="0"}} {iterations}
+vllm:num_requests_running{{engine="0"}} 3.0
+vllm:num_requests_waiting{{engine="0"}} 2.0
+vllm:kv_cache_usage_perc{{engine="0"}} 0.5
+# TYPE vllm:num_preemptions counter
+vllm:num_preemptions_total{{engine="0"}} 6.0
+vllm:num_preemptions_created{{engine="0"}} 1.7e9
+"""
+
+
+def test_a_stock_engine_is_read_from_its_metrics() -> None:
+    view = EngineView()
+    view.read_metrics(METRICS.format(iterations=40))
+    view.read_metrics(METRICS.format(iterations=50))
+    assert view.capacity_tokens == 459 * 16
+    assert (view.now, view.running, view.waiting, view.preempted) == (50, 3, 2, 6)
+    assert view.held_tokens == 459 * 16 / 2
+    view.read_metrics(METRICS.format(iterations=8))
+    assert (view.now, view.restarts) == (58, 1)
