@@ -13,6 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.link import Hello, Holding, Message, Report
 from gateway.fairness import Iterations
 
+SILENCE_S = 5.0
+
 
 @dataclass(slots=True)
 class EngineView:
@@ -22,7 +24,8 @@ class EngineView:
     declared_max_num_seqs: int | None = None
     up: bool = False  # it answered when it was last asked
     suspect: bool = False  # a task has just been lost: nothing is released until the engine has answered again
-    reporting: bool = False  # the link, or /metrics, has said who the engine is
+    reporting: bool = False  # the link, or /metrics, speaks, and has said who the engine is
+    heard_s: float = 0.0  # when it last did, on a monotonic clock
     iterations: float = 0.0  # τ, over all lives of the engine
     engine_capacity_tokens: float = 0.0
     engine_max_num_seqs: int | None = None
@@ -61,8 +64,14 @@ class EngineView:
         self.held_tokens = 0.0
         self.held = {}
 
-    def hear(self, message: Message) -> None:
+    def silent(self, now_s: float) -> None:
+        """The link repeats itself when nothing changes; after a while without a word it counts as lost."""
+        if now_s - self.heard_s > SILENCE_S:
+            self.reporting = False
+
+    def hear(self, message: Message, now_s: float) -> None:
         """A message from the link. Reports of an engine that has not said hello are not counted."""
+        self.heard_s = now_s
         if isinstance(message, Hello):
             self._begin_life(message.engine_id)
             self.reporting = True
@@ -70,10 +79,12 @@ class EngineView:
             self.engine_max_num_seqs = message.max_num_seqs
             self._blocks, self._block_size = message.total_blocks, message.block_size
         elif message.engine_id == self._life:
+            self.reporting = True
             self._hear_report(message)
 
-    def read_metrics(self, exposition: str) -> None:
+    def read_metrics(self, exposition: str, now_s: float) -> None:
         """A stock vLLM's `/metrics`, for what can be had of it."""
+        self.heard_s = now_s
         values: dict[str, float] = {}
         for family in text_string_to_metric_families(exposition):
             for sample in family.samples:

@@ -18,7 +18,7 @@ from engine.hints import Hints, to_tag
 from gateway.body import Body
 from gateway.capacity import EngineView
 from gateway.engine_client import Answer, EngineClient, EngineUnreachable
-from gateway.errors import EngineLost, GatewayError, Outcome
+from gateway.errors import EngineLost, GatewayError, Outcome, ShuttingDown
 from gateway.estimate import Estimate, estimate_agent
 from gateway.fairness import AgentId, FairQueue, KvTokenIterations, Release, Task, TaskId
 from gateway.feedback import AgentRecord, Feedback
@@ -87,8 +87,11 @@ class TaskResponse(Response):
         try:
             await self._serve(send)
         except asyncio.CancelledError:
+            if not self._left:  # the gateway ends
+                await self._send_error(ShuttingDown("the gateway is shutting down", retry_after_s=1), send)
+                raise
             self._outcome = Outcome.CANCELLED
-            if not self._left or serving.uncancel():
+            if serving.uncancel():
                 raise
         finally:
             watch.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 
 from engine.link import LinkError, LinkSubscriber, Report
@@ -29,6 +30,7 @@ async def watch_health(parts: Parts) -> None:
             parts.engine.answered()
         else:
             parts.engine.lost()
+        parts.engine.silent(time.monotonic())
         parts.dispatcher.engine_changed()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HEALTH_S):
@@ -42,7 +44,7 @@ async def follow_link(parts: Parts, address: str) -> None:
         async for message in link.messages():
             if isinstance(message, Report):
                 parts.metrics.link_reported()
-            _heard(parts, lambda message=message: parts.engine.hear(message))  # type: ignore[misc]
+            _heard(parts, lambda message=message: parts.engine.hear(message, time.monotonic()))  # type: ignore[misc]
     except LinkError as error:
         logger.error("the link is closed, and the engine's reports are not heard: %s", error)
         parts.engine.reporting = False
@@ -55,7 +57,7 @@ async def poll_metrics(parts: Parts) -> None:
     while True:
         with contextlib.suppress(EngineUnreachable):
             exposition = (await parts.client.get("/metrics")).text
-            _heard(parts, lambda exposition=exposition: parts.engine.read_metrics(exposition))  # type: ignore[misc]
+            _heard(parts, lambda exposition=exposition: parts.engine.read_metrics(exposition, time.monotonic()))  # type: ignore[misc]
         await asyncio.sleep(METRICS_S)
 
 

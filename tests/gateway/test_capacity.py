@@ -14,15 +14,15 @@ def report(iteration: int, life: str = "one", preempted: int = 0) -> Report:
 
 def test_a_report_before_hello_is_not_counted() -> None:
     view = EngineView()
-    view.hear(report(5))
+    view.hear(report(5), 0)
     assert view.iterations == 0
     assert not view.reporting
 
 
 def test_hello_and_report_tell_capacity_clock_and_what_is_held() -> None:
     view = EngineView()
-    view.hear(hello())
-    view.hear(report(5))
+    view.hear(hello(), 0)
+    view.hear(report(5), 0)
     assert view.capacity_tokens == 127 * 32
     assert view.max_num_seqs == 64
     assert (view.now, view.running, view.waiting, view.held_tokens) == (5, 2, 1, 27 * 32)
@@ -31,21 +31,21 @@ def test_hello_and_report_tell_capacity_clock_and_what_is_held() -> None:
 
 def test_the_clock_goes_on_over_restarts_and_never_back() -> None:
     view = EngineView()
-    view.hear(hello())
-    view.hear(report(100, preempted=4))
-    view.hear(report(99))  # late
+    view.hear(hello(), 0)
+    view.hear(report(100, preempted=4), 0)
+    view.hear(report(99), 0)  # late
     assert view.now == 100
     view.lost()
     assert view.held == {}
-    view.hear(hello("two"))
-    view.hear(report(101, "one"))  # of the engine that is gone
-    view.hear(report(10, "two", preempted=1))
+    view.hear(hello("two"), 0)
+    view.hear(report(101, "one"), 0)  # of the engine that is gone
+    view.hear(report(10, "two", preempted=1), 0)
     assert (view.now, view.preempted, view.restarts) == (110, 5, 1)
 
 
 def test_what_the_settings_declare_goes_over_what_the_engine_says() -> None:
     view = EngineView(declared_capacity_tokens=1000, declared_max_num_seqs=3)
-    view.hear(hello())
+    view.hear(hello(), 0)
     assert (view.capacity_tokens, view.max_num_seqs) == (1000, 3)
 
 
@@ -66,10 +66,21 @@ vllm:num_preemptions_created{{engine="0"}} 1.7e9
 
 def test_a_stock_engine_is_read_from_its_metrics() -> None:
     view = EngineView()
-    view.read_metrics(METRICS.format(iterations=40))
-    view.read_metrics(METRICS.format(iterations=50))
+    view.read_metrics(METRICS.format(iterations=40), 0)
+    view.read_metrics(METRICS.format(iterations=50), 0)
     assert view.capacity_tokens == 459 * 16
     assert (view.now, view.running, view.waiting, view.preempted) == (50, 3, 2, 6)
     assert view.held_tokens == 459 * 16 / 2
-    view.read_metrics(METRICS.format(iterations=8))
+    view.read_metrics(METRICS.format(iterations=8), 0)
     assert (view.now, view.restarts) == (58, 1)
+
+
+def test_a_link_that_falls_silent_is_said_to_be() -> None:
+    view = EngineView()
+    view.hear(hello(), 100)
+    view.silent(104)
+    assert view.reporting
+    view.silent(106)
+    assert not view.reporting
+    view.hear(report(5), 107)
+    assert view.reporting

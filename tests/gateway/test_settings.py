@@ -68,7 +68,9 @@ def test_an_unknown_name_in_the_file_is_an_error(tmp_path: Path, capsys: pytest.
 
 
 def test_engine_arguments_are_split_as_a_shell_would() -> None:
-    given = load(ServeSettings, ["--engine-args", "--dtype float16 --chat-template 'my file'"], program="justitia serve")
+    given = load(
+        ServeSettings, ["--engine-args", "--dtype float16 --chat-template 'my file'"], program="justitia serve"
+    )
     assert given.engine_args == ("--dtype", "float16", "--chat-template", "my file")
 
 

@@ -25,7 +25,9 @@ class GatewayUnderTest:
     def parts(self) -> Parts:
         return self.running.parts
 
-    async def chat(self, agent: str | None = "a", *, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+    async def chat(
+        self, agent: str | None = "a", *, headers: dict[str, str] | None = None, **fields: Any
+    ) -> httpx.Response:
         """A task; `fields` go over the body's."""
         body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], **fields}
         sent = {**({"X-Agent-ID": agent} if agent else {}), **(headers or {})}

@@ -19,11 +19,19 @@ Answer = Callable[[dict[str, Any], Send, "ScriptedEngine"], Awaitable[None]]
 
 
 def chunk(text: str) -> bytes:
-    return b"data: " + json.dumps({"choices": [{"index": 0, "delta": {"content": text}}]}, separators=(",", ":")).encode() + b"\n\n"
+    return (
+        b"data: "
+        + json.dumps({"choices": [{"index": 0, "delta": {"content": text}}]}, separators=(",", ":")).encode()
+        + b"\n\n"
+    )
 
 
 def usage_chunk(prompt: int, completion: int, cached: int = 0) -> bytes:
-    usage = {"prompt_tokens": prompt, "completion_tokens": completion, "prompt_tokens_details": {"cached_tokens": cached}}
+    usage = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
     return b"data: " + json.dumps({"choices": [], "usage": usage}, separators=(",", ":")).encode() + b"\n\n"
 
 
@@ -117,7 +125,9 @@ class ScriptedEngine:
 
     @asynccontextmanager
     async def serving(self, port: int = 0) -> AsyncIterator[ScriptedEngine]:
-        config = uvicorn.Config(self, port=port, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=0)
+        config = uvicorn.Config(
+            self, port=port, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=0
+        )
         server = uvicorn.Server(config)
         server.capture_signals = nullcontext  # type: ignore[method-assign]
         task = asyncio.create_task(server.serve())

@@ -11,7 +11,9 @@ from tests.wire.conftest import GatewayUnderTest, StartGateway
 from tests.wire.scripted_engine import DONE, ScriptedEngine, chunk, push, start, usage_chunk
 
 
-async def test_a_body_goes_through_with_our_fields_and_its_own_bytes(gateway: GatewayUnderTest, scripted: ScriptedEngine) -> None:
+async def test_a_body_goes_through_with_our_fields_and_its_own_bytes(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine
+) -> None:
     body = b'{"model": "tiny",  "messages": [ {"role":"user","content":"\\u00e9 1.0e2"} ], "temperature": 1.0e0, "seed": 7}'
     answer = await gateway.client.post("/v1/chat/completions", content=body, headers={"X-Agent-ID": "a1"})
     assert answer.status_code == 200
@@ -23,7 +25,9 @@ async def test_a_body_goes_through_with_our_fields_and_its_own_bytes(gateway: Ga
         assert untouched in scripted.raw[0]
 
 
-async def test_the_clients_own_xargs_and_stream_options_are_kept(gateway: GatewayUnderTest, scripted: ScriptedEngine) -> None:
+async def test_the_clients_own_xargs_and_stream_options_are_kept(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine
+) -> None:
     await gateway.chat(stream=True, vllm_xargs={"mine": 1}, stream_options={"continuous_usage_stats": False})
     assert scripted.bodies[0]["vllm_xargs"]["mine"] == 1
     assert scripted.bodies[0]["stream_options"] == {"continuous_usage_stats": False, "include_usage": True}
@@ -107,7 +111,12 @@ async def test_models_are_the_engines(gateway: GatewayUnderTest) -> None:
     ],
 )
 async def test_bad_input_gets_a_clear_error_in_openais_shape(
-    start: StartGateway, scripted: ScriptedEngine, content: bytes, headers: dict[str, str], status: int, param: str | None
+    start: StartGateway,
+    scripted: ScriptedEngine,
+    content: bytes,
+    headers: dict[str, str],
+    status: int,
+    param: str | None,
 ) -> None:
     gateway = await start(max_body_mib=1)
     answer = await gateway.client.post("/v1/chat/completions", content=content, headers=headers)
@@ -154,7 +163,9 @@ async def test_many_connections_at_once(gateway: GatewayUnderTest) -> None:
 
         async def one(number: int) -> int:
             body = {"model": "tiny", "messages": [], "stream": number % 2 == 0}
-            return (await client.post("/v1/chat/completions", json=body, headers={"X-Agent-ID": f"a{number}"})).status_code
+            return (
+                await client.post("/v1/chat/completions", json=body, headers={"X-Agent-ID": f"a{number}"})
+            ).status_code
 
         assert set(await asyncio.gather(*(one(number) for number in range(300)))) == {200}
     await gateway.until(gateway.is_empty)
