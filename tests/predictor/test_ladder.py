@@ -76,7 +76,9 @@ def test_the_total_grows_with_the_agent() -> None:
     ladder = taught(small, small, small, large)
     assert ladder.predict_agent(progress("a", tasks=2, cost=10)) == large.cost, "a small one has one task only"
     assert ladder.predict_agent(progress("a", tasks=1, cost=small.cost + 1)) == large.cost
-    assert ladder.predict_agent(progress("a", tasks=4, cost=1000)) == 1500, "past all of its kind: what came, and half of it"
+    assert ladder.predict_agent(progress("a", tasks=4, cost=1000)) == 1500, (
+        "past all of its kind: what came, and half of it"
+    )
 
 
 def test_only_the_last_agents_are_remembered() -> None:
@@ -100,7 +102,10 @@ def test_an_agent_without_tasks_teaches_nothing() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.lists(st.integers(0, 10**6), min_size=1, max_size=4)), max_size=8),
+    st.lists(
+        st.tuples(st.sampled_from(["a", "b", None]), st.lists(st.integers(0, 10**6), min_size=1, max_size=4)),
+        max_size=8,
+    ),
     st.sampled_from(["a", "c", None]),
     st.integers(0, 10**9),
     st.floats(0, 1e15),

@@ -51,7 +51,7 @@ async def running_gateway(**settings: Any) -> AsyncIterator[GatewayUnderTest]:
     """Ready to serve when it is given, unless there is no engine."""
     given = {"port": 0, "state": "memory:", "drain_s": 1, **settings}
     running = await start_gateway(GatewaySettings(**given))
-    async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=running.url, timeout=120) as client:
         gateway = GatewayUnderTest(running, client)
         try:
             yield gateway
