@@ -1,0 +1,95 @@
+"""Writes the pages of this folder from the code: `python docs/reference/generate.py`. A test says when they are out of date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from gateway.errors import GatewayError, Outcome
+from gateway.metrics import Metrics
+from gateway.settings import PREFIX, GatewaySettings, ServeSettings
+
+HERE = Path(__file__).resolve().parent
+NOTE = "<!-- Made by generate.py from the code. -->"
+
+
+def settings_page() -> str:
+    def table(settings: type[GatewaySettings], leave_out: set[str]) -> list[str]:
+        lines = ["| flag | environment | default | |", "|---|---|---|---|"]
+        for name, field in settings.model_fields.items():
+            if name not in leave_out:
+                flag = f"`--{name.replace('_', '-')}`"
+                default = _default(name, field.get_default(call_default_factory=False), bool(field.default_factory))
+                lines.append(f"| {flag} | `{PREFIX}{name.upper()}` | {default} | {field.description} |")
+        return lines
+
+    return "\n".join(
+        [
+            NOTE,
+            "# Settings",
+            "",
+            "A flag goes over the environment, over a line of a TOML file (named as the flag, with `_` for `-`), over the",
+            "default. An unknown name is an error in all three.",
+            "",
+            "## `justitia gateway` and `justitia serve`",
+            "",
+            *table(GatewaySettings, set()),
+            "",
+            "## `justitia serve` only",
+            "",
+            "`--engine` and `--link` are its own engine's, whatever is given.",
+            "",
+            *table(ServeSettings, set(GatewaySettings.model_fields)),
+            "",
+        ]
+    )
+
+
+def _default(name: str, default: Any, made: bool) -> str:
+    if made:
+        return {"state": "`sqlite:///…/state.db` in `$XDG_STATE_HOME/justitia`"}[name]
+    return "" if default in (None, "", ()) else f"`{default}`"
+
+
+def metrics_page() -> str:
+    registry = CollectorRegistry()
+    Metrics(registry, version="", policy="")
+    lines = [NOTE, "# Metrics", "", "Labels with a class hold at most 1,000 classes; later ones are `other`.", ""]
+    lines += ["| name | kind | labels | |", "|---|---|---|---|"]
+    collectors = registry._collector_to_names  # the only list of collectors with their labels
+    for collector in collectors:
+        described: Any = collector
+        (family,) = described.describe()
+        suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
+        labels = ", ".join(f"`{label}`" for label in described._labelnames)
+        lines.append(f"| `{family.name}{suffix}` | {family.type} | {labels} | {family.documentation} |")
+    return "\n".join([*lines, ""])
+
+
+def errors_page() -> str:
+    lines = [
+        NOTE,
+        "# Errors and outcomes",
+        "",
+        "Every error of the gateway has OpenAI's shape:",
+        '`{"error": {"message", "type", "param", "code"}}`. What the engine answers passes through as it is. A stream',
+        'that fails after its first byte ends with an event `data: {"error": …}` and `data: [DONE]`.',
+        "",
+        "| status | code | type | outcome |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {error.status} | `{error.code}` | `{error.type}` | `{error.outcome}` |"
+        for error in sorted(GatewayError.__subclasses__(), key=lambda error: (error.status, error.code))
+    ]
+    lines += ["", "Outcomes, as the label of metrics: " + ", ".join(f"`{outcome}`" for outcome in Outcome) + ".", ""]
+    return "\n".join(lines)
+
+
+PAGES = {"settings.md": settings_page, "metrics.md": metrics_page, "errors.md": errors_page}
+
+if __name__ == "__main__":
+    for page, make in PAGES.items():
+        (HERE / page).write_text(make())
