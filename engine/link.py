@@ -6,16 +6,16 @@ engine iteration (and after an abort) follows another report. A report is the wh
 so a lost one costs nothing, and the engine keeps no more than one to send. The last one is repeated every second: it
 may have been the one that was lost, and an engine that falls silent is not idle but gone.
 
-ZeroMQ's sockets belong to one thread each, and the scheduler's has no time for subscribers. So a thread of the
-publisher's own owns the socket, and `publish` only leaves the report where that thread finds it: some microseconds,
-whatever the other end does.
+Two threads use the engine's socket, one at a time: the scheduler's, which sends when it has something to tell, and one
+of the publisher's own, which greets and repeats while the scheduler has nothing to do. ZeroMQ allows that under a lock,
+and the scheduler never waits for it. A thread that did all the sending was tried: the engine's main thread holds
+Python's interpreter lock nearly all the time, and reports came up to 0.7 s late.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import logging
-import socket
 import threading
 from collections.abc import AsyncIterator
 
@@ -26,9 +26,9 @@ import zmq.asyncio
 PROTOCOL = 1
 # Reports that may wait in ZeroMQ for a slow gateway before new ones are dropped.
 SEND_HIGH_WATER_MARK = 64
-REPEAT_INTERVAL_S = 1.0
-# How long `close` waits for the publisher's thread, which does nothing that takes time.
-CLOSE_TIMEOUT_S = 2.0
+# While the scheduler has nothing to tell, newcomers are greeted this often, and the last report is repeated each tenth time.
+IDLE_INTERVAL_S = 0.1
+REPEAT_AFTER = 10
 
 logger = logging.getLogger(__name__)
 
@@ -88,77 +88,70 @@ class LinkPublisher:
     def __init__(self, address: str, hello: Hello) -> None:
         self._hello = _encode(hello)
         self._latest: Report | None = None
-        self._closing = False
-        # A byte through this pair wakes the thread; when the pair is full of them, it is awake already.
-        self._bell, self._bell_end = socket.socketpair()
-        self._bell.setblocking(False)
-        self._bell_end.setblocking(False)
+        self._sent: Report | None = None
         # A context of our own: no one else's `term` can wait for this socket, nor this one for theirs.
         self._context = zmq.Context()
-        xpub: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
-        xpub.setsockopt(zmq.XPUB_VERBOSE, 1)  # hear of every subscriber, not only of the first
-        xpub.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
-        xpub.setsockopt(zmq.LINGER, 0)
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
+        self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # hear of every subscriber, not only of the first
+        self._socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.LINGER, 0)
         try:
-            xpub.bind(address)
+            self._socket.bind(address)
         except zmq.ZMQError as error:
-            xpub.close()
+            self._socket.close()
             self._context.term()
             raise LinkError(f"cannot bind the link to {address}: {error}") from error
-        # From here on the socket belongs to the thread; starting it is the memory barrier that ZeroMQ asks for.
-        self._thread = threading.Thread(target=self._serve, args=(xpub,), name="justitia-link", daemon=True)
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._while_idle, name="justitia-link", daemon=True)
         self._thread.start()
 
     def publish(self, report: Report) -> None:
-        """Replace the latest report, and have it sent. After `close`: nothing."""
+        """Tell the subscribers, and those to come until the next report. After `close`: nothing."""
         self._latest = report
-        self._ring()
+        if self._lock.acquire(blocking=False):
+            try:
+                self._serve()
+            finally:
+                self._lock.release()
 
     def close(self) -> None:
-        self._closing = True
-        self._ring()
-        self._thread.join(CLOSE_TIMEOUT_S)
-
-    def _ring(self) -> None:
-        with contextlib.suppress(OSError):
-            self._bell.send(b"\0")
-
-    def _serve(self, xpub: zmq.Socket[bytes]) -> None:
-        try:
-            self._relay(xpub)
-        except Exception:
-            # The engine serves on without a link, and the gateway sees it fall silent.
-            logger.exception("the link to the gateway broke")
-        finally:
-            xpub.close()
+        self._closing.set()
+        self._thread.join()
+        with self._lock:
+            self._socket.close()
             self._context.term()
-            self._bell.close()
-            self._bell_end.close()
 
-    def _relay(self, xpub: zmq.Socket[bytes]) -> None:
-        poller = zmq.Poller()
-        poller.register(xpub, zmq.POLLIN)
-        poller.register(self._bell_end, zmq.POLLIN)
-        sent: Report | None = None
-        while True:
-            ready = dict(poller.poll(int(1000 * REPEAT_INTERVAL_S)))
-            if self._bell_end.fileno() in ready:
-                with contextlib.suppress(BlockingIOError):
-                    self._bell_end.recv(4096)
-            if self._closing:
-                return
+    def _while_idle(self) -> None:
+        seen, unchanged = None, 0
+        while not self._closing.wait(IDLE_INTERVAL_S):
+            if self._latest is not seen:
+                # The scheduler is at work, and greets by itself.
+                seen, unchanged = self._latest, 0
+                continue
+            unchanged += 1
+            with self._lock:
+                self._serve(repeat=unchanged % REPEAT_AFTER == 0)
+
+    def _serve(self, repeat: bool = False) -> None:
+        """Greet who is new, and send the latest report to all if it was not sent yet. The caller holds the lock."""
+        if self._closing.is_set():
+            return
+        try:
             newcomers = False
-            with contextlib.suppress(zmq.Again):
-                while True:
-                    newcomers |= xpub.recv(zmq.NOBLOCK)[:1] == b"\x01"
-            # All subscribers hear the greeting of one. A send never blocks: XPUB drops what a full subscriber cannot
-            # take.
+            # Of what XPUB has to read, 1 begins a subscription and 0 ends one.
+            while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                newcomers |= self._socket.recv(zmq.NOBLOCK)[:1] == b"\x01"
+            # All hear the greeting of one. A send never blocks: XPUB drops what a full subscriber cannot take.
             if newcomers:
-                xpub.send(self._hello, zmq.NOBLOCK)
+                self._socket.send(self._hello, zmq.NOBLOCK)
             latest = self._latest
-            if latest is not None and (newcomers or latest is not sent or not ready):
-                xpub.send(_encode(latest), zmq.NOBLOCK)
-                sent = latest
+            if latest is not None and (newcomers or repeat or latest is not self._sent):
+                self._sent = latest  # also when it cannot be encoded: once is enough
+                self._socket.send(_encode(latest), zmq.NOBLOCK)
+        except Exception:
+            # The engine serves on without this report.
+            logger.exception("a report was lost on the link to the gateway")
 
 
 class LinkSubscriber:
@@ -175,15 +168,21 @@ class LinkSubscriber:
 
         Raises `LinkError` on a message that cannot be read, or a `Hello` of another protocol.
         """
-        while True:
-            came = [parse(await self._socket.recv())]
-            with contextlib.suppress(zmq.Again):
-                while True:
-                    came.append(parse(await self._socket.recv(zmq.NOBLOCK)))
-            newest = next((message for message in reversed(came) if isinstance(message, Report)), None)
-            for message in came:
-                if isinstance(message, Hello) or message is newest:
-                    yield message
+        # Not with NOBLOCK: beside it pyzmq misses wake-ups. A message that is there makes the future done at once.
+        pending = asyncio.ensure_future(self._socket.recv())
+        try:
+            while True:
+                came = [parse(await pending)]
+                pending = asyncio.ensure_future(self._socket.recv())
+                while pending.done():
+                    came.append(parse(pending.result()))
+                    pending = asyncio.ensure_future(self._socket.recv())
+                newest = next((message for message in reversed(came) if isinstance(message, Report)), None)
+                for message in came:
+                    if isinstance(message, Hello) or message is newest:
+                        yield message
+        finally:
+            pending.cancel()
 
     def close(self) -> None:
         self._socket.close()
