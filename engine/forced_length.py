@@ -130,7 +130,11 @@ class ForcedLength(LogitsProcessor):  # type: ignore[misc, unused-ignore]  # Any
             return None
         # What is wrong below was refused at admission, where the API server knows the table. Here an error would stop
         # the engine for everybody.
-        length = self._table.length(key)
+        try:
+            length = self._table.length(key)
+        except ValueError as error:
+            length = None
+            logger.warning("%s", error)
         end = params.eos_token_id if params.eos_token_id is not None else next(iter(params.stop_token_ids or ()), None)
         if length is None or end is None:
             logger.warning("the length of %r is not forced: %s, end token %s", key, length, end)

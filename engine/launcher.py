@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from engine import compat
 
 # Bytes of a Unix socket's path that every Linux takes (108 with the closing zero).
 SOCKET_PATH_BYTES = 107
+# A slash and a UUID: vLLM's names for the sockets between its processes.
+RPC_NAME_BYTES = 37
 # vLLM's CPU attention works on blocks of multiples of this many tokens.
 CPU_BLOCK_SIZE = 32
 
@@ -131,6 +134,11 @@ class EngineSpec:
     def log(self) -> Path:
         return self.runtime_dir / "engine.log"
 
+    @property
+    def rpc_dir(self) -> Path:
+        """For the sockets between vLLM's own processes, which it leaves behind."""
+        return self.runtime_dir / "rpc"
+
     def command(self) -> list[str]:
         # A relative model directory is meant from where we are; a hub's name is no directory.
         model = str(Path(self.model).absolute()) if Path(self.model).is_dir() else self.model
@@ -173,6 +181,8 @@ class EngineSpec:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
         environment["PYTHONUNBUFFERED"] = "1"  # the log is read while it is written
         environment.setdefault("VLLM_NO_USAGE_STATS", "1")  # say nothing to anyone unless told to
+        if len(os.fsencode(self.rpc_dir)) + RPC_NAME_BYTES <= SOCKET_PATH_BYTES:  # else they stay in /tmp
+            environment.setdefault("VLLM_RPC_BASE_PATH", str(self.rpc_dir))
         if on_cpu():
             # Whole GiB only. Without a word vLLM takes most of the machine's memory.
             environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(self.kv_cache_gib or 1)))
@@ -248,7 +258,8 @@ class EngineProcess:
             raise self._failed(EngineFailed("; ".join(findings)))
         command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *self.spec.command()]
         try:
-            self.spec.runtime_dir.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.spec.rpc_dir, ignore_errors=True)
+            self.spec.rpc_dir.mkdir(parents=True)
             # A socket that a killed engine left behind would look like a server that refuses.
             self.spec.socket.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
@@ -324,6 +335,7 @@ class EngineProcess:
                 await asyncio.wait((self._watch,))
             self._process = self._watch = None
             self.spec.socket.unlink(missing_ok=True)
+            shutil.rmtree(self.spec.rpc_dir, ignore_errors=True)
             if self.state is not EngineState.FAILED:
                 self._set(EngineState.STOPPED, "stopped")
 

@@ -8,8 +8,8 @@ may have been the one that was lost, and an engine that falls silent is not idle
 
 Two threads use the engine's socket, one at a time: the scheduler's, which sends when it has something to tell, and one
 of the publisher's own, which greets and repeats while the scheduler has nothing to do. ZeroMQ allows that under a lock,
-and the scheduler never waits for it. A thread that did all the sending was tried: the engine's main thread holds
-Python's interpreter lock nearly all the time, and reports came up to 0.7 s late.
+and the scheduler never waits for it. A thread that did all the sending was tried: beside a main thread that keeps
+Python's interpreter lock busy it came to send no more than one report in three.
 """
 
 from __future__ import annotations

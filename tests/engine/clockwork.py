@@ -143,4 +143,4 @@ class Clockwork:
             self.preempted.append(request.request_id)
             preempt(request, *args, **kwargs)
 
-        self.scheduler._preempt_request = record
+        self.scheduler._preempt_request = record  # type: ignore[method-assign, unused-ignore]  # to listen in

@@ -19,7 +19,7 @@ from tests.conftest import LiveEngine
 pytestmark = pytest.mark.engine
 
 ANSWER_S = 60.0
-PATHS = {
+PATHS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "How long is a queue?"}]},
     "/v1/completions": {"prompt": "How long is a queue?"},
 }

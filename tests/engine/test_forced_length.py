@@ -87,7 +87,7 @@ def test_a_resumed_request_goes_on_counting(processor: ForcedLength) -> None:
 
 
 def test_rows_move_and_go(processor: ForcedLength) -> None:
-    added = [(0, params("three"), [], []), (1, params(None), [], []), (2, params("one"), [], [])]
+    added: list[Any] = [(0, params("three"), [], []), (1, params(None), [], []), (2, params("one"), [], [])]
     processor.update_state(BatchUpdate(3, [], added, []))
     processor.update_state(BatchUpdate(3, [], [], [(0, 2, MoveDirectionality.SWAP)]))
     assert apply(processor, 3) == ["end", "free", "go on"]
@@ -102,10 +102,13 @@ def test_it_changes_what_is_most_likely(processor: ForcedLength) -> None:
     assert not processor.is_argmax_invariant()
 
 
-def test_what_slipped_through_admission_is_not_forced(processor: ForcedLength) -> None:
+def test_what_slipped_through_admission_is_not_forced(processor: ForcedLength, table: Path) -> None:
     """An error here would stop the engine for everybody."""
-    odd = [(0, params("unknown"), [], []), (1, SamplingParams(extra_args={KEY_XARG: "three"}), [], [])]
+    odd: list[Any] = [(0, params("unknown"), [], []), (1, SamplingParams(extra_args={KEY_XARG: "three"}), [], [])]
     processor.update_state(BatchUpdate(2, [], odd, []))
+    assert apply(processor, 2) == ["free", "free"]
+    table.write_text("{")
+    processor.update_state(BatchUpdate(2, [], [(0, params("new"), [], [])], []))
     assert apply(processor, 2) == ["free", "free"]
 
 

@@ -152,20 +152,20 @@ def test_a_path_too_long_for_a_socket() -> None:
 
 async def test_it_becomes_ready_and_says_how_far_it_is(make: Make, recorder: Recorder, runtime_dir: Path) -> None:
     process = make()
-    assert process.pid is None
+    assert process.progress() == "stopped: not started"
     await process.start()
     await process.start()  # once is enough
     await process.wait_ready(READY_S)
+    group = process.pid
+    assert group is not None
     assert recorder.states() == [EngineState.STARTING, EngineState.READY]
     details = [detail for _, detail in recorder.seen]
     assert details[0] == "spawning"
-    assert details[1] == f"spawned, pid {process.pid}"
+    assert details[1] == f"spawned, pid {group}"
     assert details[2:] == ["loading the model", "KV cache ready, 4,096 tokens", "serving"]
     assert process.progress() == "ready: serving"
     # The child finds our package, and nothing in its directory can hide a module.
     assert f"cwd={runtime_dir}" in process.spec.log.read_text()
-    assert process.pid is not None
-    group = process.pid
     await process.stop()
     assert process.state is EngineState.STOPPED
     assert process.pid is None

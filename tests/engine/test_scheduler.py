@@ -160,7 +160,7 @@ def test_under_load(tiny_model_dir: Path, in_flight: int, seed: int, blocks: int
         )
         preempt(request, *args, **kwargs)
 
-    scheduler._preempt_request = checked
+    scheduler._preempt_request = checked  # type: ignore[method-assign, unused-ignore]  # to listen in
     aborted = set()
     for number in range(40):
         agent = dice.randrange(6)
