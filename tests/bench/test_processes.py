@@ -44,7 +44,7 @@ async def test_a_server_is_stopped_when_the_body_is_cancelled(tmp_path: Path) ->
             await asyncio.sleep(60)
 
     using = asyncio.create_task(use())
-    while not pids:  # noqa: ASYNC110 - the process tells nobody when it is ready
+    while not pids:
         await asyncio.sleep(0.05)
     using.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -285,7 +285,7 @@ async def test_it_dies_with_us(runtime_dir: Path) -> None:
         assert _group_runs(group)
         parent.kill()
     async with asyncio.timeout(READY_S):
-        while _group_runs(group):  # noqa: ASYNC110  # nobody tells us of another's children
+        while _group_runs(group):  # nobody tells us of another's children
             await asyncio.sleep(0.01)
 
 

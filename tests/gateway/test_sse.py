@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +15,7 @@ STREAM = chunk("a\\n\\n") + chunk('"usage":{ in the text') + chunk("ü") + usage
 def test_however_it_is_cut_the_same_comes_out(cuts: list[int], show: bool) -> None:
     events = UsageFilter(show=show)
     places = [0, *sorted(cuts), len(STREAM)]
-    out = b"".join(events.feed(STREAM[begin:end]) for begin, end in zip(places, places[1:], strict=False))
+    out = b"".join(events.feed(STREAM[begin:end]) for begin, end in itertools.pairwise(places))
     assert out == (STREAM if show else STREAM.replace(usage_chunk(5, 3, cached=2), b""))
     assert events.usage is not None
     assert (events.usage.prompt_tokens, events.usage.completion_tokens, events.usage.cached_tokens) == (5, 3, 2)

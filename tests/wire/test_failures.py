@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from tests.wire.conftest import GatewayUnderTest, StartGateway, running_gateway
-from tests.wire.scripted_engine import ScriptedEngine, chunk, push, start as start_answer, wait_for_word
+from tests.wire.scripted_engine import ScriptedEngine, chunk, push, wait_for_word
+from tests.wire.scripted_engine import start as start_answer
 
 
 async def stream_then_wait(body, send, engine) -> None:  # type: ignore[no-untyped-def]
