@@ -264,7 +264,7 @@ def test_rank_goes_with_the_release() -> None:
         lambda q: q.queue.complete(q.now, TaskId(1), KvTokenIterations(float("nan")), KvTokenIterations(1)),
         lambda q: q.queue.requeue(q.now, TaskId(2)),
         lambda q: q.queue.reject(q.now, TaskId(1)),  # in flight
-        lambda q: q.queue.cancel(q.now, TaskId(99)),
+        lambda q: q.queue.cancel(q.now, TaskId(99), KvTokenIterations(0)),
         lambda q: q.queue.cancel(q.now, TaskId(1), KvTokenIterations(-1)),
         lambda q: q.queue.evict(q.now, AgentId("a")),
         lambda q: q.queue.evict(q.now, AgentId("nobody")),
