@@ -53,6 +53,8 @@ MILESTONES = (
     (re.compile(r"Starting vLLM server|Application startup complete"), "starting the server"),
 )
 
+ERROR_LINE = re.compile(r"\b[A-Za-z]+(Error|Exception): \S")
+
 # Runs between fork and exec of the engine, in a fresh interpreter (a `preexec_fn` can deadlock beside threads): the
 # kernel shall send SIGTERM when the process that started us dies. It may have died before that.
 _DIE_WITH_PARENT = (
@@ -394,7 +396,11 @@ class EngineProcess:
             return ""
 
     def _log_tail(self) -> tuple[str, ...]:
-        return tuple(line for line in self._log_text().splitlines() if line.strip())[-LOG_TAIL_LINES:]
+        """The last lines, and before them the first error: vLLM's server ends long after what its core died of."""
+        lines = [line for line in self._log_text().splitlines() if line.strip()]
+        tail = lines[-LOG_TAIL_LINES:]
+        cause = next((line for line in lines if ERROR_LINE.search(line)), None)
+        return tuple(tail) if cause is None or cause in tail else (cause, "…", *tail)
 
     def _bound_log(self) -> None:
         # The engine appends, so it goes on at the beginning of the emptied file. A line written in between is lost.

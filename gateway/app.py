@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from importlib.metadata import version as distribution_version
 
 import msgspec
@@ -20,12 +21,12 @@ from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
 from gateway.metrics import Metrics
 from gateway.operations import operation_routes
-from gateway.relay import Parts
+from gateway.parts import Parts
 from gateway.release import Dispatcher
 from gateway.routes import task_routes
 from gateway.settings import GatewaySettings
 from gateway.state import Store, open_store
-from gateway.watch import follow_link, poll_metrics, sweep_agents, watch_health
+from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health
 from predictor.ladder import Ladder
 from predictor.types import Predictor
 
@@ -75,9 +76,13 @@ def _lifespan(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         remembered = await parts.feedback.recall()
         logger.info("learned from %d agents that the state store had kept", remembered)
-        watches = [watch_health(parts), sweep_agents(parts, settings.agent_idle_s)]
-        watches.append(follow_link(parts, settings.link) if settings.link else poll_metrics(parts))
-        tasks = [asyncio.create_task(watch) for watch in watches]
+        link = settings.link
+        watches = [
+            partial(watch_health, parts),
+            partial(follow_link, parts, link) if link is not None else partial(poll_metrics, parts),
+            partial(sweep_agents, parts, settings.agent_idle_s),
+        ]
+        tasks = [asyncio.create_task(keep_running(watch)) for watch in watches]
         yield
         for task in tasks:
             task.cancel()
@@ -100,7 +105,9 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return _plain(error.status_code, str(error.detail), "invalid_request_error")
+        answer = _plain(error.status_code, str(error.detail), "invalid_request_error")
+        answer.headers.update(error.headers or {})
+        return answer
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> Response:

@@ -5,6 +5,7 @@ Only the top level is taken apart. The values stay the bytes that the client sen
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ Fields = dict[str, msgspec.Raw]
 # Where the text is, in the bodies of both endpoints: its bytes are what the prompt's length is predicted from.
 _TEXT_FIELDS = ("messages", "prompt", "tools", "suffix")
 MAX_SEQUENCES = 1024
+_BATCH = re.compile(rb'\s*\[\s*["\[]')
 
 _decode_fields = msgspec.json.Decoder(Fields).decode
 _Value = TypeVar("_Value")
@@ -58,7 +60,7 @@ def parse_body(data: bytes) -> Body:
         raise InvalidRequest(f"the body is not a JSON object: {error}") from error
     _mapping(fields, "vllm_xargs")
     prompts = _prompts(fields)
-    sequences = prompts * _limit(fields, "n", 1)
+    sequences = prompts * (_limit(fields, "n", 1) or 1)
     if sequences > MAX_SEQUENCES:
         raise InvalidRequest(f"at most {MAX_SEQUENCES} sequences per request, not {sequences}", param="n")
     return Body(
@@ -68,7 +70,7 @@ def parse_body(data: bytes) -> Body:
         prompt_bytes=sum(len(memoryview(fields[name])) for name in _TEXT_FIELDS if name in fields),
         prompts=prompts,
         sequences=sequences,
-        max_tokens=_limit(fields, "max_completion_tokens", 0) or _limit(fields, "max_tokens", 0) or None,
+        max_tokens=_limit(fields, "max_completion_tokens", 0) or _limit(fields, "max_tokens", 0),
     )
 
 
@@ -86,12 +88,10 @@ def _mapping(fields: Fields, name: str) -> Mapping[str, Any]:
     return _value(fields, name, dict) or {}
 
 
-def _limit(fields: Fields, name: str, default: int) -> int:
+def _limit(fields: Fields, name: str, at_least: int) -> int | None:
     number = _value(fields, name, int)
-    if number is None:
-        return default
-    if number < 1:
-        raise InvalidRequest(f"{name} must be at least 1, not {number}", param=name)
+    if number is not None and number < at_least:
+        raise InvalidRequest(f"{name} must be at least {at_least}, not {number}", param=name)
     return number
 
 
@@ -100,9 +100,6 @@ def _prompts(fields: Fields) -> int:
     prompt = fields.get("prompt")
     if prompt is None:
         return 1
-    try:
-        batch = msgspec.json.decode(prompt, type=list[msgspec.Raw])
-    except msgspec.DecodeError:
-        return 1  # one string, or something that the engine will refuse
-    batched = bool(batch) and bytes(batch[0])[:1] in (b'"', b"[")
-    return len(batch) if batched else 1
+    if not _BATCH.match(prompt):
+        return 1  # one string, one list of token ids, or something that the engine will refuse
+    return max(1, len(msgspec.json.decode(prompt, type=list[msgspec.Raw])))

@@ -24,11 +24,13 @@ class EngineView:
     declared_max_num_seqs: int | None = None
     up: bool = False  # it answered when it was last asked
     suspect: bool = False  # a task has just been lost: nothing is released until the engine has answered again
+    linked: bool = False  # it speaks over the link
     reporting: bool = False  # the link, or /metrics, speaks, and has said who the engine is
     heard_s: float = 0.0  # when it last did, on a monotonic clock
     iterations: float = 0.0  # τ, over all lives of the engine
     engine_capacity_tokens: float = 0.0
     engine_max_num_seqs: int | None = None
+    max_model_len: int | None = None  # tokens of the longest sequence
     running: int = 0
     waiting: int = 0
     held_tokens: float = 0.0
@@ -36,7 +38,7 @@ class EngineView:
     restarts: int = 0
     held: dict[int, Holding] = field(default_factory=dict)  # by task
     _life: str | None = None
-    _iteration: float = 0.0  # of this life, as are those below
+    _iteration: float | None = None  # of this life, as are those below; None: not heard yet
     _preempted: int = 0
     _blocks: int = 0
     _block_size: int = 0
@@ -50,41 +52,37 @@ class EngineView:
         """M. 0 when neither the settings nor the engine have said it."""
         return self.declared_capacity_tokens or self.engine_capacity_tokens
 
-    @property
-    def max_num_seqs(self) -> int | None:
-        return self.declared_max_num_seqs or self.engine_max_num_seqs
-
     def answered(self) -> None:
         self.up, self.suspect = True, False
 
     def lost(self) -> None:
         """The engine does not answer: whatever it held is gone."""
         self.up = self.suspect = False
-        self.running = self.waiting = 0
-        self.held_tokens = 0.0
-        self.held = {}
+        self._forget_tasks()
 
     def silent(self, now_s: float) -> None:
         """The link repeats itself when nothing changes; after a while without a word it counts as lost."""
-        if now_s - self.heard_s > SILENCE_S:
+        if self.reporting and now_s - self.heard_s > SILENCE_S:
             self.reporting = False
+            self._forget_tasks()
 
     def hear(self, message: Message, now_s: float) -> None:
         """A message from the link. Reports of an engine that has not said hello are not counted."""
         self.heard_s = now_s
+        self.linked = True
         if isinstance(message, Hello):
             self._begin_life(message.engine_id)
             self.reporting = True
             self.engine_capacity_tokens = message.capacity_tokens
             self.engine_max_num_seqs = message.max_num_seqs
+            self.max_model_len = message.max_model_len
             self._blocks, self._block_size = message.total_blocks, message.block_size
         elif message.engine_id == self._life:
             self.reporting = True
             self._hear_report(message)
 
     def read_metrics(self, exposition: str, now_s: float) -> None:
-        """A stock vLLM's `/metrics`, for what can be had of it."""
-        self.heard_s = now_s
+        """A stock vLLM's `/metrics`, for what can be had of it. Raises `ValueError` for anything else."""
         values: dict[str, float] = {}
         for family in text_string_to_metric_families(exposition):
             for sample in family.samples:
@@ -94,8 +92,11 @@ class EngineView:
                         self.engine_capacity_tokens = int(blocks) * int(size)
                 elif not sample.name.endswith("_created"):
                     values[sample.name] = values.get(sample.name, 0.0) + sample.value
-        iteration = values.get("vllm:iteration_tokens_total_count", 0.0)
-        if self._life is None or iteration < self._iteration:
+        iteration = values.get("vllm:iteration_tokens_total_count")
+        if iteration is None:
+            raise ValueError("the engine's /metrics have no vllm:iteration_tokens_total")
+        self.heard_s = now_s
+        if self._life is None or iteration < (self._iteration or 0.0):
             self._begin_life(f"metrics-{self.restarts + (self._life is not None)}")
         self._count(iteration, int(values.get("vllm:num_preemptions_total", 0)))
         self.running = int(values.get("vllm:num_requests_running", 0))
@@ -110,11 +111,20 @@ class EngineView:
 
     def _begin_life(self, life: str) -> None:
         if life != self._life:
-            self.restarts += self._life is not None
-            self._life, self._iteration, self._preempted = life, 0.0, 0
+            # What an engine did before we came is not ours to count; a restarted one began again at zero.
+            first = self._life is None
+            self.restarts += not first
+            self._life, self._iteration, self._preempted = life, None if first else 0.0, 0
 
     def _count(self, iteration: float, preempted: int) -> None:
         """Counters begin again at zero in each life of the engine; ours go on."""
+        if self._iteration is None:
+            self._iteration, self._preempted = iteration, preempted
         self.iterations += max(0.0, iteration - self._iteration)
         self.preempted += max(0, preempted - self._preempted)
         self._iteration, self._preempted = max(iteration, self._iteration), max(preempted, self._preempted)
+
+    def _forget_tasks(self) -> None:
+        self.running = self.waiting = 0
+        self.held_tokens = 0.0
+        self.held = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from enum import Enum
 
 import aiohttp
 import httpx
@@ -21,6 +22,13 @@ KEEPALIVE_S = 3.0
 CHUNK_BYTES = 65536
 
 _RELAYED_HEADERS = ("authorization", "content-type", "traceparent", "tracestate", "x-request-id")
+_RELAYED_BACK = ("retry-after", "x-request-id")
+
+
+class Health(Enum):
+    UP = "up"
+    DOWN = "down"
+    UNSURE = "unsure"  # no answer in time
 
 
 class EngineUnreachable(EngineLost):
@@ -34,6 +42,7 @@ class Answer:
         self._response = response
         self.status = response.status
         self.content_type = response.headers.get("content-type", "application/json")
+        self.headers = {name: response.headers[name] for name in _RELAYED_BACK if name in response.headers}
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive. Raises `EngineLost` if it breaks off."""
@@ -68,6 +77,7 @@ class EngineClient:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
             auto_decompress=False,
             read_bufsize=CHUNK_BYTES,
+            skip_auto_headers=("Accept-Encoding", "User-Agent"),
         )
         self._control = httpx.AsyncClient(transport=transport, base_url=self._base, timeout=CONTROL_S, trust_env=False)
 
@@ -77,7 +87,7 @@ class EngineClient:
         relayed = {name: headers[name] for name in _RELAYED_HEADERS if name in headers}
         relayed.setdefault("content-type", "application/json")
         try:
-            response = await self._session.post(self._base + path, data=body, headers=relayed)
+            response = await self._session.post(self._base + path, data=body, headers=relayed, allow_redirects=False)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise EngineUnreachable("the engine cannot be reached") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -97,11 +107,12 @@ class EngineClient:
         except httpx.HTTPError as error:
             raise EngineUnreachable(f"the engine cannot be reached: {error or type(error).__name__}") from error
 
-    async def is_healthy(self) -> bool:
+    async def health(self) -> Health:
         try:
-            return (await self.get("/health")).is_success
-        except EngineUnreachable:
-            return False
+            return Health.UP if (await self.get("/health")).is_success else Health.DOWN
+        except EngineUnreachable as error:
+            # A busy engine answers late; one that is gone refuses at once.
+            return Health.DOWN if isinstance(error.__cause__, httpx.ConnectError) else Health.UNSURE
 
     async def close(self) -> None:
         await asyncio.gather(self._session.close(), self._control.aclose())

@@ -4,7 +4,9 @@
     ├── InvalidRequest      400  the client's: broken JSON, absurd headers
     ├── BodyTooLarge        413
     ├── QueueFull           429  Retry-After from the drain rate
+    ├── ClientStuck         499  the client reads nothing; it is told nothing either
     ├── EngineLost          502  the engine died, or broke off, while it had the task
+    │   └── engine_client.EngineUnreachable: it never had it
     ├── NoEngine            503  none there, or it is starting; Retry-After
     ├── ShuttingDown        503
     └── WaitedTooLong       504
@@ -66,6 +68,10 @@ class BodyTooLarge(GatewayError):
 
 class QueueFull(GatewayError):
     status, type, code, outcome = 429, "rate_limit_error", "queue_full", Outcome.REJECTED
+
+
+class ClientStuck(GatewayError):
+    status, type, code, outcome = 499, "client_error", "client_stuck", Outcome.CANCELLED
 
 
 class EngineLost(GatewayError):

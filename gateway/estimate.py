@@ -23,7 +23,8 @@ class Estimate:
     prompt_tokens: float
 
 
-def estimate_task(predictor: Predictor, identity: Identity, body: Body) -> Estimate:
+def estimate_task(predictor: Predictor, identity: Identity, body: Body, max_model_len: int | None) -> Estimate:
+    """max_model_len: tokens of the engine's longest sequence, if it is known: none will hold more."""
     features = TaskFeatures(identity.agent_class, identity.tenant, body.prompt_bytes // body.prompts, body.max_tokens)
     try:
         prediction = predictor.predict_task(features)
@@ -33,6 +34,9 @@ def estimate_task(predictor: Predictor, identity: Identity, body: Body) -> Estim
         sound = False
     if not sound:
         prediction = TaskPrediction(features.prompt_bytes / PRIOR_BYTES_PER_TOKEN, PRIOR_DECODE_TOKENS)
+    if max_model_len is not None:
+        prompt_tokens = min(prediction.prompt_tokens, max_model_len)
+        prediction = TaskPrediction(prompt_tokens, min(prediction.decode_tokens, max_model_len - prompt_tokens))
     return Estimate(
         cost=body.sequences * prediction.cost,
         memory_tokens=body.sequences * prediction.memory_tokens,

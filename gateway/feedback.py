@@ -68,7 +68,7 @@ class Feedback:
             self._state_failed(error)
             return 0
         for agent in agents:
-            self._predictor.learn(agent)
+            self._learn(agent)
         return len(agents)
 
     def arrived(self, agent_id: AgentId, identity: Identity) -> AgentRecord:
@@ -80,8 +80,11 @@ class Feedback:
             self.records[agent_id] = record
         record.tasks_arrived += 1
         record.agent_class = record.agent_class or identity.agent_class
-        record.final = record.final or identity.final or identity.agent_id is None
         return record
+
+    def accepted(self, record: AgentRecord, *, final: bool) -> None:
+        """That task is in the queue."""
+        record.final = record.final or final
 
     def withdrawn(self, record: AgentRecord) -> None:
         """That task was refused before it was enqueued."""
@@ -131,10 +134,16 @@ class Feedback:
         self._metrics.agent_finished(
             record.agent_class, record.last_end_s - record.first_arrival_s, agent.cost, record.predicted or 0.0
         )
-        self._predictor.learn(agent)
+        self._learn(agent)
         write = asyncio.get_running_loop().create_task(self._append(agent))
         self._writes.add(write)
         write.add_done_callback(self._writes.discard)
+
+    def _learn(self, agent: FinishedAgent) -> None:
+        try:
+            self._predictor.learn(agent)
+        except Exception:
+            logger.exception("the predictor failed to learn from an agent")
 
     async def _append(self, agent: FinishedAgent) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,7 +44,10 @@ def identify(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> I
     else:
         key = _string(fields, "prompt_cache_key")
         if key:
-            agent_id, source = _visible(key, "prompt_cache_key"), "prompt_cache_key"
+            # Any text will do for OpenAI; what cannot be an id is named by its hash.
+            is_id = len(key) <= MAX_ID_CHARS and _VISIBLE.fullmatch(key)
+            agent_id = key if is_id else hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+            source = "prompt_cache_key"
     agent_class = headers.get("x-agent-class")
     return Identity(
         agent_id=agent_id,

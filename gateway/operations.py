@@ -8,9 +8,10 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from gateway.capacity import EngineView
 from gateway.fairness import Agent
 from gateway.feedback import AgentRecord
-from gateway.relay import Parts
+from gateway.parts import Parts
 
 
 def operation_routes(parts: Parts, *, version: str, policy: str) -> APIRouter:
@@ -22,7 +23,8 @@ def operation_routes(parts: Parts, *, version: str, policy: str) -> APIRouter:
         return {
             "status": "draining" if parts.dispatcher.draining else "ok",
             "engine": "up" if parts.engine.up else "down",
-            "link": "reporting" if parts.engine.up and parts.engine.reporting else "silent",
+            "link": _link(parts.engine),
+            "capacity_tokens": parts.engine.capacity_tokens,
             "policy": policy,
             "version": version,
         }
@@ -50,6 +52,12 @@ def operation_routes(parts: Parts, *, version: str, policy: str) -> APIRouter:
         return {"object": "list", "virtual_time": parts.queue.virtual_time, "data": data}
 
     return router
+
+
+def _link(engine: EngineView) -> str:
+    if not engine.linked:
+        return "none"
+    return "reporting" if engine.up and engine.reporting else "silent"
 
 
 def _state(agent: Agent | None) -> str:
@@ -99,7 +107,7 @@ def _refresh(parts: Parts) -> None:
     )
     parts.metrics.engine_is(
         up=engine.up,
-        link_up=engine.up and engine.reporting,
+        link_up=_link(engine) == "reporting",
         running=engine.running,
         waiting=engine.waiting,
         held_tokens=engine.held_tokens,

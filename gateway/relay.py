@@ -8,6 +8,7 @@ nothing can come between.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
 
@@ -16,38 +17,26 @@ from starlette.types import Message, Receive, Scope, Send
 
 from engine.hints import Hints, to_tag
 from gateway.body import Body
-from gateway.capacity import EngineView
-from gateway.engine_client import Answer, EngineClient, EngineUnreachable
-from gateway.errors import EngineLost, GatewayError, Outcome, ShuttingDown
+from gateway.engine_client import Answer, EngineUnreachable, Health
+from gateway.errors import ClientStuck, EngineLost, GatewayError, Outcome, ShuttingDown
 from gateway.estimate import Estimate, estimate_agent
-from gateway.fairness import AgentId, FairQueue, KvTokenIterations, Release, Task, TaskId
-from gateway.feedback import AgentRecord, Feedback
-from gateway.metrics import Metrics
-from gateway.release import Dispatcher, Turn
+from gateway.fairness import AgentId, KvTokenIterations, Release, Task, TaskId
+from gateway.feedback import AgentRecord
+from gateway.parts import Parts
+from gateway.release import Turn
 from gateway.sse import UsageFilter, begins_with_error, error_event
 from gateway.usage import Usage, finished_task, parse_usage
 from predictor.cost import task_cost
-from predictor.types import Predictor
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What every request needs, put together once in `app`. suspect: tells the watch that the engine may be gone."""
-
-    queue: FairQueue
-    dispatcher: Dispatcher
-    engine: EngineView
-    client: EngineClient
-    predictor: Predictor
-    feedback: Feedback
-    metrics: Metrics
-    suspect: asyncio.Event
-    max_queue_s: float
+# Seconds that a chunk may wait for the client to read it.
+SEND_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class TaskRequest:
-    """One task as it came. arrived_s: on the monotonic clock."""
+    """One task as it came. arrived_s: on the monotonic clock. final: the client says that it is its agent's last."""
 
     id: TaskId
     path: str
@@ -56,6 +45,7 @@ class TaskRequest:
     record: AgentRecord
     estimate: Estimate
     arrived_s: float
+    final: bool
 
 
 class TaskResponse(Response):
@@ -76,6 +66,7 @@ class TaskResponse(Response):
             {"x-agent-id": request.record.id, "x-agent-source": request.record.source}
         )
         self._events = 0
+        self._released_at: float | None = None  # on the service clock
         self._started = False  # bytes have left for the client
         self._left = False
         self._engine_s = 0.0  # spent waiting for the engine
@@ -112,13 +103,16 @@ class TaskResponse(Response):
                 try:
                     return await self._exchange(release, send)
                 except EngineLost as lost:
-                    self._parts.engine.suspect = True
-                    self._parts.suspect.set()
+                    self._parts.engine_lost_a_task()
                     if self._started or not turn.requeue(sent=not isinstance(lost, EngineUnreachable)):
                         raise
         except GatewayError as error:
             self._outcome = error.outcome
             await self._send_error(error, send)
+        except Exception:
+            logger.exception("a task failed")
+            self._outcome = Outcome.FAILED
+            await self._send_error(GatewayError("internal error"), send)
 
     def _enqueue(self) -> Turn:
         """Raises what `Dispatcher.submit` raises; then the agent's record is as it was."""
@@ -129,13 +123,16 @@ class TaskResponse(Response):
         agent_cost = estimate_agent(parts.predictor, request.record.progress(cost_arrived))
         task = Task(request.id, agent_id, cost=KvTokenIterations(estimate.cost), memory_tokens=estimate.memory_tokens)
         try:
-            return parts.dispatcher.submit(task, agent_cost)
-        except GatewayError:
+            turn = parts.dispatcher.submit(task, agent_cost)
+        except Exception:
             parts.feedback.withdrawn(request.record)
             raise
+        parts.feedback.accepted(request.record, final=request.final)
+        return turn
 
     def _note_release(self, release: Release, turn: Turn) -> None:
         agent = self._parts.queue.agents[release.task.agent_id]
+        self._released_at = self._parts.engine.iterations
         self._parts.feedback.released(self._request.record, agent.predicted)
         self._own_headers = _ascii(
             {
@@ -154,7 +151,7 @@ class TaskResponse(Response):
         asked_s = time.monotonic()
         async with self._parts.client.post(request.path, request.body.for_engine(hints), request.headers) as answer:
             self._engine_s += time.monotonic() - asked_s
-            if answer.status >= 500 and not await self._parts.client.is_healthy():
+            if answer.status >= 500 and await self._parts.client.health() is not Health.UP:
                 raise EngineLost("the engine died")
             if answer.status == 200 and answer.content_type.startswith("text/event-stream"):
                 await self._relay_events(answer, send)
@@ -167,7 +164,7 @@ class TaskResponse(Response):
         self._engine_s += time.monotonic() - asked_s
         self._usage = parse_usage(data) if answer.status == 200 else None
         self._outcome = _outcome(answer.status)
-        await self._start(answer.status, answer.content_type, send, length=len(data))
+        await self._start(answer, send, length=len(data))
         await send(_body(data, more=False))
 
     async def _relay_events(self, answer: Answer, send: Send) -> None:
@@ -178,10 +175,11 @@ class TaskResponse(Response):
                 self._engine_s += time.monotonic() - since_s
                 if data := events.feed(chunk):
                     if not self._started:
-                        if begins_with_error(data) and not await self._parts.client.is_healthy():
+                        if begins_with_error(data) and await self._parts.client.health() is not Health.UP:
                             raise EngineLost("the engine died")
-                        await self._start(answer.status, answer.content_type, send)
-                    await send(_body(data, more=True))
+                        await self._start(answer, send)
+                        self._parts.metrics.first_token(time.monotonic() - self._request.arrived_s)
+                    await self._send_chunk(data, send)
                 since_s = time.monotonic()
         finally:
             self._usage, self._events = events.usage, events.events
@@ -190,13 +188,21 @@ class TaskResponse(Response):
         self._outcome = Outcome.COMPLETED if self._usage is not None else Outcome.FAILED  # it ended with an error event
         await send(_body(b"", more=False))
 
-    async def _start(self, status: int, content_type: str, send: Send, *, length: int | None = None) -> None:
+    async def _start(self, answer: Answer, send: Send, *, length: int | None = None) -> None:
         self._started = True
-        self._parts.metrics.first_token(time.monotonic() - self._request.arrived_s)
-        headers = [(b"content-type", content_type.encode("latin-1")), *self._own_headers]
+        headers = [(b"content-type", answer.content_type.encode("latin-1")), *self._own_headers]
+        headers += [(name.encode("latin-1"), value.encode("latin-1")) for name, value in answer.headers.items()]
         if length is not None:
             headers.append((b"content-length", b"%d" % length))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+
+    async def _send_chunk(self, data: bytes, send: Send) -> None:
+        """A client that reads nothing for long is taken for one that has left: its task holds memory meanwhile."""
+        try:
+            async with asyncio.timeout(SEND_S):
+                await send(_body(data, more=True))
+        except TimeoutError:
+            raise ClientStuck(f"the client read nothing for {SEND_S:g} s") from None
 
     async def _send_error(self, error: GatewayError, send: Send) -> None:
         if self._started:
@@ -215,24 +221,40 @@ class TaskResponse(Response):
         parts.metrics.request_ended(request.path, self._outcome, ended_s)
         if self._turn is None:
             return
-        finished = finished_task(self._usage, request.body) if self._usage is not None else None
         agent = parts.queue.agents[AgentId(request.record.id)]
-        if finished is not None:
-            arrived = max(0.0, agent.arrived - request.estimate.cost + finished.cost)
-            self._turn.complete(finished.cost, estimate_agent(parts.predictor, request.record.progress(arrived)))
-        else:
-            self._turn.cancel(self._cost_held())
-        parts.feedback.ended(request.record, finished)
+        finished = None
+        try:
+            if self._usage is not None and self._outcome is Outcome.COMPLETED:
+                finished = finished_task(self._usage, request.body)
+                arrived = max(0.0, agent.arrived - request.estimate.cost + finished.cost)
+                self._turn.complete(finished.cost, estimate_agent(parts.predictor, request.record.progress(arrived)))
+            else:
+                self._turn.cancel(self._cost_held())
+        finally:
+            self._turn.cancel(0.0)  # does nothing, unless the lines above have failed
+            parts.feedback.ended(request.record, finished)
         parts.metrics.left_queue(self._outcome, self._turn.queued_s)
         if self._outcome is Outcome.COMPLETED:
             parts.metrics.overhead(ended_s - self._turn.queued_s - self._engine_s)
 
     def _cost_held(self) -> float:
-        """Of a task that was broken off: by the engine's last word on it, else by the events that were relayed."""
-        holding = self._parts.engine.held.get(self._request.id)
+        """Of a task that was broken off, in token·iterations: by its usage so far, if it was told; else by the engine's last
+        word on it; else by the events that were relayed; else, since an engine without a link tells nothing before the
+        end, by the iterations since its release, up to what was predicted."""
+        request, sequences = self._request, self._request.body.sequences
+        prompt_tokens = request.estimate.prompt_tokens / sequences
+        holding = self._parts.engine.held.get(request.id)
+        if self._usage is not None:
+            return finished_task(self._usage, request.body).cost
         if holding is not None:
-            return task_cost(max(0, holding.kv_tokens - holding.output_tokens), holding.output_tokens)
-        return task_cost(self._request.estimate.prompt_tokens, self._events)
+            decoded = holding.output_tokens / sequences
+            return sequences * task_cost(max(0.0, holding.kv_tokens / sequences - decoded), decoded)
+        if self._events:
+            return sequences * task_cost(prompt_tokens, self._events / sequences)
+        if self._released_at is None or self._outcome is Outcome.INVALID or self._parts.engine.linked:
+            return 0.0
+        iterations = self._parts.engine.iterations - self._released_at
+        return min(request.estimate.cost, sequences * task_cost(prompt_tokens, iterations))
 
 
 def _outcome(status: int) -> Outcome:

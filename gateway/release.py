@@ -19,6 +19,9 @@ from gateway.fairness import FairQueue, KvTokenIterations, Release, Task, TaskId
 MAX_RETRY_AFTER_S = 30
 # Tasks over whose completions the drain rate is taken.
 DRAIN_WINDOW = 64
+# Tasks at an engine that has not said how much memory it has; at one that has, but not how many tasks it runs at once.
+SLOTS_WITHOUT_CAPACITY = 8
+SLOTS_OF_STOCK = 256
 
 
 class Turn:
@@ -89,7 +92,7 @@ class Dispatcher:
         self._all_ended = asyncio.Event()
         self._all_ended.set()
 
-    def submit(self, task: Task, agent_cost: float, weight: float = 1.0) -> Turn:
+    def submit(self, task: Task, agent_cost: float) -> Turn:
         """Enqueue. Raises `ShuttingDown`, `NoEngine`, or `QueueFull`; then nothing was enqueued."""
         if self.draining:
             raise ShuttingDown("the gateway is shutting down", retry_after_s=1)
@@ -97,7 +100,7 @@ class Dispatcher:
             raise NoEngine("the engine is not ready", retry_after_s=5)
         if self.queue.waiting >= self._max_waiting:
             raise QueueFull(f"{self.queue.waiting} tasks are waiting already", retry_after_s=self.retry_after_s())
-        self.queue.enqueue(self.engine.now, task, KvTokenIterations(agent_cost), weight)
+        self.queue.enqueue(self.engine.now, task, KvTokenIterations(agent_cost))
         turn = self._turns[task.id] = Turn(self, task)
         self._all_ended.clear()
         self.pump()
@@ -115,13 +118,19 @@ class Dispatcher:
         engine = self.engine
         if engine.capacity_tokens != self.queue.capacity_tokens:
             self.queue.set_capacity(engine.now, engine.capacity_tokens)
-        if engine.max_num_seqs is not None:
-            slots = engine.max_num_seqs + self.queue.limits.engine_waiting
-            if slots != self.queue.limits.in_flight:
-                self.queue.limits = replace(self.queue.limits, in_flight=slots)
+        if self._slots() != self.queue.limits.in_flight:
+            self.queue.limits = replace(self.queue.limits, in_flight=self._slots())
         for task_id, holding in engine.held.items():
             self.queue.hold(TaskId(task_id), holding.kv_tokens)
         self.pump()
+
+    def _slots(self) -> int:
+        """Tasks that may be at the engine at once."""
+        if self.engine.declared_max_num_seqs is not None:
+            return self.engine.declared_max_num_seqs
+        if not self.engine.capacity_tokens:
+            return SLOTS_WITHOUT_CAPACITY
+        return (self.engine.engine_max_num_seqs or SLOTS_OF_STOCK) + self.queue.limits.engine_waiting
 
     def requeue(self, turn: Turn) -> None:
         self.queue.requeue(self.engine.now, turn.task.id)
@@ -129,6 +138,7 @@ class Dispatcher:
 
     def complete(self, turn: Turn, cost: float, agent_cost: float) -> None:
         self.queue.complete(self.engine.now, turn.task.id, KvTokenIterations(cost), KvTokenIterations(agent_cost))
+        self._ends.append(time.monotonic())
         self._ended(turn)
 
     def cancel(self, turn: Turn, cost: float) -> None:
@@ -156,7 +166,6 @@ class Dispatcher:
 
     def _ended(self, turn: Turn) -> None:
         del self._turns[turn.task.id]
-        self._ends.append(time.monotonic())
         if not self._turns:
             self._all_ended.set()
         self.pump()

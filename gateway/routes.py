@@ -7,13 +7,15 @@ import time
 from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, Request, Response
+from starlette.requests import ClientDisconnect
 
 from gateway.body import parse_body
-from gateway.errors import BodyTooLarge, GatewayError
+from gateway.errors import BodyTooLarge, GatewayError, Outcome
 from gateway.estimate import estimate_task
 from gateway.fairness import AgentId, TaskId
 from gateway.identify import identify
-from gateway.relay import Parts, TaskRequest, TaskResponse
+from gateway.parts import Parts
+from gateway.relay import TaskRequest, TaskResponse
 
 TASK_PATHS = ("/v1/chat/completions", "/v1/completions")
 
@@ -32,10 +34,14 @@ def task_routes(parts: Parts, *, max_body_bytes: int) -> APIRouter:
             except GatewayError as error:
                 parts.metrics.request_ended(path, error.outcome, time.monotonic() - arrived_s)
                 raise
+            except ClientDisconnect:
+                parts.metrics.request_ended(path, Outcome.CANCELLED, time.monotonic() - arrived_s)
+                return Response(status_code=499)  # to nobody
             task_id = TaskId(next(numbers))
             record = parts.feedback.arrived(AgentId(identity.agent_id or f"task-{task_id}"), identity)
-            estimate = estimate_task(parts.predictor, identity, body)
-            task = TaskRequest(task_id, path, body, dict(request.headers), record, estimate, arrived_s)
+            estimate = estimate_task(parts.predictor, identity, body, parts.engine.max_model_len)
+            final = identity.final or identity.agent_id is None
+            task = TaskRequest(task_id, path, body, dict(request.headers), record, estimate, arrived_s, final)
             return TaskResponse(parts, task)
 
         return serve_task

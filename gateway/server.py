@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from gateway.app import create_app
-from gateway.relay import Parts
+from gateway.parts import Parts
 from gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from gateway.errors import GatewayError
 from gateway.usage import Usage, parse_usage
 
 DONE = b"data: [DONE]\n\n"
-_DATA, _USAGE, _END = b"data: ", b'"usage":{', b"\n\n"
+_DATA, _END = b"data: ", b"\n\n"
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
+_NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 
 
 class UsageFilter:
@@ -30,14 +34,14 @@ class UsageFilter:
         self._rest, whole = data[end:], data[:end]
         self.events += whole.count(_END)
         self.done = whole.endswith(DONE)
-        return whole if _USAGE not in whole else self._filter(whole)
+        return whole if not _USAGE.search(whole) else self._filter(whole)
 
     def _filter(self, whole: bytes) -> bytes:
         shown = []
         for event in whole.split(_END)[:-1]:
-            usage = parse_usage(event.removeprefix(_DATA)) if _USAGE in event else None
+            usage = parse_usage(event.removeprefix(_DATA)) if _USAGE.search(event) else None
             self.usage = usage or self.usage
-            if usage is None or self._show or b'"choices":[]' not in event:
+            if usage is None or self._show or not _NO_CHOICES.search(event):
                 shown.append(event + _END)
         return b"".join(shown)
 

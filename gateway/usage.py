@@ -44,8 +44,10 @@ def parse_usage(answer: bytes) -> Usage | None:
         return None
     if usage is None:
         return None
+    if usage.prompt_tokens < 0 or (usage.completion_tokens or 0) < 0:
+        return None
     cached = (usage.prompt_tokens_details and usage.prompt_tokens_details.cached_tokens) or 0
-    return Usage(usage.prompt_tokens, usage.completion_tokens or 0, min(cached, usage.prompt_tokens))
+    return Usage(usage.prompt_tokens, usage.completion_tokens or 0, max(0, min(cached, usage.prompt_tokens)))
 
 
 def finished_task(usage: Usage, body: Body) -> FinishedTask:

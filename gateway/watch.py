@@ -6,31 +6,61 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
-from engine.link import LinkError, LinkSubscriber, Report
-from gateway.engine_client import EngineUnreachable
-from gateway.relay import Parts
+from engine.link import LinkSubscriber, Report
+from gateway.engine_client import EngineUnreachable, Health
+from gateway.parts import Parts
 
 logger = logging.getLogger(__name__)
 
 HEALTH_S = 0.5
 METRICS_S = 0.25
 SWEEP_S = 1.0
+RETRY_S = 2.0
+# Health checks without an answer, one after the other, after which the engine counts as down.
+UNSURE_CHECKS = 3
+# Seconds that an engine may serve without having said how much memory it has, before that is a warning.
+CAPACITY_S = 10.0
+
+
+async def keep_running(watch: Callable[[], Awaitable[None]]) -> None:
+    """A watch that fails says so and starts again: the gateway must not go on blind."""
+    while True:
+        try:
+            await watch()
+        except Exception as error:
+            logger.error("%s; it starts again in %g s", error or type(error).__name__, RETRY_S, exc_info=True)
+        await asyncio.sleep(RETRY_S)
 
 
 async def watch_health(parts: Parts) -> None:
     """Ask the engine how it is: twice a second, and at once when a task was lost."""
+    engine = parts.engine
+    unsure, up_since_s, warned = 0, time.monotonic(), False
     while True:
         parts.suspect.clear()
-        healthy = await parts.client.is_healthy()
-        if healthy != parts.engine.up:
-            logger.info("the engine is %s", "up" if healthy else "down")
-        if healthy:
-            parts.engine.answered()
-        else:
-            parts.engine.lost()
-        parts.engine.silent(time.monotonic())
+        health = await parts.client.health()
+        unsure = unsure + 1 if health is Health.UNSURE else 0
+        was_up = engine.up
+        if parts.suspect.is_set():
+            continue  # a task was lost while we asked: the answer may be older than the loss
+        if health is Health.UP:
+            engine.answered()
+        elif health is Health.DOWN or unsure >= UNSURE_CHECKS:
+            engine.lost()
+        if engine.up != was_up:
+            logger.info("the engine is %s", "up" if engine.up else "down")
+            up_since_s, warned = time.monotonic(), False
+        if engine.up and not engine.capacity_tokens and not warned and time.monotonic() - up_since_s > CAPACITY_S:
+            logger.warning(
+                "the engine has not said how much KV cache it has; few tasks are released (--capacity-tokens)"
+            )
+            warned = True
+        was_reporting = engine.reporting
+        engine.silent(time.monotonic())
+        if was_reporting and not engine.reporting:
+            logger.warning("the engine's reports have ceased: its clock stands still for us")
         parts.dispatcher.engine_changed()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HEALTH_S):
@@ -38,26 +68,28 @@ async def watch_health(parts: Parts) -> None:
 
 
 async def follow_link(parts: Parts, address: str) -> None:
-    """Hear what the engine's scheduler reports."""
+    """Hear what the engine's scheduler reports. Raises `LinkError`."""
     link = LinkSubscriber(address)
     try:
         async for message in link.messages():
+            preempted, restarts = parts.engine.preempted, parts.engine.restarts
+            parts.engine.hear(message, time.monotonic())
             if isinstance(message, Report):
                 parts.metrics.link_reported()
-            _heard(parts, lambda message=message: parts.engine.hear(message, time.monotonic()))  # type: ignore[misc]
-    except LinkError as error:
-        logger.error("the link is closed, and the engine's reports are not heard: %s", error)
-        parts.engine.reporting = False
+            _tell(parts, preempted, restarts)
     finally:
         link.close()
 
 
 async def poll_metrics(parts: Parts) -> None:
-    """A stock engine has no link: read its `/metrics`."""
+    """A stock engine has no link: read its `/metrics`. Raises `ValueError` for what is not vLLM's."""
     while True:
         with contextlib.suppress(EngineUnreachable):
-            exposition = (await parts.client.get("/metrics")).text
-            _heard(parts, lambda exposition=exposition: parts.engine.read_metrics(exposition, time.monotonic()))  # type: ignore[misc]
+            answer = await parts.client.get("/metrics")
+            if answer.is_success:
+                preempted, restarts = parts.engine.preempted, parts.engine.restarts
+                parts.engine.read_metrics(answer.text, time.monotonic())
+                _tell(parts, preempted, restarts)
         await asyncio.sleep(METRICS_S)
 
 
@@ -67,12 +99,10 @@ async def sweep_agents(parts: Parts, idle_s: float) -> None:
         parts.feedback.sweep(idle_s)
 
 
-def _heard(parts: Parts, take: Callable[[], None]) -> None:
-    engine = parts.engine
-    preempted, restarts = engine.preempted, engine.restarts
-    take()
-    if engine.preempted > preempted:
-        parts.metrics.preempted(engine.preempted - preempted)
-    if engine.restarts > restarts:
+def _tell(parts: Parts, preempted: int, restarts: int) -> None:
+    """The engine's view has changed; these two were its counters before."""
+    if parts.engine.preempted > preempted:
+        parts.metrics.preempted(parts.engine.preempted - preempted)
+    if parts.engine.restarts > restarts:
         parts.metrics.engine_restarted()
     parts.dispatcher.engine_changed()

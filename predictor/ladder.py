@@ -101,8 +101,10 @@ class Ladder(Predictor):
         """The rungs that have seen enough, the narrowest first."""
         for rung in _rungs(agent_class, tenant):
             memory = self._memories.get(rung)
-            if memory is not None and len(memory) >= ENOUGH_AGENTS:
-                yield memory
+            if memory is not None:
+                self._memories.move_to_end(rung)
+                if len(memory) >= ENOUGH_AGENTS:
+                    yield memory
 
 
 def _rungs(agent_class: str | None, tenant: str) -> list[Rung]:

@@ -100,9 +100,10 @@ async def replay(agents: Sequence[AgentTrace], options: ReplayOptions) -> Replay
 
 
 def _connector(url: str) -> tuple[aiohttp.BaseConnector, str]:
+    # A new connection for each task: a server may close an idle one just when a task is sent on it, and the task fails.
     if url.startswith("unix:"):
-        return aiohttp.UnixConnector(url.removeprefix("unix:"), limit=0), "http://localhost"
-    return aiohttp.TCPConnector(limit=0), url.rstrip("/")
+        return aiohttp.UnixConnector(url.removeprefix("unix:"), limit=0, force_close=True), "http://localhost"
+    return aiohttp.TCPConnector(limit=0, force_close=True), url.rstrip("/")
 
 
 class _AgentReplay:

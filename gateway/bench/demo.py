@@ -29,7 +29,7 @@ from engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState
 from gateway.bench import environment, report
 from gateway.bench.client import ReplayOptions, ReplayResult, replay
 from gateway.bench.engine_watch import watching
-from gateway.bench.processes import ServerFailed, free_port, run_once, server, yield_to_others
+from gateway.bench.processes import ServerFailed, apart, free_port, run_once, server
 from gateway.bench.progress import ReplayProgress
 from gateway.bench.trace import AgentTrace, write_trace
 from gateway.bench.workload import demo_mix, length_key, length_table
@@ -121,7 +121,7 @@ async def run_demo(settings: DemoSettings, console: Console | None = None) -> in
 
     However it ends, no process is left.
     """
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, soft_wrap=True)
     demo = asyncio.current_task()
     assert demo is not None
     terminated = False
@@ -203,11 +203,10 @@ async def _engine(
         try:
             await process.start()
             await process.wait_ready(settings.engine_start_s)
-            if process.pid is not None and on_cpu():
-                yield_to_others(process.pid)
             status.stop()
             console.print(f"the engine serves: vLLM, {settings.kv_blocks * BLOCK_SIZE:,} tokens of KV cache")
-            yield spec
+            with apart(process.pid) if process.pid is not None and on_cpu() else contextlib.nullcontext():
+                yield spec
         finally:
             status.start()
             await process.stop()

@@ -98,7 +98,7 @@ def alfworld(rng: Random, scale: float) -> list[Draft]:
 
 def code_checking(rng: Random, scale: float) -> list[Draft]:
     drafts = []
-    for i in range(_many(rng, 15, 27, scale)):
+    for i in range(_many(rng, 22, 40, scale)):
         lines = rng.randint(5, 10)
         drafts.append(Draft(f"function-{i}", f"Find the mistakes:\n{text.function(rng, lines)}", 6.0 * lines))
     return drafts
@@ -107,14 +107,14 @@ def code_checking(rng: Random, scale: float) -> list[Draft]:
 def self_consistency(rng: Random, scale: float) -> list[Draft]:
     """One question, many samples: every prompt is the same, the lengths are not."""
     question = f"Think step by step, then answer.\n{text.arithmetic(rng)}"
-    return [Draft(f"sample-{i}", question, 75) for i in range(_many(rng, 21, 36, scale))]
+    return [Draft(f"sample-{i}", question, 75) for i in range(_many(rng, 32, 54, scale))]
 
 
 def plan_and_execute(rng: Random, scale: float) -> list[Draft]:
     """A plan, steps beside each other, and an answer from all of them."""
     about = text.topic(rng)
     goal = f"Prepare a short briefing on {about.name}. {text.document(rng, about, 12)}"
-    steps = [f"step-{i}" for i in range(_many(rng, 12, 21, scale))]
+    steps = [f"step-{i}" for i in range(_many(rng, 18, 32, scale))]
     return [
         Draft("plan", f"Make a plan of {len(steps)} steps.\n{goal}", 45),
         *(
@@ -135,7 +135,7 @@ def document_merging(rng: Random, scale: float) -> list[Draft]:
     """Many candidates for one merged document, and a vote."""
     about = text.topic(rng)
     drafts = []
-    for i in range(_many(rng, 54, 78, scale)):
+    for i in range(_many(rng, 80, 116, scale)):
         words = rng.randint(34, 46)
         half = words // 2
         pages = f"First: {text.document(rng, about, half)}\nSecond: {text.document(rng, about, half)}"
@@ -151,7 +151,7 @@ def map_reduce(rng: Random, scale: float) -> list[Draft]:
     """Summaries of many chapters, summaries of groups of them, and one of everything."""
     about = text.topic(rng)
     maps = []
-    for i in range(_many(rng, 66, 96, scale)):
+    for i in range(_many(rng, 100, 144, scale)):
         words = rng.randint(26, 44)
         maps.append(
             Draft(

@@ -96,7 +96,8 @@ def _draw_sizes(axes: Axes, run: Run, baseline: Run) -> None:
     after = [mean(jcts(run, size)) for size in (*SIZES, None)]
     for offset, values, colour in ((-0.2, before, BASELINE_COLOUR), (0.2, after, RUN_COLOUR)):
         bars = axes.bar([place + offset for place in range(len(names))], values, width=0.38, color=colour)
-        axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2, color=INK)
+        labels = [f"{value:.1f}" if value < 10 else f"{value:.0f}" for value in values]
+        axes.bar_label(bars, labels, fontsize=8.5, padding=2, color=INK)
     axes.set_xticks(range(len(names)), names)
     axes.grid(axis="y", color="#d8dee4", linewidth=0.8)
     axes.set_axisbelow(True)

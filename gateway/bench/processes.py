@@ -86,16 +86,34 @@ async def stop(process: asyncio.subprocess.Process) -> None:
             raise
 
 
-def yield_to_others(pid: int, niceness: int = 10) -> None:
-    """Lower the priority of all descendants of a process, not its own.
+@contextlib.contextmanager
+def apart(pid: int) -> Iterator[None]:
+    """On a machine with two or three cores: the descendants of a process on the first, it and us on the others.
 
-    vLLM's worker and core wait for each other in busy loops. On a machine with two cores they would keep gateway and
-    client from running, and agents would compete for the processor in place of the engine's memory.
+    vLLM's core and worker wait for each other in busy loops. Spread over both cores of a small machine they keep server,
+    gateway and client from running, and agents compete for the processor in place of the engine's memory; on one core
+    they give way to each other. It doubled the throughput of the whole. What we start meanwhile inherits our cores.
     """
+    ours = os.sched_getaffinity(0)
+    if not 2 <= len(ours) <= 3:
+        yield
+        return
+    first = min(ours)
     for descendant in _descendants(pid):
-        with contextlib.suppress(OSError):  # it has ended
-            for thread in Path(f"/proc/{descendant}/task").iterdir():
-                os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
+        _confine(descendant, {first})
+    _confine(pid, ours - {first})
+    _confine(os.getpid(), ours - {first})
+    try:
+        yield
+    finally:
+        _confine(os.getpid(), ours)
+
+
+def _confine(pid: int, cores: set[int]) -> None:
+    """All threads of a process; a process that has ended is let be."""
+    with contextlib.suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 def _descendants(pid: int) -> Iterator[int]:

@@ -1,13 +1,14 @@
 """The fair queue: agents, their tasks, and the verbs that move them.
 
-A task is enqueued, released, and then completed or cancelled; a waiting one can also be cancelled or rejected, and one that
-the engine lost is requeued. An agent that has nothing waiting and nothing in flight can be evicted.
+A task is enqueued, released, and then completed or cancelled; a waiting one can be cancelled too, and one that the engine
+lost is requeued. An agent that has nothing waiting and nothing in flight can be evicted.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
@@ -92,9 +93,9 @@ class FairQueue:
         forming, and when the work that has arrived outgrows the earlier prediction. `weight` counts when the agent is new."""
         if task.id in self._tasks:
             raise QueueError(f"task {task.id} is in the queue already")
-        if not task.cost >= 0 or not task.memory_tokens >= 0 or not agent_cost >= 0:
-            raise QueueError(f"costs and memory must be at least 0: {task}, agent {agent_cost}")
-        if not 0 < weight < float("inf"):
+        if not all(0 <= amount < math.inf for amount in (task.cost, task.memory_tokens, agent_cost)):
+            raise QueueError(f"costs and memory must be at least 0, and finite: {task}, agent {agent_cost}")
+        if not 0 < weight < math.inf:
             raise QueueError(f"a weight must be positive, not {weight}")
         self._reference.advance(now)
         agent = self._agents.get(task.agent_id)
@@ -147,8 +148,8 @@ class FairQueue:
         self, now: Iterations, task_id: TaskId, cost: KvTokenIterations, agent_cost: KvTokenIterations
     ) -> None:
         """A task in flight has ended with its true `cost`. `agent_cost`: see `enqueue`."""
-        if not cost >= 0 or not agent_cost >= 0:
-            raise QueueError(f"costs must be at least 0: task {cost}, agent {agent_cost}")
+        if not (0 <= cost < math.inf and 0 <= agent_cost < math.inf):
+            raise QueueError(f"costs must be at least 0, and finite: task {cost}, agent {agent_cost}")
         self._reference.advance(now)
         agent, task = self._in_flight(task_id)
         self._land(agent, task)
@@ -156,8 +157,8 @@ class FairQueue:
 
     def cancel(self, now: Iterations, task_id: TaskId, cost: KvTokenIterations) -> None:
         """A task was given up, waiting or in flight. `cost`: of what it really held."""
-        if not cost >= 0:
-            raise QueueError(f"a cost must be at least 0, not {cost}")
+        if not 0 <= cost < math.inf:
+            raise QueueError(f"a cost must be at least 0, and finite, not {cost}")
         self._reference.advance(now)
         agent = self._tasks.get(task_id)
         if agent is None:
@@ -169,12 +170,6 @@ class FairQueue:
         else:
             del self._tasks[task_id]
         self._reconcile(agent, task, cost, agent.predicted)
-
-    def reject(self, now: Iterations, task_id: TaskId) -> None:
-        """A waiting task is handed back to its client: it held nothing."""
-        if (agent := self._tasks.get(task_id)) is None or task_id not in agent.waiting:
-            raise QueueError(f"task {task_id} is not waiting")
-        self.cancel(now, task_id, KvTokenIterations(0.0))
 
     def evict(self, now: Iterations, agent_id: AgentId) -> None:
         """Forget an agent that has ended. The reference keeps it for as long as it is backlogged there."""
@@ -192,7 +187,9 @@ class FairQueue:
             return False
         if self.limits.in_flight is not None and len(self._memory) >= self.limits.in_flight:
             return False
-        return self._memory_tokens + task.memory_tokens <= self.limits.beta * self._capacity_tokens
+        # M is 0 until somebody has said it. Then slots are the only limit.
+        room = self.limits.beta * self._capacity_tokens or math.inf
+        return self._memory_tokens + task.memory_tokens <= room
 
     def _in_flight(self, task_id: TaskId) -> tuple[Agent, Task]:
         agent = self._tasks.get(task_id)

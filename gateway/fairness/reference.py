@@ -29,6 +29,7 @@ class Reference:
         self.virtual_time = VirtualTime(0.0)
         self.now = Iterations(0.0)
         self._capacity_tokens = 0.0
+        self._backlogged = 0  # how many, and their weights
         self._backlogged_weight = 0.0
         self._flows: dict[AgentId, _Flow] = {}
         self._ends: list[tuple[float, AgentId]] = []  # heap of (B, agent); an entry whose B has moved is skipped
@@ -105,6 +106,7 @@ class Reference:
         if flow.backlog_tag > self.virtual_time:
             if not flow.backlogged:
                 flow.backlogged = True
+                self._backlogged += 1
                 self._backlogged_weight += flow.weight
             heapq.heappush(self._ends, (flow.backlog_tag, flow.agent_id))
             if len(self._ends) > 64 + 4 * len(self._flows):  # each move leaves a stale entry behind
@@ -125,6 +127,8 @@ class Reference:
 
     def _go_idle(self, flow: _Flow) -> None:
         flow.backlogged = False
-        self._backlogged_weight -= flow.weight
+        self._backlogged -= 1
+        # Exactly zero when nobody is left, whatever rounding did.
+        self._backlogged_weight = self._backlogged_weight - flow.weight if self._backlogged else 0.0
         if flow.forgotten:
             del self._flows[flow.agent_id]

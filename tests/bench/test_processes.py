@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.bench.processes import ServerFailed, free_port, own_environment, run_once, server, yield_to_others
+from gateway.bench.processes import ServerFailed, apart, free_port, own_environment, run_once, server
 
 pytestmark = pytest.mark.asyncio
 
@@ -79,18 +79,26 @@ async def test_settings_of_the_user_do_not_reach_a_server(monkeypatch: pytest.Mo
     assert own_environment()["PATH"] == os.environ["PATH"]
 
 
-async def test_descendants_give_way_and_the_process_itself_does_not() -> None:
+async def test_on_a_small_machine_descendants_and_the_rest_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import subprocess; subprocess.run(['sleep', '60'])"
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", script, start_new_session=True)
+    confined: dict[int, set[int]] = {}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 5})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cores: confined.update({thread: cores}))
     try:
         children: list[int] = []
         while not children:
             await asyncio.sleep(0.05)
             text = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()  # noqa: ASYNC240
             children = [int(child) for child in text.split()]
-        yield_to_others(parent.pid, niceness=7)
-        assert os.getpriority(os.PRIO_PROCESS, children[0]) == 7
-        assert os.getpriority(os.PRIO_PROCESS, parent.pid) == os.getpriority(os.PRIO_PROCESS, os.getpid())
+        with apart(parent.pid):
+            assert confined[children[0]] == {2}
+            assert confined[parent.pid] == confined[os.getpid()] == {5}
+        assert confined[os.getpid()] == {2, 5}
+        confined.clear()
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+        with apart(parent.pid):
+            assert not confined
     finally:
         os.killpg(parent.pid, 9)
         await parent.wait()

@@ -235,6 +235,13 @@ def test_a_task_that_holds_more_than_predicted_takes_the_room_it_holds() -> None
     assert queue.queue.memory_tokens == 10
 
 
+def test_until_m_is_known_slots_are_the_only_limit() -> None:
+    queue = Driver(limits=ReleaseLimits(in_flight=2), capacity=0)
+    for _ in range(3):
+        queue.enqueue("a", 1, memory=1000)
+    assert len(queue.release()) == 2
+
+
 def test_a_requeued_task_waits_in_its_old_place() -> None:
     queue = Driver()
     first = queue.enqueue("a", 10)
@@ -263,7 +270,6 @@ def test_rank_goes_with_the_release() -> None:
         lambda q: q.queue.complete(q.now, TaskId(2), KvTokenIterations(1), KvTokenIterations(1)),  # it waits
         lambda q: q.queue.complete(q.now, TaskId(1), KvTokenIterations(float("nan")), KvTokenIterations(1)),
         lambda q: q.queue.requeue(q.now, TaskId(2)),
-        lambda q: q.queue.reject(q.now, TaskId(1)),  # in flight
         lambda q: q.queue.cancel(q.now, TaskId(99), KvTokenIterations(0)),
         lambda q: q.queue.cancel(q.now, TaskId(1), KvTokenIterations(-1)),
         lambda q: q.queue.evict(q.now, AgentId("a")),

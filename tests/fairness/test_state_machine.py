@@ -61,7 +61,8 @@ class QueueMachine(RuleBasedStateMachine):
         for number, release in enumerate(releases):
             assert release.task.id in self.waiting, "neither lost nor twice"
             if had_in_flight or number:
-                assert held + release.task.memory_tokens <= self.beta * self.capacity + 1e-6
+                room = self.beta * self.capacity or float("inf")
+                assert held + release.task.memory_tokens <= room + 1e-6
                 assert self.slots is None or len(self.in_flight) < self.slots
                 assert waiting <= self.queue.limits.engine_waiting
             held += release.task.memory_tokens

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from engine.link import PROTOCOL, Hello, Holding, Report
 from gateway.capacity import EngineView
 
@@ -22,16 +24,19 @@ def test_a_report_before_hello_is_not_counted() -> None:
 def test_hello_and_report_tell_capacity_clock_and_what_is_held() -> None:
     view = EngineView()
     view.hear(hello(), 0)
-    view.hear(report(5), 0)
+    view.hear(report(1000), 0)
+    view.hear(report(1005), 0)
     assert view.capacity_tokens == 127 * 32
-    assert view.max_num_seqs == 64
-    assert (view.now, view.running, view.waiting, view.held_tokens) == (5, 2, 1, 27 * 32)
+    assert (view.engine_max_num_seqs, view.max_model_len) == (64, 2048)
+    assert view.now == 5, "what the engine did before we came is not ours to count"
+    assert (view.running, view.waiting, view.held_tokens) == (2, 1, 27 * 32)
     assert view.held[7].output_tokens == 3
 
 
 def test_the_clock_goes_on_over_restarts_and_never_back() -> None:
     view = EngineView()
     view.hear(hello(), 0)
+    view.hear(report(0), 0)
     view.hear(report(100, preempted=4), 0)
     view.hear(report(99), 0)  # late
     assert view.now == 100
@@ -44,9 +49,9 @@ def test_the_clock_goes_on_over_restarts_and_never_back() -> None:
 
 
 def test_what_the_settings_declare_goes_over_what_the_engine_says() -> None:
-    view = EngineView(declared_capacity_tokens=1000, declared_max_num_seqs=3)
+    view = EngineView(declared_capacity_tokens=1000)
     view.hear(hello(), 0)
-    assert (view.capacity_tokens, view.max_num_seqs) == (1000, 3)
+    assert view.capacity_tokens == 1000
 
 
 METRICS = """\
@@ -69,18 +74,30 @@ def test_a_stock_engine_is_read_from_its_metrics() -> None:
     view.read_metrics(METRICS.format(iterations=40), 0)
     view.read_metrics(METRICS.format(iterations=50), 0)
     assert view.capacity_tokens == 459 * 16
-    assert (view.now, view.running, view.waiting, view.preempted) == (50, 3, 2, 6)
+    assert (view.now, view.running, view.waiting, view.preempted) == (10, 3, 2, 0)
     assert view.held_tokens == 459 * 16 / 2
     view.read_metrics(METRICS.format(iterations=8), 0)
-    assert (view.now, view.restarts) == (58, 1)
+    assert (view.now, view.restarts) == (18, 1)
 
 
-def test_a_link_that_falls_silent_is_said_to_be() -> None:
+@pytest.mark.parametrize("odd", ["<html>502 Bad Gateway</html>", '{"detail":"Not Found"}', "", "up 1\n"])
+def test_odd_metrics_are_refused_and_change_nothing(odd: str) -> None:
+    view = EngineView()
+    view.read_metrics(METRICS.format(iterations=40), 0)
+    with pytest.raises(ValueError, match=r".+"):
+        view.read_metrics(odd, 0)
+    view.read_metrics(METRICS.format(iterations=41), 0)
+    assert (view.now, view.restarts) == (1, 0)
+
+
+def test_a_link_that_falls_silent_is_said_to_be_and_its_last_word_does_not_hold() -> None:
     view = EngineView()
     view.hear(hello(), 100)
+    view.hear(report(5), 100)
     view.silent(104)
     assert view.reporting
     view.silent(106)
     assert not view.reporting
-    view.hear(report(5), 107)
+    assert (view.waiting, view.running, view.held) == (0, 0, {})
+    view.hear(report(6), 107)
     assert view.reporting

@@ -37,7 +37,15 @@ def test_class_and_final() -> None:
     assert identified().final is False
 
 
-@pytest.mark.parametrize("value", ["", "two words", "x" * 256, "é", "tab\there"])
+@pytest.mark.parametrize("value", ["", "two words", "x" * 256, "tab\there", "\x80"])
 def test_absurd_ids_are_refused(value: str) -> None:
     with pytest.raises(InvalidRequest, match="visible ASCII"):
-        identified({"X-Agent-ID": value}) if value.isascii() else identified(prompt_cache_key=value)
+        identified({"X-Agent-ID": value})
+
+
+@pytest.mark.parametrize("key", ["support bot / user 42", "é", "x" * 256])
+def test_any_prompt_cache_key_names_an_agent(key: str) -> None:
+    found, again, other = (identified(prompt_cache_key=text).agent_id for text in (key, key, key + "!"))
+    assert found == again != other
+    assert found is not None
+    assert len(found) == 64

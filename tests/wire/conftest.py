@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.relay import Parts
+from gateway.parts import Parts
 from gateway.server import RunningGateway, start_gateway
 from gateway.settings import GatewaySettings
 from tests.wire.scripted_engine import ScriptedEngine
@@ -33,12 +34,12 @@ class GatewayUnderTest:
         sent = {**({"X-Agent-ID": agent} if agent else {}), **(headers or {})}
         return await self.client.post("/v1/chat/completions", json=body, headers=sent)
 
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Poll for what the gateway does by itself."""
-        import asyncio
-
-        async with asyncio.timeout(20):
+    async def until(self, condition: Callable[[], bool], *tasks: asyncio.Task[Any]) -> None:
+        """Poll for what the gateway does by itself. `tasks` must not end meanwhile."""
+        async with asyncio.timeout(60):
             while not condition():
+                for task in tasks:
+                    assert not task.done(), task.exception() or task.result().text
                 await asyncio.sleep(0.01)
 
     def is_empty(self) -> bool:

@@ -81,7 +81,18 @@ def group_members(leader: int) -> list[int]:
 async def test_serve_says_when_it_is_ready_answers_the_sdk_and_leaves_no_process(session_dir: Path) -> None:
     port = free_port()
     runtime = session_dir / "serve"
-    arguments = ("--port", str(port), "--kv-blocks", "64", "--runtime-dir", str(runtime), "--state", "memory:")
+    arguments = (
+        "--port",
+        str(port),
+        "--max-model-len",
+        "2048",
+        "--kv-blocks",
+        "64",
+        "--runtime-dir",
+        str(runtime),
+        "--state",
+        "memory:",
+    )
     async with justitia("serve", *arguments, XDG_CACHE_HOME=str(session_dir / "cache")) as serve:
         await serve.until_said("spawned, pid ")
         engine_pid = int(serve.said.rpartition("spawned, pid ")[2].split()[0])

@@ -7,6 +7,7 @@ import asyncio
 import httpx
 import pytest
 
+from gateway.engine_client import EngineClient, Health
 from tests.wire.conftest import GatewayUnderTest, StartGateway, running_gateway
 from tests.wire.scripted_engine import ScriptedEngine, chunk, push, wait_for_word
 from tests.wire.scripted_engine import start as start_answer
@@ -113,6 +114,116 @@ async def test_a_task_that_waits_too_long_is_answered_504(start: StartGateway, s
     assert gateway.parts.queue.waiting == 0
     scripted.go.set()
     assert (await first).status_code == 200
+
+
+async def test_a_refused_final_task_does_not_end_its_agent(start: StartGateway, scripted: ScriptedEngine) -> None:
+    gateway = await start(max_in_flight=1, max_waiting=1)
+    scripted.default = wait_for_word
+    kept = [asyncio.create_task(gateway.chat("a"))]
+    await scripted.until(lambda engine: len(engine.bodies) == 1)
+    kept.append(asyncio.create_task(gateway.chat("b")))
+    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    final = {"X-Agent-Final": "true"}
+    assert (await gateway.chat("a", headers=final)).status_code == 429
+    scripted.go.set()
+    await asyncio.gather(*kept)
+    assert "a" in gateway.parts.feedback.records
+    assert (await gateway.chat("a", headers=final)).status_code == 200
+    assert "a" not in gateway.parts.feedback.records
+
+
+async def test_slots_are_those_that_the_settings_say(start: StartGateway, scripted: ScriptedEngine) -> None:
+    gateway = await start(max_in_flight=2)
+    scripted.default = wait_for_word
+    requests = [asyncio.create_task(gateway.chat(f"a{number}")) for number in range(9)]
+    await gateway.until(lambda: gateway.parts.queue.waiting == 7)
+    assert gateway.parts.queue.in_flight == 2
+    scripted.go.set()
+    assert {answer.status_code for answer in await asyncio.gather(*requests)} == {200}
+
+
+async def test_an_engine_that_tells_nothing_of_itself_serves_a_few_at_once() -> None:
+    silent = ScriptedEngine(default=wait_for_word, metrics="<html>not vLLM</html>")
+    async with silent.serving() as engine, running_gateway(engine=engine.url) as gateway:
+        await gateway.until(lambda: gateway.parts.engine.up)
+        requests = [asyncio.create_task(gateway.chat(f"a{number}")) for number in range(12)]
+        await gateway.until(lambda: gateway.parts.queue.waiting == 4)
+        assert gateway.parts.queue.in_flight == 8
+        engine.go.set()
+        assert {answer.status_code for answer in await asyncio.gather(*requests)} == {200}
+        assert (await gateway.client.get("/health")).json()["capacity_tokens"] == 0
+
+
+async def test_odd_metrics_once_do_not_stop_the_clock(gateway: GatewayUnderTest, scripted: ScriptedEngine) -> None:
+    good, scripted.metrics = scripted.metrics, "<html>502 Bad Gateway</html>"
+    await asyncio.sleep(0.6)  # two polls
+    scripted.metrics = good.replace("count 100", "count 5000")
+    await gateway.until(lambda: gateway.parts.engine.iterations == 4900)
+
+
+async def test_a_task_broken_off_is_charged_what_it_held_and_not_learned(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine
+) -> None:
+    """Usage in every chunk, as some ask for it, does not make a cancelled task a finished one."""
+
+    async def usage_in_every_chunk(body, send, engine) -> None:  # type: ignore[no-untyped-def]
+        await start_answer(send)
+        await push(send, b'data: {"choices":[{"index":0}],"usage":{"prompt_tokens":10,"completion_tokens":4}}\n\n')
+        await engine.go.wait()
+
+    scripted.default = usage_in_every_chunk
+    body = {"stream": True, "messages": [], "n": 2}
+    async with gateway.client.stream("POST", "/v1/chat/completions", json=body, headers={"X-Agent-ID": "a"}) as answer:
+        async for _ in answer.aiter_bytes():
+            break
+    await gateway.until(gateway.is_empty)
+    record = gateway.parts.feedback.records["a"]  # type: ignore[index]
+    assert (record.tasks, record.whole) == ([], False)
+    assert gateway.parts.queue.agents["a"].arrived == 2 * (10 * 2 + 3)  # type: ignore[index]
+
+
+async def test_a_whole_answer_that_is_cancelled_costs_the_iterations_it_ran(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine
+) -> None:
+    scripted.default = wait_for_word
+    request = asyncio.create_task(gateway.chat("a", max_tokens=10))
+    await scripted.until(lambda engine: len(engine.bodies) == 1)
+    predicted = gateway.parts.queue.agents["a"].arrived  # type: ignore[index]
+    scripted.metrics = scripted.metrics.replace("count 100", "count 9000")
+    await gateway.until(lambda: gateway.parts.engine.iterations == 8900)
+    request.cancel()
+    await gateway.until(gateway.is_empty)
+    assert gateway.parts.queue.agents["a"].arrived == predicted  # type: ignore[index]
+
+
+@pytest.mark.parametrize("usage", [b'{"prompt_tokens": 5, "completion_tokens": -1}', b'{"prompt_tokens": "x"}', b"[]"])
+async def test_odd_usage_does_not_keep_the_turn(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine, usage: bytes
+) -> None:
+    async def odd(body, send, engine) -> None:  # type: ignore[no-untyped-def]
+        await start_answer(send, b"application/json")
+        await push(send, b'{"choices": [], "usage": ' + usage + b"}", more=False)
+
+    scripted.default = odd
+    assert (await gateway.chat()).status_code == 200
+    assert gateway.is_empty()
+
+
+async def test_one_late_health_answer_is_not_the_end(
+    gateway: GatewayUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([Health.UNSURE, Health.UNSURE, Health.UP, Health.UNSURE, Health.UNSURE, Health.UNSURE, Health.DOWN])
+    seen: list[bool] = []
+
+    async def health(self) -> Health:  # type: ignore[no-untyped-def]
+        seen.append(gateway.parts.engine.up)
+        gateway.parts.suspect.set()  # no waiting between checks
+        gateway.parts.suspect.clear()
+        return next(answers, Health.DOWN)
+
+    monkeypatch.setattr(EngineClient, "health", health)
+    await gateway.until(lambda: not gateway.parts.engine.up)
+    assert seen == [True] * 6
 
 
 async def test_no_engine_is_answered_503_with_retry_after() -> None:

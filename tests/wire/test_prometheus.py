@@ -52,10 +52,11 @@ async def test_a_real_prometheus_answers_queries_for_queue_time_jct_and_kv_held(
 
                 async def query(expression: str) -> float:
                     try:
-                        answer = (await client.get("/api/v1/query", params={"query": expression})).json()
-                    except httpx.TransportError:
+                        answer = await client.get("/api/v1/query", params={"query": expression})
+                        answer.raise_for_status()
+                    except httpx.HTTPError:
                         return 0.0  # it is starting
-                    return sum(float(series["value"][1]) for series in answer.get("data", {}).get("result", []))
+                    return sum(float(series["value"][1]) for series in answer.json()["data"]["result"])
 
                 async def until_positive(expression: str) -> float:
                     async with asyncio.timeout(30):

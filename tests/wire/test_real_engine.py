@@ -126,7 +126,8 @@ async def test_forty_agents_whose_clients_are_killed_leave_nothing_behind(
 
     clients = [asyncio.create_task(one(agent)) for agent in range(40)]
     queue = real.parts.queue
-    await real.until(lambda: queue.waiting + queue.in_flight == 40 and real.parts.engine.held_tokens > 0)
+    await real.until(lambda: queue.waiting + queue.in_flight == 40, *clients)
+    await real.until(lambda: real.parts.engine.held_tokens > 0, *clients)
     assert await engine_gauge(engine, "vllm:num_requests_running") > 0
     for client in clients:
         client.cancel()
@@ -157,7 +158,7 @@ async def test_a_killed_engine_gives_clean_answers_and_is_served_again(
     engine: LiveEngine, real: GatewayUnderTest, victim: str
 ) -> None:
     """Tasks that have had no byte go again, those in mid-stream end with an error event; nothing hangs, nothing is lost."""
-    engine.lengths({"dies": 800})
+    engine.lengths({"dies": 1000})
     xargs = {"forced_length_key": "dies"}
     started = asyncio.Event()
 
@@ -178,7 +179,7 @@ async def test_a_killed_engine_gives_clean_answers_and_is_served_again(
     stream = asyncio.create_task(streaming())
     await started.wait()
     tasks = [asyncio.create_task(whole(agent)) for agent in range(12)]
-    await real.until(lambda: real.parts.queue.waiting + real.parts.queue.in_flight == 13)
+    await real.until(lambda: real.parts.queue.waiting + real.parts.queue.in_flight == 13, *tasks)
     pid = engine.process.pid
     assert pid is not None
     restarts = engine.process.restarts

@@ -1,0 +1,34 @@
+"""What every request needs, put together once in `app`."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from gateway.capacity import EngineView
+from gateway.engine_client import EngineClient
+from gateway.fairness import FairQueue
+from gateway.feedback import Feedback
+from gateway.metrics import Metrics
+from gateway.release import Dispatcher
+from predictor.types import Predictor
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """suspect: set by who lost a task, so that the watch asks the engine at once. max_queue_s: a task's time in the queue."""
+
+    queue: FairQueue
+    dispatcher: Dispatcher
+    engine: EngineView
+    client: EngineClient
+    predictor: Predictor
+    feedback: Feedback
+    metrics: Metrics
+    suspect: asyncio.Event
+    max_queue_s: float
+
+    def engine_lost_a_task(self) -> None:
+        """Nothing is released until the engine has answered again."""
+        self.engine.suspect = True
+        self.suspect.set()
