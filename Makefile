@@ -57,4 +57,4 @@ lock:
 	$(BIN)/python requirements/lock.py dev
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-results dist
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-results bench-results dist
