@@ -24,6 +24,7 @@ from typing import Literal
 import httpx
 
 from engine import compat
+from engine.cores import keep_apart
 
 # Bytes of a Unix socket's path that every Linux takes (108 with the closing zero).
 SOCKET_PATH_BYTES = 107
@@ -349,6 +350,8 @@ class EngineProcess:
         was_ready = ready.done()
         if was_ready:
             self._ready_at = asyncio.get_running_loop().time()
+            if on_cpu():
+                keep_apart(process.pid)
             self._set(EngineState.READY, "serving")
         else:
             ready.cancel()

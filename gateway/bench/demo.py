@@ -26,6 +26,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from rich.console import Console
 
 from engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState, on_cpu
+from engine.link import LinkError
 from gateway.bench import environment, report
 from gateway.bench.client import ReplayOptions, ReplayResult, replay
 from gateway.bench.engine_watch import watching
@@ -38,6 +39,8 @@ from gateway.settings import cache_home
 MODEL = "tiny"
 BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes
 MAX_MODEL_LEN = 1024
+# An engine that is still loading does not heed SIGTERM, and has nothing to lose.
+ENGINE_STOP_S = 5.0
 BASELINE, POLICY = "fcfs", "justitia"
 # Exit codes by custom: 128 and the signal's number.
 TERMINATED = 128 + signal.SIGTERM
@@ -134,7 +137,7 @@ async def run_demo(settings: DemoSettings, console: Console | None = None) -> in
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
     try:
         return await _demo(settings, console)
-    except (EngineFailed, ServerFailed, OSError) as error:
+    except (EngineFailed, ServerFailed, LinkError, OSError) as error:
         console.print(f"the demo failed: {error}", style="bold red", markup=False)
         return 1
     except asyncio.CancelledError:
@@ -208,8 +211,9 @@ async def _engine(
             with apart(process.pid) if process.pid is not None and on_cpu() else contextlib.nullcontext():
                 yield spec
         finally:
+            status.update("stopping the engine")
             status.start()
-            await process.stop()
+            await process.stop(ENGINE_STOP_S)
             with contextlib.suppress(OSError):
                 (settings.out / "logs" / "engine.log").write_bytes(spec.log.read_bytes())
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import aiohttp
 
+from engine.cores import confine, keep_apart
+
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.05
 
@@ -88,40 +90,17 @@ async def stop(process: asyncio.subprocess.Process) -> None:
 
 @contextlib.contextmanager
 def apart(pid: int) -> Iterator[None]:
-    """On a machine with two or three cores: the descendants of a process on the first, it and us on the others.
-
-    vLLM's core and worker wait for each other in busy loops. Spread over both cores of a small machine they keep server,
-    gateway and client from running, and agents compete for the processor in place of the engine's memory; on one core
-    they give way to each other. It doubled the throughput of the whole. What we start meanwhile inherits our cores.
-    """
+    """On a small machine: we, and what we start meanwhile, leave the core alone that `keep_apart` gives to the engine."""
     ours = os.sched_getaffinity(0)
-    if not 2 <= len(ours) <= 3:
+    others = keep_apart(pid)
+    if others is None:
         yield
         return
-    first = min(ours)
-    for descendant in _descendants(pid):
-        _confine(descendant, {first})
-    _confine(pid, ours - {first})
-    _confine(os.getpid(), ours - {first})
+    confine(os.getpid(), others)
     try:
         yield
     finally:
-        _confine(os.getpid(), ours)
-
-
-def _confine(pid: int, cores: set[int]) -> None:
-    """All threads of a process; a process that has ended is let be."""
-    with contextlib.suppress(OSError):
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), cores)
-
-
-def _descendants(pid: int) -> Iterator[int]:
-    with contextlib.suppress(OSError):
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in map(int, children.read_text().split()):
-                yield child
-                yield from _descendants(child)
+        confine(os.getpid(), ours)
 
 
 async def _wait_ready(name: str, process: asyncio.subprocess.Process, url: str, log: Path, timeout_s: float) -> None:
