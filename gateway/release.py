@@ -118,8 +118,9 @@ class Dispatcher:
         engine = self.engine
         if engine.capacity_tokens != self.queue.capacity_tokens:
             self.queue.set_capacity(engine.now, engine.capacity_tokens)
-        if self._slots() != self.queue.limits.in_flight:
-            self.queue.limits = replace(self.queue.limits, in_flight=self._slots())
+        slots = self._slots()
+        if slots != self.queue.limits.in_flight:
+            self.queue.limits = replace(self.queue.limits, in_flight=slots)
         for task_id, holding in engine.held.items():
             self.queue.hold(TaskId(task_id), holding.kv_tokens)
         self.pump()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 from engine.link import LinkSubscriber, Report
 from gateway.engine_client import EngineUnreachable, Health
@@ -72,11 +72,10 @@ async def follow_link(parts: Parts, address: str) -> None:
     link = LinkSubscriber(address)
     try:
         async for message in link.messages():
-            preempted, restarts = parts.engine.preempted, parts.engine.restarts
-            parts.engine.hear(message, time.monotonic())
+            with _hearing(parts):
+                parts.engine.hear(message, time.monotonic())
             if isinstance(message, Report):
                 parts.metrics.link_reported()
-            _tell(parts, preempted, restarts)
     finally:
         link.close()
 
@@ -87,9 +86,8 @@ async def poll_metrics(parts: Parts) -> None:
         with contextlib.suppress(EngineUnreachable):
             answer = await parts.client.get("/metrics")
             if answer.is_success:
-                preempted, restarts = parts.engine.preempted, parts.engine.restarts
-                parts.engine.read_metrics(answer.text, time.monotonic())
-                _tell(parts, preempted, restarts)
+                with _hearing(parts):
+                    parts.engine.read_metrics(answer.text, time.monotonic())
         await asyncio.sleep(METRICS_S)
 
 
@@ -99,8 +97,11 @@ async def sweep_agents(parts: Parts, idle_s: float) -> None:
         parts.feedback.sweep(idle_s)
 
 
-def _tell(parts: Parts, preempted: int, restarts: int) -> None:
-    """The engine's view has changed; these two were its counters before."""
+@contextlib.contextmanager
+def _hearing(parts: Parts) -> Iterator[None]:
+    """The engine's view is changed in here; then metrics and dispatcher are told. Not if it raises."""
+    preempted, restarts = parts.engine.preempted, parts.engine.restarts
+    yield
     if parts.engine.preempted > preempted:
         parts.metrics.preempted(parts.engine.preempted - preempted)
     if parts.engine.restarts > restarts:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from gateway.bench.processes import free_port
 from tests.conftest import LiveEngine
 from tests.wire.scripted_engine import ScriptedEngine, wait_for_word
 
@@ -58,12 +58,6 @@ async def justitia(*arguments: str, **environment: str) -> AsyncIterator[Command
         if process.returncode is None:
             process.kill()
             await process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def group_members(leader: int) -> list[int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.bench.processes import free_port
 from tests.conftest import LiveEngine
 from tests.wire.conftest import running_gateway
 
@@ -36,9 +36,7 @@ async def test_a_real_prometheus_answers_queries_for_queue_time_jct_and_kv_held(
     engine.lengths({"scraped": 400})
     async with running_gateway(engine=engine.url, link=engine.link_address) as gateway:
         await gateway.until(lambda: gateway.parts.engine.up and gateway.parts.engine.reporting)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         (tmp_path / "prometheus.yml").write_text(SCRAPE_CONFIG.format(target=gateway.url.removeprefix("http://")))
         prometheus = await asyncio.create_subprocess_exec(
             binary,
