@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 
 from gateway.bench import text
-from gateway.bench.trace import AgentTrace, TaskTrace
+from gateway.trace import AgentTrace, TaskTrace
 
 # Enough of a stream's end for its last events: the usage, or the error, and [DONE].
 TAIL_BYTES = 16_384

@@ -32,9 +32,9 @@ from gateway.bench.client import ReplayOptions, ReplayResult, replay
 from gateway.bench.engine_watch import watching
 from gateway.bench.processes import ServerFailed, apart, free_port, run_once, server
 from gateway.bench.progress import ReplayProgress
-from gateway.bench.trace import AgentTrace, write_trace
 from gateway.bench.workload import demo_mix, length_key, length_table
 from gateway.settings import cache_home
+from gateway.trace import AgentTrace, write_trace
 
 MODEL = "tiny"
 BLOCK_SIZE = 32  # tokens; the smallest that vLLM's CPU attention takes

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gateway.bench.client import TaskResult
-from gateway.bench.trace import AgentTrace
+from gateway.trace import AgentTrace
 
 # Between two lines where there is no terminal.
 LINE_EVERY_S = 5.0

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from gateway.bench.client import ReplayResult, TaskResult
 from gateway.bench.kinds import SIZES, Size, size_counts
-from gateway.bench.trace import AgentTrace
+from gateway.trace import AgentTrace
 from predictor.cost import task_cost
 
 

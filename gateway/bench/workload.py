@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from random import Random
 
 from gateway.bench.kinds import KINDS, Draft, Kind, Size, size_counts
-from gateway.bench.trace import AgentTrace, TaskTrace
+from gateway.trace import AgentTrace, TaskTrace
 
 CountTokens = Callable[[str], int]
 

@@ -12,8 +12,8 @@ import pytest
 
 from gateway.bench.client import ReplayOptions, TaskResult, replay
 from gateway.bench.stand_in import StandIn
-from gateway.bench.trace import AgentTrace, Prefix, TaskTrace
 from gateway.bench.workload import length_key, length_table
+from gateway.trace import AgentTrace, Prefix, TaskTrace
 
 pytestmark = pytest.mark.asyncio
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gateway.bench import picture, report
 from gateway.bench.client import ReplayResult, TaskResult
-from gateway.bench.trace import AgentTrace, TaskTrace
+from gateway.trace import AgentTrace, TaskTrace
 
 # Ten agents of one task: 6 small, 3 medium, 1 large.
 AGENTS = [AgentTrace(f"a{i}", float(i), (TaskTrace("t", 10, i + 1),), "kind") for i in range(10)]

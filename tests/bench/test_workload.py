@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from gateway.bench.kinds import KINDS, SIZES, size_counts
-from gateway.bench.trace import read_trace, write_trace
 from gateway.bench.workload import (
     MAX_OUTPUT_TOKENS,
     MIN_OUTPUT_TOKENS,
@@ -16,6 +15,7 @@ from gateway.bench.workload import (
     length_key,
     length_table,
 )
+from gateway.trace import read_trace, write_trace
 
 SEEDS = range(12)
 KV_TOKENS = 128 * 32

@@ -37,11 +37,13 @@ class TraceError(ValueError):
         self.line = line
 
 
-class Prefix(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A beginning that tasks share: the first `tokens` tokens of every prompt with this id are the same."""
+class Prefix(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A beginning that tasks share: the first `tokens` tokens of every prompt with this id are the same. `parent`: the
+    beginning of that beginning, shared with still more tasks."""
 
     id: Name
     tokens: Tokens
+    parent: Prefix | None = None
 
 
 class TaskTrace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -118,6 +120,11 @@ def check(agent: AgentTrace) -> None:
             raise TraceError(f"task {task.id!r} has more cached tokens than prompt tokens")
         if task.prefix is not None and task.prefix.tokens > task.prompt_tokens:
             raise TraceError(f"task {task.id!r} has a prefix longer than its prompt")
+        prefix = task.prefix
+        while prefix is not None and prefix.parent is not None:
+            if prefix.parent.tokens > prefix.tokens:
+                raise TraceError(f"prefix {prefix.id!r} is shorter than its parent {prefix.parent.id!r}")
+            prefix = prefix.parent
     try:
         TopologicalSorter({task.id: task.after for task in agent.tasks}).prepare()
     except CycleError as error:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.bench.trace import AgentTrace, Prefix, TaskTrace, TraceError, parse_trace, read_trace, write_trace
+from gateway.trace import AgentTrace, Prefix, TaskTrace, TraceError, parse_trace, read_trace, write_trace
 
 names = st.text(min_size=1, max_size=20)
 seconds = st.floats(min_value=0, max_value=1e6)
