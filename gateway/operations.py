@@ -49,7 +49,7 @@ def operation_routes(parts: Parts, *, version: str, policy: str) -> APIRouter:
             parts.feedback.records.values(), key=lambda r: (position.get(r.id, len(position)), r.first_arrival_s)
         )
         data = [_view(parts, record, parts.queue.agents.get(record.id), position.get(record.id)) for record in records]
-        return {"object": "list", "virtual_time": parts.queue.virtual_time, "data": data}
+        return {"object": "list", "virtual_time": parts.queue.virtual_time(), "data": data}
 
     return router
 
@@ -98,8 +98,8 @@ def _refresh(parts: Parts) -> None:
     parts.metrics.queue_is(
         waiting=queue.waiting,
         in_flight=queue.in_flight,
-        predicted_tokens=queue.memory_tokens,
-        virtual_time=queue.virtual_time,
+        predicted_tokens=queue.reserved_tokens,
+        virtual_time=queue.virtual_time(),
     )
     states = [_state(queue.agents.get(agent_id)) for agent_id in parts.feedback.records]
     parts.metrics.agents_are(

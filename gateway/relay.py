@@ -20,7 +20,7 @@ from gateway.body import Body
 from gateway.engine_client import Answer, EngineUnreachable, Health
 from gateway.errors import ClientStuck, EngineLost, GatewayError, Outcome, ShuttingDown
 from gateway.estimate import Estimate, estimate_agent
-from gateway.fairness import AgentId, KvTokenIterations, Release, Task, TaskId
+from gateway.fairness import AgentId, KvTokenIterations, Release, Spent, Task, TaskId
 from gateway.feedback import AgentRecord
 from gateway.parts import Parts
 from gateway.release import Turn
@@ -121,7 +121,9 @@ class TaskResponse(Response):
         known = parts.queue.agents.get(agent_id)
         cost_arrived = estimate.cost + (known.arrived if known else 0.0)
         agent_cost = estimate_agent(parts.predictor, request.record.progress(cost_arrived))
-        task = Task(request.id, agent_id, cost=KvTokenIterations(estimate.cost), memory_tokens=estimate.memory_tokens)
+        task = Task(
+            request.id, agent_id, KvTokenIterations(estimate.cost), estimate.memory_tokens, estimate.prompt_tokens
+        )
         try:
             turn = parts.dispatcher.submit(task, agent_cost)
         except Exception:
@@ -227,11 +229,12 @@ class TaskResponse(Response):
             if self._usage is not None and self._outcome is Outcome.COMPLETED:
                 finished = finished_task(self._usage, request.body)
                 arrived = max(0.0, agent.arrived - request.estimate.cost + finished.cost)
-                self._turn.complete(finished.cost, estimate_agent(parts.predictor, request.record.progress(arrived)))
+                spent = Spent(KvTokenIterations(finished.cost), finished.prompt_tokens, finished.decode_tokens)
+                self._turn.complete(spent, estimate_agent(parts.predictor, request.record.progress(arrived)))
             else:
-                self._turn.cancel(self._cost_held())
+                self._turn.cancel(Spent(KvTokenIterations(self._cost_held())))
         finally:
-            self._turn.cancel(0.0)  # does nothing, unless the lines above have failed
+            self._turn.cancel(Spent(KvTokenIterations(0.0)))  # does nothing, unless the lines above have failed
             parts.feedback.ended(request.record, finished)
         parts.metrics.left_queue(self._outcome, self._turn.queued_s)
         if self._outcome is Outcome.COMPLETED:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from gateway.capacity import EngineView
 from gateway.errors import GatewayError, NoEngine, QueueFull, ShuttingDown, WaitedTooLong
-from gateway.fairness import FairQueue, KvTokenIterations, Release, Task, TaskId
+from gateway.fairness import FairQueue, KvTokenIterations, Release, Spent, Task, TaskId
 
 MAX_RETRY_AFTER_S = 30
 # Tasks over whose completions the drain rate is taken.
@@ -56,17 +56,17 @@ class Turn:
         self._dispatcher.requeue(self)
         return True
 
-    def complete(self, cost: float, agent_cost: float) -> None:
-        """The task ended with its true `cost`; its agent is now predicted to cost `agent_cost`."""
+    def complete(self, spent: Spent, agent_cost: float) -> None:
+        """The task ended, with what it really took; its agent is now predicted to cost `agent_cost`."""
         if not self._settled:
             self._settled = True
-            self._dispatcher.complete(self, cost, agent_cost)
+            self._dispatcher.complete(self, spent, agent_cost)
 
-    def cancel(self, cost: float) -> None:
-        """The task was given up; `cost` is of what it really held. Does nothing once the turn is settled."""
+    def cancel(self, spent: Spent) -> None:
+        """The task was given up, with what it really took. Does nothing once the turn is settled."""
         if not self._settled:
             self._settled = True
-            self._dispatcher.cancel(self, cost)
+            self._dispatcher.cancel(self, spent)
 
     def grant(self, release: Release) -> None:
         if not self._released.done():
@@ -122,7 +122,7 @@ class Dispatcher:
         if slots != self.queue.limits.in_flight:
             self.queue.limits = replace(self.queue.limits, in_flight=slots)
         for task_id, holding in engine.held.items():
-            self.queue.hold(TaskId(task_id), holding.kv_tokens)
+            self.queue.observe(TaskId(task_id), holding.kv_tokens, holding.output_tokens)
         self.pump()
 
     def _slots(self) -> int:
@@ -131,19 +131,19 @@ class Dispatcher:
             return self.engine.declared_max_num_seqs
         if not self.engine.capacity_tokens:
             return SLOTS_WITHOUT_CAPACITY
-        return (self.engine.engine_max_num_seqs or SLOTS_OF_STOCK) + self.queue.limits.engine_waiting
+        return (self.engine.engine_max_num_seqs or SLOTS_OF_STOCK) + (self.queue.limits.engine_waiting or 0)
 
     def requeue(self, turn: Turn) -> None:
         self.queue.requeue(self.engine.now, turn.task.id)
         self.pump()
 
-    def complete(self, turn: Turn, cost: float, agent_cost: float) -> None:
-        self.queue.complete(self.engine.now, turn.task.id, KvTokenIterations(cost), KvTokenIterations(agent_cost))
+    def complete(self, turn: Turn, spent: Spent, agent_cost: float) -> None:
+        self.queue.complete(self.engine.now, turn.task.id, spent, KvTokenIterations(agent_cost))
         self._ends.append(time.monotonic())
         self._ended(turn)
 
-    def cancel(self, turn: Turn, cost: float) -> None:
-        self.queue.cancel(self.engine.now, turn.task.id, KvTokenIterations(cost))
+    def cancel(self, turn: Turn, spent: Spent) -> None:
+        self.queue.cancel(self.engine.now, turn.task.id, spent)
         self._ended(turn)
 
     def retry_after_s(self) -> int:

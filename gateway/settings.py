@@ -25,7 +25,7 @@ from pydantic_settings import (
 
 PREFIX = "JUSTITIA_"
 OTHER_PREFIXES = ("JUSTITIA_DEMO_",)
-PolicyName = Literal["justitia", "fcfs"]
+PolicyName = Literal["justitia", "fcfs", "agent-fcfs", "vtc", "las", "sjf", "srjf"]
 
 
 def _state_home() -> Path:

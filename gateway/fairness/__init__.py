@@ -51,8 +51,10 @@ from gateway.fairness.types import (
     QueueError,
     Release,
     ReleaseLimits,
+    Spent,
     Task,
     TaskId,
+    TenantId,
     VirtualTime,
 )
 
@@ -67,7 +69,9 @@ __all__ = [
     "QueueError",
     "Release",
     "ReleaseLimits",
+    "Spent",
     "Task",
     "TaskId",
+    "TenantId",
     "VirtualTime",
 ]

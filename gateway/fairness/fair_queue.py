@@ -6,24 +6,28 @@ lost is requeued. An agent that has nothing waiting and nothing in flight can be
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
+from gateway.fairness.nested import NestedReference
+from gateway.fairness.order import Order
 from gateway.fairness.policies import Policy
-from gateway.fairness.reference import Reference
 from gateway.fairness.types import (
+    NO_TENANT,
     Agent,
     AgentId,
+    Flight,
     Iterations,
     KvTokenIterations,
     QueueError,
     Release,
     ReleaseLimits,
+    Spent,
     Task,
     TaskId,
+    Tenant,
+    TenantId,
     VirtualTime,
 )
 
@@ -32,23 +36,17 @@ class FairQueue:
     def __init__(self, policy: Policy, limits: ReleaseLimits = ReleaseLimits()) -> None:  # noqa: B008 (it is frozen)
         self.limits = limits
         self._policy = policy
-        self._reference = Reference()
+        self._reference = NestedReference()
         self._capacity_tokens = 0.0
+        self._tenants: dict[TenantId, Tenant] = {}
+        self._order: Order[TenantId] = Order()  # of those with waiting tasks; only while there are several
         self._agents: dict[AgentId, Agent] = {}
         self._tasks: dict[TaskId, Agent] = {}
-        self._memory: dict[TaskId, float] = {}  # max(p + d̂, held) of what is in flight
-        self._memory_tokens = 0.0
+        self._in_flight = 0
+        self._reserved_tokens = 0.0
         self._next_seq = 0
-        # Heap of (rank, agent's seq, entry's number, agent): an entry that is no longer its agent's place is skipped.
-        self._order: list[tuple[float, int, int, Agent]] = []
-        self._entry = itertools.count()
 
     # What can be seen
-
-    @property
-    def virtual_time(self) -> VirtualTime:
-        """V as of the last call that took `now`."""
-        return self._reference.virtual_time
 
     @property
     def agents(self) -> Mapping[AgentId, Agent]:
@@ -56,56 +54,84 @@ class FairQueue:
 
     @property
     def waiting(self) -> int:
-        return len(self._tasks) - len(self._memory)
+        return len(self._tasks) - self._in_flight
 
     @property
     def in_flight(self) -> int:
-        return len(self._memory)
+        return self._in_flight
 
     @property
-    def memory_tokens(self) -> float:
-        """Σ max(p + d̂, held) over what is in flight."""
-        return self._memory_tokens
+    def reserved_tokens(self) -> float:
+        """Memory reserved for what is in flight: for each task the larger of what was predicted and what it holds."""
+        return self._reserved_tokens
 
     @property
     def capacity_tokens(self) -> float:
         """M."""
         return self._capacity_tokens
 
+    def virtual_time(self, tenant: TenantId = NO_TENANT) -> VirtualTime:
+        """V of the tenant's agents, as of the last call that took `now`. A policy that is not nested has one for all."""
+        return self._reference.virtual_time(self._level(tenant))
+
+    @property
+    def outer_virtual_time(self) -> VirtualTime:
+        """V of the tenants."""
+        return self._reference.outer_virtual_time
+
     def backlog_tag(self, agent_id: AgentId) -> VirtualTime:
-        """B of the agent."""
-        return self._reference.backlog_tag(agent_id)
+        """B of an agent. Raises `KeyError` for one that is not here."""
+        return self._reference.backlog_tag(self._agents[agent_id].tenant.id, agent_id)
 
     def in_order(self) -> Iterator[Agent]:
         """The agents with waiting tasks, the next one first. O(N log N): for people, not for decisions."""
-        return iter(sorted((a for a in self._agents.values() if a.place is not None), key=lambda a: a.place or (0, 0)))
+        turns: list[tuple[float, int, int, Agent]] = []
+        for tenant in self._tenants.values():
+            tag: float = tenant.start_tag
+            for place, agent_id in enumerate(tenant.order):
+                agent = self._agents[agent_id]
+                tag += _left_to_release(agent) / tenant.weight
+                turns.append((tag, tenant.seq, place, agent))
+        return (agent for *_, agent in sorted(turns, key=lambda turn: turn[:3]))
 
     # The verbs
 
-    def set_capacity(self, now: Iterations, tokens: float) -> None:
-        """M, when the engine has said it, or another one."""
+    def set_capacity(self, now: Iterations, tokens: float, served_tokens: float | None = None) -> None:
+        """M, when the engine has said it, or another one. `served_tokens`: the part of it that the engine was seen to hold
+        while tasks waited, which is what the reference then shares out."""
         self._reference.advance(now)
-        self._reference.set_capacity(tokens)
+        self._reference.set_capacity(tokens if served_tokens is None else served_tokens)
         self._capacity_tokens = tokens
 
-    def enqueue(self, now: Iterations, task: Task, agent_cost: KvTokenIterations, weight: float = 1.0) -> None:
+    def enqueue(
+        self,
+        now: Iterations,
+        task: Task,
+        agent_cost: KvTokenIterations,
+        *,
+        weight: float = 1.0,
+        tenant: TenantId = NO_TENANT,
+        tenant_weight: float = 1.0,
+    ) -> None:
         """A task arrives. `agent_cost` is what its agent is now predicted to cost in total; it counts while the agent is
-        forming, and when the work that has arrived outgrows the earlier prediction. `weight` counts when the agent is new."""
+        forming, and when the work that has arrived outgrows the earlier prediction. `weight` and `tenant` count when the
+        agent is new, `tenant_weight` from now on."""
         if task.id in self._tasks:
             raise QueueError(f"task {task.id} is in the queue already")
-        if not all(0 <= amount < math.inf for amount in (task.cost, task.memory_tokens, agent_cost)):
+        if not all(
+            0 <= amount < math.inf for amount in (task.cost, task.memory_tokens, task.prompt_tokens, agent_cost)
+        ):
             raise QueueError(f"costs and memory must be at least 0, and finite: {task}, agent {agent_cost}")
-        if not 0 < weight < math.inf:
-            raise QueueError(f"a weight must be positive, not {weight}")
+        if not (0 < weight < math.inf and 0 < tenant_weight < math.inf):
+            raise QueueError(f"weights must be positive, not {weight} of {tenant_weight}")
         self._reference.advance(now)
         agent = self._agents.get(task.agent_id)
         if agent is None:
-            agent = Agent(task.agent_id, self._next_seq, weight, agent_cost)
-            self._next_seq += 1
+            agent = Agent(task.agent_id, self._seq(), self._tenant(tenant), weight, agent_cost)
             self._agents[agent.id] = agent
-        self._reference.arrive(agent.id, task.cost, agent.weight)
-        agent.wait(task)
-        self._tasks[task.id] = agent
+        agent.tenant.weight = tenant_weight
+        self._reference.arrive(agent.tenant.id, agent.id, task.cost, agent.weight, tenant_weight)
+        self._wait(agent, task)
         agent.arrived = KvTokenIterations(agent.arrived + task.cost)
         self._settle_tag(agent, agent_cost)
 
@@ -115,61 +141,80 @@ class FairQueue:
         releases: list[Release] = []
         while (agent := self._first()) is not None:
             task = agent.head()
-            assert task is not None and agent.place is not None
-            if self._memory and not self._fits(task, engine_waiting):
+            assert task is not None
+            tokens = task.memory_tokens if self.limits.reserve == "predicted" else task.prompt_tokens
+            if self._in_flight and not self._fits(tokens, engine_waiting):
                 break
-            releases.append(Release(task, agent.place[0]))
+            releases.append(Release(task, self._rank(agent)))
             del agent.waiting[task.id]
-            agent.in_flight[task.id] = task
+            agent.order.remove(task.id)
+            agent.in_flight[task.id] = Flight(task, tokens, task.prompt_tokens)
+            agent.prompt_tokens += task.prompt_tokens
             agent.forming = False
-            self._memory[task.id] = task.memory_tokens
-            self._memory_tokens += task.memory_tokens
+            self._in_flight += 1
+            self._reserved_tokens += tokens
+            self._count_release(agent, task.cost)
+            if not agent.waiting:
+                self._policy.slept(agent)
             self._place(agent)
         return releases
 
-    def hold(self, task_id: TaskId, tokens: float) -> None:
-        """The engine says what a task in flight holds: more than predicted counts from now on. Unknown tasks are ignored,
-        since the engine's word arrives late."""
-        known = self._memory.get(task_id)
-        if known is not None and tokens > known:
-            self._memory[task_id] = tokens
-            self._memory_tokens += tokens - known
+    def observe(self, task_id: TaskId, kv_tokens: float, output_tokens: float) -> None:
+        """The engine says what a task in flight holds, and has produced so far. Memory beyond what was reserved for it counts
+        from now on. Unknown tasks are ignored, since the engine's word arrives late."""
+        agent = self._tasks.get(task_id)
+        flight = agent.in_flight.get(task_id) if agent else None
+        if agent is None or flight is None:
+            return
+        if kv_tokens > flight.reserved_tokens:
+            self._reserved_tokens += kv_tokens - flight.reserved_tokens
+            flight.reserved_tokens = kv_tokens
+        if output_tokens > flight.output_tokens:
+            # The formula of a cost, with the tokens so far.
+            done = max(0.0, kv_tokens - output_tokens) * output_tokens + output_tokens * (output_tokens + 1) / 2
+            self._count_progress(agent, flight, max(done, flight.attained), flight.prompt_tokens, output_tokens)
+            if self._policy.by_progress and agent.waiting:
+                self._place(agent)
 
     def requeue(self, now: Iterations, task_id: TaskId) -> None:
-        """The engine lost a task in flight: it waits again, in its old place."""
+        """The engine lost a task in flight: it waits again, in its old place, as if it had never left."""
         self._reference.advance(now)
-        agent, task = self._in_flight(task_id)
-        self._land(agent, task)
-        agent.wait(task)
-        self._tasks[task_id] = agent
+        agent, flight = self._land(task_id)
+        self._count_progress(agent, flight, 0.0, 0.0, 0.0)
+        self._count_release(agent, -flight.task.cost)
+        self._wait(agent, flight.task)
         self._place(agent)
 
-    def complete(
-        self, now: Iterations, task_id: TaskId, cost: KvTokenIterations, agent_cost: KvTokenIterations
-    ) -> None:
-        """A task in flight has ended with its true `cost`. `agent_cost`: see `enqueue`."""
-        if not (0 <= cost < math.inf and 0 <= agent_cost < math.inf):
-            raise QueueError(f"costs must be at least 0, and finite: task {cost}, agent {agent_cost}")
+    def complete(self, now: Iterations, task_id: TaskId, spent: Spent, agent_cost: KvTokenIterations) -> None:
+        """A task in flight has ended. `spent`: what it really took. `agent_cost`: see `enqueue`."""
+        if not (_sound(spent) and 0 <= agent_cost < math.inf):
+            raise QueueError(f"what was spent must be at least 0, and finite: {spent}, agent {agent_cost}")
         self._reference.advance(now)
-        agent, task = self._in_flight(task_id)
-        self._land(agent, task)
-        self._reconcile(agent, task, cost, agent_cost)
+        agent, flight = self._land(task_id)
+        self._charge(agent, flight, spent)
+        self._reconcile(agent, flight.task, spent.cost, agent_cost)
 
-    def cancel(self, now: Iterations, task_id: TaskId, cost: KvTokenIterations) -> None:
-        """A task was given up, waiting or in flight. `cost`: of what it really held."""
-        if not 0 <= cost < math.inf:
-            raise QueueError(f"a cost must be at least 0, and finite, not {cost}")
+    def cancel(self, now: Iterations, task_id: TaskId, spent: Spent) -> None:
+        """A task was given up, waiting or in flight. `spent`: what it really took until then."""
+        if not _sound(spent):
+            raise QueueError(f"what was spent must be at least 0, and finite: {spent}")
         self._reference.advance(now)
         agent = self._tasks.get(task_id)
         if agent is None:
             raise QueueError(f"task {task_id} is not in the queue")
         task = agent.waiting.pop(task_id, None)
         if task is None:
-            task = agent.in_flight[task_id]
-            self._land(agent, task)
+            agent, flight = self._land(task_id)
+            task = flight.task
+            self._charge(agent, flight, spent)
         else:
             del self._tasks[task_id]
-        self._reconcile(agent, task, cost, agent.predicted)
+            agent.order.remove(task_id)
+            agent.attained = KvTokenIterations(agent.attained + spent.cost)
+            self._count_release(agent, spent.cost)
+            if not agent.waiting:
+                self._policy.slept(agent)
+        self._reconcile(agent, task, spent.cost, agent.predicted)
 
     def evict(self, now: Iterations, agent_id: AgentId) -> None:
         """Forget an agent that has ended. The reference keeps it for as long as it is backlogged there."""
@@ -178,36 +223,82 @@ class FairQueue:
         if agent is None or agent.busy:
             raise QueueError(f"agent {agent_id!r} is " + ("not known" if agent is None else "not idle"))
         del self._agents[agent_id]
-        self._reference.forget(agent_id)
+        self._reference.forget(agent.tenant.id, agent_id)
 
     # How they work
 
-    def _fits(self, task: Task, engine_waiting: int) -> bool:
-        if engine_waiting > self.limits.engine_waiting:
+    def _level(self, tenant: TenantId) -> TenantId:
+        return tenant if self._policy.nested else NO_TENANT
+
+    def _seq(self) -> int:
+        self._next_seq += 1
+        return self._next_seq
+
+    def _tenant(self, tenant_id: TenantId) -> Tenant:
+        tenant_id = self._level(tenant_id)
+        tenant = self._tenants.get(tenant_id)
+        if tenant is None:
+            tenant = self._tenants[tenant_id] = Tenant(tenant_id, self._seq(), 1.0)
+            if len(self._tenants) == 2:  # until now there was no order among them
+                for known in self._tenants.values():
+                    self._place_tenant(known)
+        return tenant
+
+    def _fits(self, tokens: float, engine_waiting: int) -> bool:
+        limits = self.limits
+        if limits.engine_waiting is not None and engine_waiting > limits.engine_waiting:
             return False
-        if self.limits.in_flight is not None and len(self._memory) >= self.limits.in_flight:
+        if limits.in_flight is not None and self._in_flight >= limits.in_flight:
             return False
         # M is 0 until somebody has said it. Then slots are the only limit.
-        room = self.limits.beta * self._capacity_tokens or math.inf
-        return self._memory_tokens + task.memory_tokens <= room
+        room = limits.beta * self._capacity_tokens or math.inf
+        return self._reserved_tokens + tokens <= room
 
-    def _in_flight(self, task_id: TaskId) -> tuple[Agent, Task]:
-        agent = self._tasks.get(task_id)
-        if agent is None or task_id not in agent.in_flight:
-            raise QueueError(f"task {task_id} is not in flight")
-        return agent, agent.in_flight[task_id]
+    def _wait(self, agent: Agent, task: Task) -> None:
+        tenant = agent.tenant
+        if not len(tenant.order):
+            tenant.start_tag = max(tenant.start_tag, self._reference.outer_virtual_time)
+        if not agent.waiting:
+            first = tenant.order.first()
+            self._policy.woke(agent, None if first is None else tenant.order.place(first)[0])
+        agent.waiting[task.id] = task
+        agent.order.put(task.id, (self._policy.task_rank(task), task.id))
+        self._tasks[task.id] = agent
 
-    def _land(self, agent: Agent, task: Task) -> None:
+    def _land(self, task_id: TaskId) -> tuple[Agent, Flight]:
         """The task is no longer at the engine."""
-        del agent.in_flight[task.id]
-        del self._tasks[task.id]
-        self._memory_tokens -= self._memory.pop(task.id)
-        if not self._memory:
-            self._memory_tokens = 0.0  # rounding must not add up
+        agent = self._tasks.get(task_id)
+        flight = agent.in_flight.pop(task_id, None) if agent else None
+        if agent is None or flight is None:
+            raise QueueError(f"task {task_id} is not in flight")
+        del self._tasks[task_id]
+        self._in_flight -= 1
+        # Exactly zero when nothing is left, whatever rounding did.
+        self._reserved_tokens = self._reserved_tokens - flight.reserved_tokens if self._in_flight else 0.0
+        return agent, flight
+
+    def _charge(self, agent: Agent, flight: Flight, spent: Spent) -> None:
+        """What was counted for a task gives way to what it really took."""
+        prompt = flight.prompt_tokens if spent.prompt_tokens is None else spent.prompt_tokens
+        output = flight.output_tokens if spent.output_tokens is None else spent.output_tokens
+        self._count_progress(agent, flight, spent.cost, prompt, output)
+        self._count_release(agent, spent.cost - flight.task.cost)
+
+    def _count_progress(self, agent: Agent, flight: Flight, attained: float, prompt: float, output: float) -> None:
+        agent.attained = KvTokenIterations(agent.attained + attained - flight.attained)
+        agent.prompt_tokens += prompt - flight.prompt_tokens
+        agent.output_tokens += output - flight.output_tokens
+        flight.attained = KvTokenIterations(attained)
+        flight.prompt_tokens, flight.output_tokens = prompt, output
+
+    def _count_release(self, agent: Agent, cost: float) -> None:
+        agent.released = KvTokenIterations(agent.released + cost)
+        tenant = agent.tenant
+        tenant.start_tag = VirtualTime(tenant.start_tag + cost / tenant.weight)
 
     def _reconcile(self, agent: Agent, task: Task, cost: KvTokenIterations, agent_cost: KvTokenIterations) -> None:
         difference = KvTokenIterations(cost - task.cost)
-        self._reference.correct(agent.id, difference)
+        self._reference.correct(agent.tenant.id, agent.id, difference)
         agent.arrived = KvTokenIterations(max(0.0, agent.arrived + difference))
         self._settle_tag(agent, agent_cost)
         if not self._tasks:
@@ -218,26 +309,43 @@ class FairQueue:
         if agent.forming or agent.arrived > agent.predicted:
             agent.predicted = KvTokenIterations(max(agent_cost, agent.arrived))
         ahead = (agent.predicted - agent.arrived) / agent.weight
-        agent.finish_tag = VirtualTime(self._reference.backlog_tag(agent.id) + ahead)
+        agent.finish_tag = VirtualTime(self._reference.backlog_tag(agent.tenant.id, agent.id) + ahead)
         self._place(agent)
 
     def _place(self, agent: Agent) -> None:
-        """Put the agent where it now belongs in the order."""
+        """Put the agent where it now belongs in the order, and its tenant too."""
         head = agent.head()
-        place = None if head is None else (self._policy.rank(agent, head), agent.seq)
-        if place == agent.place:
-            return
-        agent.place = place
-        if place is not None:
-            heapq.heappush(self._order, (*place, next(self._entry), agent))
-            if len(self._order) > 64 + 4 * len(self._agents):
-                self._order = [(*a.place, next(self._entry), a) for a in self._agents.values() if a.place is not None]
-                heapq.heapify(self._order)
+        if head is None:
+            agent.tenant.order.remove(agent.id)
+        else:
+            agent.tenant.order.put(agent.id, (self._policy.rank(agent, head), agent.seq))
+        if len(self._tenants) > 1:
+            self._place_tenant(agent.tenant)
+
+    def _place_tenant(self, tenant: Tenant) -> None:
+        """By when, in outer virtual time, it will have been given the work of its next agent: agents are its packets."""
+        first = tenant.order.first()
+        if first is None:
+            self._order.remove(tenant.id)
+        else:
+            tag = tenant.start_tag + _left_to_release(self._agents[first]) / tenant.weight
+            self._order.put(tenant.id, (tag, tenant.seq))
 
     def _first(self) -> Agent | None:
-        while self._order:
-            rank, seq, _, agent = self._order[0]
-            if agent.place == (rank, seq):
-                return agent
-            heapq.heappop(self._order)
-        return None
+        """Of the first tenant the first agent. With one tenant the outer level vanishes."""
+        tenant_id = self._order.first() if len(self._tenants) > 1 else next(iter(self._tenants), None)
+        agent_id = self._tenants[tenant_id].order.first() if tenant_id is not None else None
+        return None if agent_id is None else self._agents[agent_id]
+
+    def _rank(self, agent: Agent) -> float:
+        """What the engine is to order by: tags of one level, the outermost that counts."""
+        level = self._order.place(agent.tenant.id) if len(self._tenants) > 1 else agent.tenant.order.place(agent.id)
+        return level[0]
+
+
+def _left_to_release(agent: Agent) -> float:
+    return max(0.0, agent.predicted - agent.released)
+
+
+def _sound(spent: Spent) -> bool:
+    return all(0 <= a < math.inf for a in (spent.cost, spent.prompt_tokens or 0.0, spent.output_tokens or 0.0))

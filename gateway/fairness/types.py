@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import Literal, NewType
 
+from gateway.fairness.order import Order
+
+TenantId = NewType("TenantId", str)
 AgentId = NewType("AgentId", str)
 TaskId = NewType("TaskId", int)  # grows with arrival
 
 KvTokenIterations = NewType("KvTokenIterations", float)  # work: one token of KV held for one engine iteration
 Iterations = NewType("Iterations", float)  # the service clock τ
 VirtualTime = NewType("VirtualTime", float)  # work per unit of weight
+
+NO_TENANT = TenantId("")
 
 
 class QueueError(ValueError):
@@ -26,6 +30,16 @@ class Task:
     agent_id: AgentId
     cost: KvTokenIterations  # ĉ
     memory_tokens: float  # p + d̂: the KV it will hold at its end
+    prompt_tokens: float = 0.0  # p
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a task really took. The tokens are None where nobody knows more than the engine has told so far."""
+
+    cost: KvTokenIterations
+    prompt_tokens: float | None = None
+    output_tokens: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +54,48 @@ class Release:
 class ReleaseLimits:
     """When the engine is full enough.
 
-    beta: the share of the KV cache that the predicted memory of what is in flight may take. Above 1, since not all tasks
-        are at their end at once; 1.1 measured best.
-    engine_waiting: tasks in the engine's own queue above which none is released.
+    beta: the share of the KV cache that may be reserved by what is in flight. Above 1, since not all tasks are at their
+        end at once.
+    reserve: what is reserved for a task: its memory at its end, as predicted; or no more than its prompt and then what it
+        holds, which is how an engine admits that knows no lengths.
+    engine_waiting: tasks in the engine's own queue above which none is released; None for no limit.
     in_flight: tasks at the engine at once (its `max_num_seqs`); None for no limit.
     """
 
     beta: float = 1.1
-    engine_waiting: int = 4
+    reserve: Literal["predicted", "prompt"] = "predicted"
+    engine_waiting: int | None = 4
     in_flight: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.beta > 0 or self.engine_waiting < 0 or (self.in_flight is not None and self.in_flight < 1):
+        if not (
+            self.beta > 0
+            and (self.engine_waiting is None or self.engine_waiting >= 0)
+            and (self.in_flight is None or self.in_flight >= 1)
+        ):
             raise ValueError(f"release limits out of range: {self}")
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A task at the engine, with what has been counted for it so far."""
+
+    task: Task
+    reserved_tokens: float
+    prompt_tokens: float
+    output_tokens: float = 0.0
+    attained: KvTokenIterations = KvTokenIterations(0.0)
+
+
+@dataclass(slots=True, eq=False)
+class Tenant:
+    """Who owns agents: the outer level of sharing."""
+
+    id: TenantId
+    seq: int
+    weight: float
+    start_tag: VirtualTime = VirtualTime(0.0)  # outer virtual time up to which it has been served, by what was released
+    order: Order[AgentId] = field(default_factory=Order)  # its agents that wait
 
 
 @dataclass(slots=True, eq=False)
@@ -61,26 +104,26 @@ class Agent:
 
     id: AgentId
     seq: int  # arrival order among agents
+    tenant: Tenant
     weight: float
     predicted: KvTokenIterations  # Ĉ
     arrived: KvTokenIterations = KvTokenIterations(0.0)  # A: predicted costs of its tasks, true ones as they end
+    released: KvTokenIterations = KvTokenIterations(0.0)  # of A: what has left the queue
+    attained: KvTokenIterations = KvTokenIterations(0.0)  # of that: what the engine has done, as far as it has said
+    prompt_tokens: float = 0.0  # released
+    output_tokens: float = 0.0  # produced, as far as the engine has said
+    lift: float = 0.0  # a policy's own: see `vtc`
     finish_tag: VirtualTime = VirtualTime(0.0)  # F
     forming: bool = True  # none of its tasks has been released yet
     waiting: dict[TaskId, Task] = field(default_factory=dict)
-    in_flight: dict[TaskId, Task] = field(default_factory=dict)
-    place: tuple[float, int] | None = None  # where it stands in the queue's order; None: nothing waits
-    _arrivals: list[TaskId] = field(default_factory=list)  # heap over `waiting`; ids of tasks that left are skipped
+    in_flight: dict[TaskId, Flight] = field(default_factory=dict)
+    order: Order[TaskId] = field(default_factory=Order)  # of its waiting tasks
 
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.in_flight)
 
     def head(self) -> Task | None:
-        """The task of this agent that goes next: the one that arrived first."""
-        while self._arrivals and self._arrivals[0] not in self.waiting:
-            heapq.heappop(self._arrivals)
-        return self.waiting[self._arrivals[0]] if self._arrivals else None
-
-    def wait(self, task: Task) -> None:
-        self.waiting[task.id] = task
-        heapq.heappush(self._arrivals, task.id)
+        """The task of this agent that goes next."""
+        first = self.order.first()
+        return None if first is None else self.waiting[first]

@@ -12,6 +12,7 @@ from gateway.fairness import (
     KvTokenIterations,
     QueueError,
     ReleaseLimits,
+    Spent,
     Task,
     TaskId,
 )
@@ -35,17 +36,17 @@ class Driver:
         task = Task(TaskId(next(self._ids)), AgentId(agent), KvTokenIterations(cost), memory)
         known = self.queue.agents.get(task.agent_id)
         expected = total if total is not None else cost + (known.arrived if known else 0)
-        self.queue.enqueue(self.now, task, KvTokenIterations(expected), weight)
+        self.queue.enqueue(self.now, task, KvTokenIterations(expected), weight=weight)
         return task.id
 
     def release(self, engine_waiting: int = 0) -> list[str]:
         return [release.task.agent_id for release in self.queue.release(self.now, engine_waiting)]
 
     def complete(self, task: TaskId, cost: float, total: float = 0) -> None:
-        self.queue.complete(self.now, task, KvTokenIterations(cost), KvTokenIterations(total))
+        self.queue.complete(self.now, task, Spent(KvTokenIterations(cost)), KvTokenIterations(total))
 
     def cancel(self, task: TaskId, cost: float = 0) -> None:
-        self.queue.cancel(self.now, task, KvTokenIterations(cost))
+        self.queue.cancel(self.now, task, Spent(KvTokenIterations(cost)))
 
     def tag(self, agent: str) -> float:
         return self.queue.agents[AgentId(agent)].finish_tag
@@ -162,12 +163,12 @@ def test_the_end_of_a_busy_period_leaves_no_ghosts() -> None:
     queue.release()
     queue.complete(a, 500)
     queue.complete(b, 300)
-    assert queue.queue.virtual_time == 500
+    assert queue.queue.virtual_time() == 500
     queue.enqueue("late", 10)
     assert queue.tag("late") == 510
     queue.now = Iterations(0.05)
     queue.queue.release(queue.now)
-    assert queue.queue.virtual_time == 505, "late is alone: slope M"
+    assert queue.queue.virtual_time() == 505, "late is alone: slope M"
 
 
 def test_an_agent_that_comes_back_after_it_has_ended_does_not_get_ahead() -> None:
@@ -189,7 +190,7 @@ def test_release_keeps_within_beta_m() -> None:
     for _ in range(5):
         queue.enqueue("a", 1, memory=50)
     assert len(queue.release()) == 2
-    assert queue.queue.memory_tokens == 100
+    assert queue.queue.reserved_tokens == 100
 
 
 def test_the_head_is_not_overtaken_by_a_smaller_one_that_would_fit() -> None:
@@ -226,13 +227,13 @@ def test_a_task_that_holds_more_than_predicted_takes_the_room_it_holds() -> None
     queue = Driver(limits=ReleaseLimits(beta=1.0))
     grown = queue.enqueue("a", 1, memory=10)
     queue.release()
-    queue.queue.hold(grown, 95)
-    queue.queue.hold(grown, 50)  # an older word
+    queue.queue.observe(grown, 95, 0)
+    queue.queue.observe(grown, 50, 0)  # an older word
     queue.enqueue("b", 1, memory=10)
     assert queue.release() == []
     queue.complete(grown, 1)
     assert queue.release() == ["b"]
-    assert queue.queue.memory_tokens == 10
+    assert queue.queue.reserved_tokens == 10
 
 
 def test_until_m_is_known_slots_are_the_only_limit() -> None:
@@ -267,17 +268,17 @@ def test_rank_goes_with_the_release() -> None:
 @pytest.mark.parametrize(
     "refused",
     [
-        lambda q: q.queue.complete(q.now, TaskId(2), KvTokenIterations(1), KvTokenIterations(1)),  # it waits
-        lambda q: q.queue.complete(q.now, TaskId(1), KvTokenIterations(float("nan")), KvTokenIterations(1)),
+        lambda q: q.queue.complete(q.now, TaskId(2), Spent(KvTokenIterations(1)), KvTokenIterations(1)),  # it waits
+        lambda q: q.queue.complete(q.now, TaskId(1), Spent(KvTokenIterations(float("nan"))), KvTokenIterations(1)),
         lambda q: q.queue.requeue(q.now, TaskId(2)),
-        lambda q: q.queue.cancel(q.now, TaskId(99), KvTokenIterations(0)),
-        lambda q: q.queue.cancel(q.now, TaskId(1), KvTokenIterations(-1)),
+        lambda q: q.queue.cancel(q.now, TaskId(99), Spent(KvTokenIterations(0))),
+        lambda q: q.queue.cancel(q.now, TaskId(1), Spent(KvTokenIterations(-1))),
         lambda q: q.queue.evict(q.now, AgentId("a")),
         lambda q: q.queue.evict(q.now, AgentId("nobody")),
         lambda q: q.queue.enqueue(q.now, Task(TaskId(1), AgentId("a"), KvTokenIterations(1), 1), KvTokenIterations(1)),
         lambda q: q.queue.enqueue(q.now, Task(TaskId(9), AgentId("z"), KvTokenIterations(-1), 1), KvTokenIterations(1)),
         lambda q: q.queue.enqueue(
-            q.now, Task(TaskId(9), AgentId("z"), KvTokenIterations(1), 1), KvTokenIterations(1), 0
+            q.now, Task(TaskId(9), AgentId("z"), KvTokenIterations(1), 1), KvTokenIterations(1), weight=0
         ),
         lambda q: q.queue.set_capacity(q.now, -1),
         lambda q: q.queue.release(Iterations(q.now - 1)),
@@ -301,7 +302,7 @@ def _snapshot(driver: Driver) -> object:
         (a.id, a.predicted, a.arrived, a.finish_tag, a.forming, set(a.waiting), set(a.in_flight))
         for a in queue.agents.values()
     ]
-    return agents, queue.virtual_time, queue.waiting, queue.in_flight, queue.memory_tokens, queue.capacity_tokens
+    return agents, queue.virtual_time(), queue.waiting, queue.in_flight, queue.reserved_tokens, queue.capacity_tokens
 
 
 def test_many_changes_leave_no_stale_entries_behind() -> None:
@@ -309,5 +310,5 @@ def test_many_changes_leave_no_stale_entries_behind() -> None:
     task = queue.enqueue("a", 1)
     for total in range(2000):
         queue.enqueue("b", 0, total=total)
-    assert len(queue.queue._order) < 100
+    assert len(queue.queue.agents[AgentId("a")].tenant.order._heap) < 100
     queue.cancel(task)

@@ -13,6 +13,7 @@ from gateway.fairness import (
     Iterations,
     KvTokenIterations,
     ReleaseLimits,
+    Spent,
     Task,
     TaskId,
 )
@@ -44,7 +45,7 @@ class QueueMachine(RuleBasedStateMachine):
     def enqueue(self, agent: str, cost: float, memory: float, more: float, weight: float) -> None:
         task = Task(TaskId(self.next_id), AgentId(agent), KvTokenIterations(cost), memory)
         self.next_id += 1
-        self.queue.enqueue(self.now, task, KvTokenIterations(cost + more), weight)
+        self.queue.enqueue(self.now, task, KvTokenIterations(cost + more), weight=weight)
         self.waiting[task.id] = task
 
     @rule(waiting=st.integers(0, 8))
@@ -76,7 +77,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(data=st.data(), cost=costs, total=costs)
     def complete(self, data: st.DataObject, cost: float, total: float) -> None:
         task = data.draw(st.sampled_from(sorted(self.in_flight)))
-        self.queue.complete(self.now, task, KvTokenIterations(cost), KvTokenIterations(total))
+        self.queue.complete(self.now, task, Spent(KvTokenIterations(cost)), KvTokenIterations(total))
         del self.in_flight[task]
         self.ended.add(task)
 
@@ -91,7 +92,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(data=st.data(), cost=costs)
     def cancel(self, data: st.DataObject, cost: float) -> None:
         task = data.draw(st.sampled_from(sorted({**self.waiting, **self.in_flight})))
-        self.queue.cancel(self.now, task, KvTokenIterations(cost))
+        self.queue.cancel(self.now, task, Spent(KvTokenIterations(cost)))
         self.waiting.pop(task, None)
         self.in_flight.pop(task, None)
         self.ended.add(task)
@@ -116,8 +117,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def virtual_time_never_goes_back(self) -> None:
-        assert self.queue.virtual_time >= self.virtual_time
-        self.virtual_time = self.queue.virtual_time
+        assert self.queue.virtual_time() >= self.virtual_time
+        self.virtual_time = self.queue.virtual_time()
 
     @invariant()
     def a_tag_never_says_less_than_the_work_that_has_arrived(self) -> None:
@@ -128,7 +129,7 @@ class QueueMachine(RuleBasedStateMachine):
     @invariant()
     def memory_adds_up(self) -> None:
         predicted = sum(task.memory_tokens for task in self.in_flight.values())
-        assert abs(self.queue.memory_tokens - predicted) < 1e-6 * max(1.0, predicted)
+        assert abs(self.queue.reserved_tokens - predicted) < 1e-6 * max(1.0, predicted)
 
     def teardown(self) -> None:
         """Everything that was accepted can be served to its end."""
@@ -137,7 +138,7 @@ class QueueMachine(RuleBasedStateMachine):
         while self.waiting or self.in_flight:
             self.release(0)
             for task in sorted(self.in_flight):
-                self.queue.complete(self.now, task, KvTokenIterations(1), KvTokenIterations(1))
+                self.queue.complete(self.now, task, Spent(KvTokenIterations(1)), KvTokenIterations(1))
                 self.ended.add(task)
             self.in_flight.clear()
         assert len(self.ended) == self.next_id - 1

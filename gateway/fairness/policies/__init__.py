@@ -1,19 +1,24 @@
-"""The orders in which agents can be served: one small protocol, a file for each."""
+"""The orders in which agents can be served: one small class to fulfil, a file for each."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
+from gateway.fairness.policies.agent_fcfs import AgentFcfs
 from gateway.fairness.policies.fcfs import Fcfs
 from gateway.fairness.policies.justitia import Justitia
-from gateway.fairness.types import Agent, Task
+from gateway.fairness.policies.las import Las
+from gateway.fairness.policies.policy import Policy
+from gateway.fairness.policies.sjf import Sjf
+from gateway.fairness.policies.srjf import Srjf
+from gateway.fairness.policies.vtc import Vtc
 
+__all__ = ["POLICIES", "Policy"]
 
-class Policy(Protocol):
-    """Ranks an agent by what is known of it and of its next task. The smallest rank goes first; ties go to the agent that
-    came first. The queue asks again whenever something about the agent has changed."""
-
-    def rank(self, agent: Agent, head: Task) -> float: ...
-
-
-POLICIES: dict[str, type[Policy]] = {"justitia": Justitia, "fcfs": Fcfs}
+POLICIES: dict[str, type[Policy]] = {
+    "justitia": Justitia,
+    "fcfs": Fcfs,
+    "agent-fcfs": AgentFcfs,
+    "vtc": Vtc,
+    "las": Las,
+    "sjf": Sjf,
+    "srjf": Srjf,
+}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from gateway.fairness.policies.policy import Policy
 from gateway.fairness.types import Agent, Task
 
 
-class Fcfs:
+class Fcfs(Policy):
     def rank(self, agent: Agent, head: Task) -> float:
         return head.id  # ids grow with arrival

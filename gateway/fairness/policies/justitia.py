@@ -1,10 +1,16 @@
-"""Selective pampering: agents one after another, in the order in which fair sharing would finish them."""
+"""Selective pampering: agents one after another, in the order in which fair sharing would finish them.
+
+Justitia, arXiv 2510.17015.
+"""
 
 from __future__ import annotations
 
+from gateway.fairness.policies.policy import Policy
 from gateway.fairness.types import Agent, Task
 
 
-class Justitia:
+class Justitia(Policy):
+    nested = True
+
     def rank(self, agent: Agent, head: Task) -> float:
         return agent.finish_tag

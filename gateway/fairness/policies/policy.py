@@ -1,0 +1,30 @@
+"""What a policy is asked."""
+
+from __future__ import annotations
+
+from gateway.fairness.types import Agent, Task
+
+
+class Policy:
+    """Ranks an agent by what is known of it and of its next task. The smallest rank goes first; ties go to the agent that
+    came first. The queue asks again whenever something about the agent has changed.
+
+    nested: tenants share first, and agents within their tenant. Otherwise tenants do not count.
+    by_progress: the rank changes with what the engine produces, token by token.
+    """
+
+    nested = False
+    by_progress = False
+
+    def rank(self, agent: Agent, head: Task) -> float:
+        raise NotImplementedError
+
+    def task_rank(self, task: Task) -> float:
+        """Among the tasks of one agent; ties go to the task that came first."""
+        return 0.0
+
+    def woke(self, agent: Agent, least: float | None) -> None:
+        """The agent, of which nothing waited, has a task that waits. `least`: the smallest rank among the others that wait."""
+
+    def slept(self, agent: Agent) -> None:
+        """Nothing of the agent waits any more."""
