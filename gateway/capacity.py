@@ -14,6 +14,29 @@ from engine.link import Hello, Holding, Message, Report
 from gateway.fairness import Iterations
 
 SILENCE_S = 5.0
+# Iterations that it takes to know what an engine can hold, and over which that is then averaged.
+CAPACITY_ENOUGH, CAPACITY_HORIZON = 200.0, 2000.0
+
+
+class ServedCapacity:
+    """The effective capacity: KV tokens that decoding tasks hold, on average, in iterations while others wait.
+
+    It is less than the cache, since blocks are rounded up, prompts are being computed, slots can run out, and what is
+    reserved for a task is not held at once. A reference that shared out the whole cache would run ahead of any engine.
+    """
+
+    def __init__(self) -> None:
+        self._iterations = 0.0
+        self._mean = 0.0
+
+    def observe(self, iterations: float, held_tokens: float) -> None:
+        """So many iterations, while tasks waited."""
+        self._iterations += iterations
+        self._mean += (held_tokens - self._mean) * min(1.0, iterations / min(self._iterations, CAPACITY_HORIZON))
+
+    def tokens(self, capacity_tokens: float) -> float:
+        """At most the whole; the whole until there is enough to go by."""
+        return min(self._mean, capacity_tokens) if self._iterations >= CAPACITY_ENOUGH else capacity_tokens
 
 
 @dataclass(slots=True)

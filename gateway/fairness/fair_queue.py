@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
+from gateway.fairness.forecast import Forecast
 from gateway.fairness.nested import NestedReference
 from gateway.fairness.order import Order
 from gateway.fairness.policies import Policy
@@ -42,8 +43,7 @@ class FairQueue:
         self._order: Order[TenantId] = Order()  # of those with waiting tasks; only while there are several
         self._agents: dict[AgentId, Agent] = {}
         self._tasks: dict[TaskId, Agent] = {}
-        self._in_flight = 0
-        self._reserved_tokens = 0.0
+        self._forecast = Forecast()
         self._next_seq = 0
 
     # What can be seen
@@ -54,16 +54,15 @@ class FairQueue:
 
     @property
     def waiting(self) -> int:
-        return len(self._tasks) - self._in_flight
+        return len(self._tasks) - self.in_flight
 
     @property
     def in_flight(self) -> int:
-        return self._in_flight
+        return len(self._forecast)
 
-    @property
-    def reserved_tokens(self) -> float:
-        """Memory reserved for what is in flight: for each task the larger of what was predicted and what it holds."""
-        return self._reserved_tokens
+    def peak_tokens(self) -> float:
+        """The most memory that what is in flight will come to hold, by the predicted lengths."""
+        return self._forecast.peak(self._reference.now)
 
     @property
     def capacity_tokens(self) -> float:
@@ -142,33 +141,29 @@ class FairQueue:
         while (agent := self._first()) is not None:
             task = agent.head()
             assert task is not None
-            tokens = task.memory_tokens if self.limits.reserve == "predicted" else task.prompt_tokens
-            if self._in_flight and not self._fits(tokens, engine_waiting):
+            if self.in_flight and not self._fits(now, task, engine_waiting):
                 break
             releases.append(Release(task, self._rank(agent)))
             del agent.waiting[task.id]
             agent.order.remove(task.id)
-            agent.in_flight[task.id] = Flight(task, tokens, task.prompt_tokens)
+            agent.in_flight[task.id] = Flight(task, task.prompt_tokens)
+            self._forecast.add(now, task)
             agent.prompt_tokens += task.prompt_tokens
             agent.forming = False
-            self._in_flight += 1
-            self._reserved_tokens += tokens
             self._count_release(agent, task.cost)
             if not agent.waiting:
                 self._policy.slept(agent)
             self._place(agent)
         return releases
 
-    def observe(self, task_id: TaskId, kv_tokens: float, output_tokens: float) -> None:
-        """The engine says what a task in flight holds, and has produced so far. Memory beyond what was reserved for it counts
-        from now on. Unknown tasks are ignored, since the engine's word arrives late."""
+    def observe(self, now: Iterations, task_id: TaskId, kv_tokens: float, output_tokens: float) -> None:
+        """The engine says what a task in flight holds, and has produced so far. Unknown tasks are ignored, since the engine's
+        word arrives late."""
         agent = self._tasks.get(task_id)
         flight = agent.in_flight.get(task_id) if agent else None
         if agent is None or flight is None:
             return
-        if kv_tokens > flight.reserved_tokens:
-            self._reserved_tokens += kv_tokens - flight.reserved_tokens
-            flight.reserved_tokens = kv_tokens
+        self._forecast.observe(now, task_id, kv_tokens)
         if output_tokens > flight.output_tokens:
             # The formula of a cost, with the tokens so far.
             done = max(0.0, kv_tokens - output_tokens) * output_tokens + output_tokens * (output_tokens + 1) / 2
@@ -244,15 +239,17 @@ class FairQueue:
                     self._place_tenant(known)
         return tenant
 
-    def _fits(self, tokens: float, engine_waiting: int) -> bool:
+    def _fits(self, now: Iterations, task: Task, engine_waiting: int) -> bool:
         limits = self.limits
         if limits.engine_waiting is not None and engine_waiting > limits.engine_waiting:
             return False
-        if limits.in_flight is not None and self._in_flight >= limits.in_flight:
+        if limits.in_flight is not None and self.in_flight >= limits.in_flight:
             return False
         # M is 0 until somebody has said it. Then slots are the only limit.
         room = limits.beta * self._capacity_tokens or math.inf
-        return self._reserved_tokens + tokens <= room
+        if self._forecast.held(now) + task.prompt_tokens > room:
+            return False
+        return not limits.foresight or self._forecast.peak(now, task) <= room
 
     def _wait(self, agent: Agent, task: Task) -> None:
         tenant = agent.tenant
@@ -272,9 +269,7 @@ class FairQueue:
         if agent is None or flight is None:
             raise QueueError(f"task {task_id} is not in flight")
         del self._tasks[task_id]
-        self._in_flight -= 1
-        # Exactly zero when nothing is left, whatever rounding did.
-        self._reserved_tokens = self._reserved_tokens - flight.reserved_tokens if self._in_flight else 0.0
+        self._forecast.remove(task_id)
         return agent, flight
 
     def _charge(self, agent: Agent, flight: Flight, spent: Spent) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NewType
+from typing import NewType
 
 from gateway.fairness.order import Order
 
@@ -31,6 +31,7 @@ class Task:
     cost: KvTokenIterations  # ĉ
     memory_tokens: float  # p + d̂: the KV it will hold at its end
     prompt_tokens: float = 0.0  # p
+    sequences: int = 1  # that decode side by side
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +55,15 @@ class Release:
 class ReleaseLimits:
     """When the engine is full enough.
 
-    beta: the share of the KV cache that may be reserved by what is in flight. Above 1, since not all tasks are at their
-        end at once.
-    reserve: what is reserved for a task: its memory at its end, as predicted; or no more than its prompt and then what it
-        holds, which is how an engine admits that knows no lengths.
+    beta: the share of the KV cache that what is in flight may come to hold.
+    foresight: with it, the memory counts that will be held at worst, by the predicted lengths; without it, only what is
+        held now, which is how an engine admits that knows no lengths.
     engine_waiting: tasks in the engine's own queue above which none is released; None for no limit.
     in_flight: tasks at the engine at once (its `max_num_seqs`); None for no limit.
     """
 
-    beta: float = 1.1
-    reserve: Literal["predicted", "prompt"] = "predicted"
+    beta: float = 0.98
+    foresight: bool = True
     engine_waiting: int | None = 4
     in_flight: int | None = None
 
@@ -81,7 +81,6 @@ class Flight:
     """A task at the engine, with what has been counted for it so far."""
 
     task: Task
-    reserved_tokens: float
     prompt_tokens: float
     output_tokens: float = 0.0
     attained: KvTokenIterations = KvTokenIterations(0.0)

@@ -48,26 +48,26 @@ class AgentType:
 # fmt: off
 #             class                    id     size      shape         tasks   σ   prompt   σ   output   σ
 PAPER_TYPES = (
-    AgentType("equation-verification", "ev",    "small",  "parallel",     4, 0.27,  340, 0.25,   95, 0.27),
-    AgentType("fact-verification",     "fv",    "small",  "parallel",     5, 0.27,  600, 0.25,   50, 0.27),
-    AgentType("kbqa-verification",     "kbqav", "small",  "parallel",     5, 0.27,  450, 0.25,   65, 0.27),
-    AgentType("alfworld",              "alfwi", "small",  "chain",        6, 0.25,  420, 0.27,   35, 0.30, 4, 8),
-    AgentType("code-checking",         "cc",    "medium", "parallel",    12, 0.27,  550, 0.25,  120, 0.27),
-    AgentType("self-consistency",      "sc",    "medium", "samples",     12, 0.27,  360, 0.25,  175, 0.25),
-    AgentType("plan-and-execute",      "pe",    "medium", "plan",        10, 0.27,  500, 0.25,  122, 0.27),
-    AgentType("document-merging",      "dm",    "large",  "vote",        27, 0.27,  650, 0.25,  150, 0.27),
-    AgentType("map-reduce-summary",    "mrs",   "large",  "reduce",      28, 0.27,  900, 0.25,  105, 0.27),
+    AgentType("equation-verification", "ev",    "small",  "parallel",     4, 0.50,  340, 0.10,   95, 0.12),
+    AgentType("fact-verification",     "fv",    "small",  "parallel",     5, 0.50,  600, 0.10,   50, 0.12),
+    AgentType("kbqa-verification",     "kbqav", "small",  "parallel",     5, 0.50,  450, 0.10,   65, 0.12),
+    AgentType("alfworld",              "alfwi", "small",  "chain",        6, 0.40,  420, 0.10,   35, 0.12, 4, 8),
+    AgentType("code-checking",         "cc",    "medium", "parallel",     7, 0.50,  550, 0.10,  120, 0.12),
+    AgentType("self-consistency",      "sc",    "medium", "samples",      7, 0.50,  360, 0.10,  175, 0.12),
+    AgentType("plan-and-execute",      "pe",    "medium", "plan",         6, 0.50,  500, 0.10,  122, 0.12),
+    AgentType("document-merging",      "dm",    "large",  "vote",        38, 0.50,  650, 0.10,  150, 0.12),
+    AgentType("map-reduce-summary",    "mrs",   "large",  "reduce",      39, 0.50,  900, 0.10,  105, 0.12),
 )
 # Agents that wait for tools; not of the paper.
 TOOL_TYPES = (
-    AgentType("coding",                "code",  "medium", "tool chain",   9, 0.27,  450, 0.25,   75, 0.27, 5, 15),
-    AgentType("plan-and-execute",      "pe",    "medium", "tool plan",    6, 0.27,  500, 0.25,  130, 0.27),
+    AgentType("coding",                "code",  "medium", "tool chain",   9, 0.40,  450, 0.10,   75, 0.12, 5, 15),
+    AgentType("plan-and-execute",      "pe",    "medium", "tool plan",    6, 0.50,  500, 0.10,  130, 0.12),
 )
 # One that takes the engine for itself for two and a half minutes, and those that come by meanwhile.
 ELEPHANT = AgentType("map-reduce-summary", "mrs", "large", "reduce",    185, 0.00,  900, 0.00,  210, 0.00)
 MICE = (
-    AgentType("equation-verification", "ev",    "small",  "parallel",     4, 0.27,  340, 0.25,   95, 0.27, 3, 6),
-    AgentType("fact-verification",     "fv",    "small",  "parallel",     4, 0.27,  600, 0.25,   50, 0.27, 3, 6),
+    AgentType("equation-verification", "ev",    "small",  "parallel",     4, 0.50,  340, 0.10,   95, 0.12, 3, 6),
+    AgentType("fact-verification",     "fv",    "small",  "parallel",     4, 0.50,  600, 0.10,   50, 0.12, 3, 6),
 )
 # fmt: on
 

@@ -1,0 +1,106 @@
+"""The memory that is in flight: what it is now, and what it will be at its worst.
+
+Each sequence at the engine holds one token more with each iteration, until it ends and gives back all. So with the lengths as
+predicted, the memory held at any iteration to come is known; its peaks are where tasks end. A task j that began at s_j with
+p_j tokens, grows by k_j an iteration (its sequences) and ends at e_j, holds p_j + k_j·(t − s_j) at iteration t < e_j, and at
+t all tasks that have not ended hold
+
+    Σ (p_j − k_j·s_j)  +  t · Σ k_j                                                                          [tokens]
+
+A task that outlives its prediction is expected to go on for a share of what it has already done. The idea of admitting by
+the peak to come is from Gong et al., Past-Future Scheduler for LLM Serving under SLA Guarantees, ASPLOS 2025.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field, replace
+
+from gateway.fairness.types import Iterations, Task, TaskId
+
+# More of what a task has done that has outlived its prediction: the mean residual of a heavy-tailed length.
+OUTLIVED = 0.25
+# Iterations by which a task may lag behind the clock before its growth is reckoned anew.
+LAG = 8.0
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Growth:
+    end: float
+    task_id: TaskId
+    began: float = field(compare=False)
+    prompt_tokens: float = field(compare=False)
+    rate: float = field(compare=False)
+
+    @property
+    def base(self) -> float:
+        """What it would have held at iteration 0."""
+        return self.prompt_tokens - self.rate * self.began
+
+
+class Forecast:
+    """Tokens of KV, over iterations of the service clock."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[TaskId, _Growth] = {}
+        self._by_end: list[_Growth] = []
+        self._base = 0.0  # sums over all
+        self._rate = 0.0
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def add(self, now: Iterations, task: Task) -> None:
+        """A task begins."""
+        self._put(_begin(now, task))
+
+    def remove(self, task_id: TaskId) -> None:
+        growth = self._by_id.pop(task_id)
+        del self._by_end[bisect_left(self._by_end, growth)]
+        # Exactly zero when nothing is left, whatever rounding did.
+        self._base = self._base - growth.base if self._by_id else 0.0
+        self._rate = self._rate - growth.rate if self._by_id else 0.0
+
+    def observe(self, now: Iterations, task_id: TaskId, kv_tokens: float) -> None:
+        """The engine says what a task holds: less than reckoned if it was late to begin, or has to begin again."""
+        growth = self._by_id[task_id]
+        behind = (growth.base + growth.rate * now - kv_tokens) / growth.rate
+        if abs(behind) > LAG:
+            self.remove(task_id)
+            self._put(replace(growth, end=growth.end + behind, began=growth.began + behind))
+
+    def held(self, now: Iterations) -> float:
+        """By what is in flight, now."""
+        return self._base + self._rate * now
+
+    def peak(self, now: Iterations, task: Task | None = None) -> float:
+        """The most that will be held from now on by what is in flight, and by `task`, if it began now."""
+        self._prolong(now)
+        base, rate, ends = self._base, self._rate, self._by_end
+        if task is not None:
+            newcomer = _begin(now, task)
+            base, rate = base + newcomer.base, rate + newcomer.rate
+            place = bisect_left(ends, newcomer)
+            ends = [*ends[:place], newcomer, *ends[place:]]
+        peak = base + rate * now
+        for growth in ends:
+            peak = max(peak, base + rate * growth.end)
+            base, rate = base - growth.base, rate - growth.rate
+        return peak
+
+    def _prolong(self, now: Iterations) -> None:
+        while self._by_end and self._by_end[0].end <= now:
+            growth = self._by_end[0]
+            self.remove(growth.task_id)
+            self._put(replace(growth, end=now + max(1.0, OUTLIVED * (now - growth.began))))
+
+    def _put(self, growth: _Growth) -> None:
+        self._by_id[growth.task_id] = growth
+        insort(self._by_end, growth)
+        self._base += growth.base
+        self._rate += growth.rate
+
+
+def _begin(now: Iterations, task: Task) -> _Growth:
+    decode_tokens = max(0.0, task.memory_tokens - task.prompt_tokens)
+    return _Growth(now + decode_tokens / task.sequences, task.id, now, task.prompt_tokens, float(task.sequences))
