@@ -98,7 +98,7 @@ def _refresh(parts: Parts) -> None:
     parts.metrics.queue_is(
         waiting=queue.waiting,
         in_flight=queue.in_flight,
-        predicted_tokens=queue.reserved_tokens,
+        predicted_tokens=queue.peak_tokens,
         virtual_time=queue.virtual_time(),
     )
     states = [_state(queue.agents.get(agent_id)) for agent_id in parts.feedback.records]

@@ -122,7 +122,12 @@ class TaskResponse(Response):
         cost_arrived = estimate.cost + (known.arrived if known else 0.0)
         agent_cost = estimate_agent(parts.predictor, request.record.progress(cost_arrived))
         task = Task(
-            request.id, agent_id, KvTokenIterations(estimate.cost), estimate.memory_tokens, estimate.prompt_tokens
+            request.id,
+            agent_id,
+            KvTokenIterations(estimate.cost),
+            estimate.memory_tokens,
+            estimate.prompt_tokens,
+            request.body.sequences,
         )
         try:
             turn = parts.dispatcher.submit(task, agent_cost)

@@ -122,7 +122,7 @@ class Dispatcher:
         if slots != self.queue.limits.in_flight:
             self.queue.limits = replace(self.queue.limits, in_flight=slots)
         for task_id, holding in engine.held.items():
-            self.queue.observe(TaskId(task_id), holding.kv_tokens, holding.output_tokens)
+            self.queue.observe(engine.now, TaskId(task_id), holding.kv_tokens, holding.output_tokens)
         self.pump()
 
     def _slots(self) -> int:

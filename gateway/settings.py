@@ -67,7 +67,7 @@ class GatewaySettings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     policy: PolicyName = Field("justitia", description="The order in which tasks are released.")
     beta: float = Field(
-        1.1, gt=0, le=10, description="Share of the KV cache that the predicted memory in flight may take."
+        0.98, gt=0, le=10, description="Share of the KV cache that what is in flight may come to hold, as predicted."
     )
     max_engine_waiting: int = Field(
         4, ge=0, description="Tasks in the engine's own queue above which none is released."

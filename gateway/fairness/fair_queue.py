@@ -60,6 +60,7 @@ class FairQueue:
     def in_flight(self) -> int:
         return len(self._forecast)
 
+    @property
     def peak_tokens(self) -> float:
         """The most memory that what is in flight will come to hold, by the predicted lengths."""
         return self._forecast.peak(self._reference.now)
@@ -127,7 +128,10 @@ class FairQueue:
         agent = self._agents.get(task.agent_id)
         if agent is None:
             agent = Agent(task.agent_id, self._seq(), self._tenant(tenant), weight, agent_cost)
+            agent.start_tag = self._reference.virtual_time(agent.tenant.id)
             self._agents[agent.id] = agent
+        elif not agent.busy:
+            self._count_idleness(agent)
         agent.tenant.weight = tenant_weight
         self._reference.arrive(agent.tenant.id, agent.id, task.cost, agent.weight, tenant_weight)
         self._wait(agent, task)
@@ -163,8 +167,8 @@ class FairQueue:
         flight = agent.in_flight.get(task_id) if agent else None
         if agent is None or flight is None:
             return
-        self._forecast.observe(now, task_id, kv_tokens)
         if output_tokens > flight.output_tokens:
+            self._forecast.observe(now, task_id, kv_tokens, output_tokens)
             # The formula of a cost, with the tokens so far.
             done = max(0.0, kv_tokens - output_tokens) * output_tokens + output_tokens * (output_tokens + 1) / 2
             self._count_progress(agent, flight, max(done, flight.attained), flight.prompt_tokens, output_tokens)
@@ -296,16 +300,24 @@ class FairQueue:
         self._reference.correct(agent.tenant.id, agent.id, difference)
         agent.arrived = KvTokenIterations(max(0.0, agent.arrived + difference))
         self._settle_tag(agent, agent_cost)
+        if not agent.busy:
+            agent.idle_since = self._reference.virtual_time(agent.tenant.id)
         if not self._tasks:
             self._reference.end_busy_period()
 
     def _settle_tag(self, agent: Agent, agent_cost: KvTokenIterations) -> None:
-        """F = B + (Ĉ − A)/w, with Ĉ renewed where the constitution says so."""
+        """F = max(S + Ĉ/w, B), with Ĉ renewed where the constitution says so."""
         if agent.forming or agent.arrived > agent.predicted:
             agent.predicted = KvTokenIterations(max(agent_cost, agent.arrived))
-        ahead = (agent.predicted - agent.arrived) / agent.weight
-        agent.finish_tag = VirtualTime(self._reference.backlog_tag(agent.tenant.id, agent.id) + ahead)
+        whole = VirtualTime(agent.start_tag + agent.predicted / agent.weight)
+        agent.finish_tag = max(whole, self._reference.backlog_tag(agent.tenant.id, agent.id))
         self._place(agent)
+
+    def _count_idleness(self, agent: Agent) -> None:
+        """S moves with V while the agent has nothing to do, neither here nor in the reference."""
+        since = max(agent.idle_since, self._reference.backlog_tag(agent.tenant.id, agent.id))
+        waited = self._reference.virtual_time(agent.tenant.id) - since
+        agent.start_tag = VirtualTime(agent.start_tag + max(0.0, waited))
 
     def _place(self, agent: Agent) -> None:
         """Put the agent where it now belongs in the order, and its tenant too."""

@@ -20,8 +20,8 @@ from gateway.fairness.types import Iterations, Task, TaskId
 
 # More of what a task has done that has outlived its prediction: the mean residual of a heavy-tailed length.
 OUTLIVED = 0.25
-# Iterations by which a task may lag behind the clock before its growth is reckoned anew.
-LAG = 8.0
+# Iterations, and tokens, by which a task may differ from what was reckoned before it is reckoned anew.
+SLACK = 8.0
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -61,13 +61,15 @@ class Forecast:
         self._base = self._base - growth.base if self._by_id else 0.0
         self._rate = self._rate - growth.rate if self._by_id else 0.0
 
-    def observe(self, now: Iterations, task_id: TaskId, kv_tokens: float) -> None:
-        """The engine says what a task holds: less than reckoned if it was late to begin, or has to begin again."""
+    def observe(self, now: Iterations, task_id: TaskId, kv_tokens: float, output_tokens: float) -> None:
+        """The engine says what a task holds, and has produced: its prompt, and when it began to decode, follow."""
         growth = self._by_id[task_id]
-        behind = (growth.base + growth.rate * now - kv_tokens) / growth.rate
-        if abs(behind) > LAG:
+        prompt_tokens = kv_tokens - output_tokens
+        behind = now - output_tokens / growth.rate - growth.began
+        if abs(behind) > SLACK or abs(prompt_tokens - growth.prompt_tokens) > SLACK:
             self.remove(task_id)
-            self._put(replace(growth, end=growth.end + behind, began=growth.began + behind))
+            began, end = growth.began + behind, growth.end + behind
+            self._put(replace(growth, end=end, began=began, prompt_tokens=prompt_tokens))
 
     def held(self, now: Iterations) -> float:
         """By what is in flight, now."""

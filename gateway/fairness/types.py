@@ -112,6 +112,8 @@ class Agent:
     prompt_tokens: float = 0.0  # released
     output_tokens: float = 0.0  # produced, as far as the engine has said
     lift: float = 0.0  # a policy's own: see `vtc`
+    start_tag: VirtualTime = VirtualTime(0.0)  # S
+    idle_since: VirtualTime = VirtualTime(0.0)  # V when its last task ended
     finish_tag: VirtualTime = VirtualTime(0.0)  # F
     forming: bool = True  # none of its tasks has been released yet
     waiting: dict[TaskId, Task] = field(default_factory=dict)

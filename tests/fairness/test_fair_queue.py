@@ -190,7 +190,7 @@ def test_release_keeps_within_beta_m() -> None:
     for _ in range(5):
         queue.enqueue("a", 1, memory=50)
     assert len(queue.release()) == 2
-    assert queue.queue.reserved_tokens == 100
+    assert queue.queue.peak_tokens == 100
 
 
 def test_the_head_is_not_overtaken_by_a_smaller_one_that_would_fit() -> None:
@@ -227,13 +227,13 @@ def test_a_task_that_holds_more_than_predicted_takes_the_room_it_holds() -> None
     queue = Driver(limits=ReleaseLimits(beta=1.0))
     grown = queue.enqueue("a", 1, memory=10)
     queue.release()
-    queue.queue.observe(grown, 95, 0)
-    queue.queue.observe(grown, 50, 0)  # an older word
+    queue.queue.observe(queue.now, grown, 96, 1)
+    queue.queue.observe(queue.now, grown, 50, 1)  # an older word
     queue.enqueue("b", 1, memory=10)
     assert queue.release() == []
     queue.complete(grown, 1)
     assert queue.release() == ["b"]
-    assert queue.queue.reserved_tokens == 10
+    assert queue.queue.peak_tokens == 10
 
 
 def test_until_m_is_known_slots_are_the_only_limit() -> None:
@@ -302,7 +302,7 @@ def _snapshot(driver: Driver) -> object:
         (a.id, a.predicted, a.arrived, a.finish_tag, a.forming, set(a.waiting), set(a.in_flight))
         for a in queue.agents.values()
     ]
-    return agents, queue.virtual_time(), queue.waiting, queue.in_flight, queue.reserved_tokens, queue.capacity_tokens
+    return agents, queue.virtual_time(), queue.waiting, queue.in_flight, queue.peak_tokens, queue.capacity_tokens
 
 
 def test_many_changes_leave_no_stale_entries_behind() -> None:
