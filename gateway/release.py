@@ -123,6 +123,8 @@ class Dispatcher:
             self.queue.limits = replace(self.queue.limits, in_flight=slots)
         for task_id, holding in engine.held.items():
             self.queue.observe(engine.now, TaskId(task_id), holding.kv_tokens, holding.output_tokens)
+        if engine.reporting and not engine.waiting:
+            self.queue.calibrate(engine.now, engine.held_tokens)
         self.pump()
 
     def _slots(self) -> int:

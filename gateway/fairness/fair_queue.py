@@ -175,6 +175,10 @@ class FairQueue:
             if self._policy.by_progress and agent.waiting:
                 self._place(agent)
 
+    def calibrate(self, now: Iterations, held_tokens: float) -> None:
+        """The engine says how much of its KV cache is taken by all that is in flight, in tokens."""
+        self._forecast.calibrate(now, held_tokens)
+
     def requeue(self, now: Iterations, task_id: TaskId) -> None:
         """The engine lost a task in flight: it waits again, in its old place, as if it had never left."""
         self._reference.advance(now)
@@ -191,6 +195,8 @@ class FairQueue:
         self._reference.advance(now)
         agent, flight = self._land(task_id)
         self._charge(agent, flight, spent)
+        if spent.output_tokens is not None:
+            self._forecast.learn(flight.task, spent.output_tokens)
         self._reconcile(agent, flight.task, spent.cost, agent_cost)
 
     def cancel(self, now: Iterations, task_id: TaskId, spent: Spent) -> None:
@@ -251,9 +257,9 @@ class FairQueue:
             return False
         # M is 0 until somebody has said it. Then slots are the only limit.
         room = limits.beta * self._capacity_tokens or math.inf
-        if self._forecast.held(now) + task.prompt_tokens > room:
-            return False
-        return not limits.foresight or self._forecast.peak(now, task) <= room
+        if not limits.foresight:
+            return self._forecast.held(now) + task.prompt_tokens <= room
+        return self._forecast.peak(now, task) <= room
 
     def _wait(self, agent: Agent, task: Task) -> None:
         tenant = agent.tenant

@@ -20,6 +20,10 @@ from gateway.fairness.types import Iterations, Task, TaskId
 
 # More of what a task has done that has outlived its prediction: the mean residual of a heavy-tailed length.
 OUTLIVED = 0.25
+# Of how many of the engine's words on what it holds the mean is taken.
+WORDS = 100
+# Of how many ended tasks the lengths are compared with those predicted.
+LENGTHS = 100
 # Iterations, and tokens, by which a task may differ from what was reckoned before it is reckoned anew.
 SLACK = 8.0
 
@@ -46,13 +50,15 @@ class Forecast:
         self._by_end: list[_Growth] = []
         self._base = 0.0  # sums over all
         self._rate = 0.0
+        self._scale = 1.0  # what the engine really holds, over what was reckoned
+        self._true_lengths = self._predicted_lengths = LENGTHS * 1.0  # sums, in which each task counts less with time
 
     def __len__(self) -> int:
         return len(self._by_id)
 
     def add(self, now: Iterations, task: Task) -> None:
         """A task begins."""
-        self._put(_begin(now, task))
+        self._put(self._begin(now, task))
 
     def remove(self, task_id: TaskId) -> None:
         growth = self._by_id.pop(task_id)
@@ -71,16 +77,29 @@ class Forecast:
             began, end = growth.began + behind, growth.end + behind
             self._put(replace(growth, end=end, began=began, prompt_tokens=prompt_tokens))
 
+    def calibrate(self, now: Iterations, held_tokens: float) -> None:
+        """The engine says what it holds altogether: more than reckoned since blocks are not full, less since tasks share."""
+        reckoned = self._base + self._rate * now
+        if reckoned > 0:
+            self._scale += (held_tokens / reckoned - self._scale) / WORDS
+
+    def learn(self, task: Task, output_tokens: float) -> None:
+        """A task has ended, with so many tokens. Where lengths are predicted too long on average, or too short, those of
+        the tasks to come are taken to be so too."""
+        keep = 1 - 1 / LENGTHS
+        self._true_lengths = keep * self._true_lengths + output_tokens
+        self._predicted_lengths = keep * self._predicted_lengths + _decode_tokens(task)
+
     def held(self, now: Iterations) -> float:
         """By what is in flight, now."""
-        return self._base + self._rate * now
+        return self._scale * (self._base + self._rate * now)
 
     def peak(self, now: Iterations, task: Task | None = None) -> float:
         """The most that will be held from now on by what is in flight, and by `task`, if it began now."""
         self._prolong(now)
         base, rate, ends = self._base, self._rate, self._by_end
         if task is not None:
-            newcomer = _begin(now, task)
+            newcomer = self._begin(now, task)
             base, rate = base + newcomer.base, rate + newcomer.rate
             place = bisect_left(ends, newcomer)
             ends = [*ends[:place], newcomer, *ends[place:]]
@@ -88,7 +107,7 @@ class Forecast:
         for growth in ends:
             peak = max(peak, base + rate * growth.end)
             base, rate = base - growth.base, rate - growth.rate
-        return peak
+        return self._scale * peak
 
     def _prolong(self, now: Iterations) -> None:
         while self._by_end and self._by_end[0].end <= now:
@@ -102,7 +121,10 @@ class Forecast:
         self._base += growth.base
         self._rate += growth.rate
 
+    def _begin(self, now: Iterations, task: Task) -> _Growth:
+        iterations = _decode_tokens(task) / task.sequences * self._true_lengths / self._predicted_lengths
+        return _Growth(now + iterations, task.id, now, task.prompt_tokens, float(task.sequences))
 
-def _begin(now: Iterations, task: Task) -> _Growth:
-    decode_tokens = max(0.0, task.memory_tokens - task.prompt_tokens)
-    return _Growth(now + decode_tokens / task.sequences, task.id, now, task.prompt_tokens, float(task.sequences))
+
+def _decode_tokens(task: Task) -> float:
+    return max(0.0, task.memory_tokens - task.prompt_tokens)

@@ -209,6 +209,8 @@ class _Simulation:
             if output_tokens:
                 decoding += kv_tokens + 1  # and the token just sampled
                 queue.observe(self._now, TaskId(key), kv_tokens + 1, output_tokens)
+        if self._engine.waiting == 0:
+            queue.calibrate(self._now, engine.held_tokens)
         ended = sum(self._tasks[key][1].prompt_tokens + output for key, output, _ in step.ended)
         served = min(decoding, engine.held_tokens) + ended  # blocks that tasks share are held once
         waits = queue.waiting > 0
