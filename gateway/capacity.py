@@ -31,6 +31,8 @@ class ServedCapacity:
 
     def observe(self, iterations: float, held_tokens: float) -> None:
         """So many iterations, while tasks waited."""
+        if iterations <= 0:
+            return
         self._iterations += iterations
         self._mean += (held_tokens - self._mean) * min(1.0, iterations / min(self._iterations, CAPACITY_HORIZON))
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from dataclasses import replace
 
-from gateway.capacity import EngineView
+from gateway.capacity import EngineView, ServedCapacity
 from gateway.errors import GatewayError, NoEngine, QueueFull, ShuttingDown, WaitedTooLong
 from gateway.fairness import FairQueue, KvTokenIterations, Release, Spent, Task, TaskId
 
@@ -22,6 +22,8 @@ DRAIN_WINDOW = 64
 # Tasks at an engine that has not said how much memory it has; at one that has, but not how many tasks it runs at once.
 SLOTS_WITHOUT_CAPACITY = 8
 SLOTS_OF_STOCK = 256
+# After so many the effective capacity is taken over again.
+CAPACITY_ITERATIONS = 256
 
 
 class Turn:
@@ -86,6 +88,8 @@ class Dispatcher:
         self.queue = queue
         self.engine = engine
         self.draining = False
+        self._served = ServedCapacity()
+        self._heard_at = self._capacity_at = engine.now
         self._max_waiting = max_waiting
         self._turns: dict[TaskId, Turn] = {}
         self._ends: deque[float] = deque(maxlen=DRAIN_WINDOW)
@@ -113,18 +117,35 @@ class Dispatcher:
         for release in self.queue.release(self.engine.now, self.engine.waiting):
             self._turns[release.task.id].grant(release)
 
+    def engine_spoke(self) -> None:
+        """The engine has reported: take over what its tasks hold, and what it can hold."""
+        engine, queue = self.engine, self.queue
+        decoding = decoding_tokens = 0
+        for task_id, holding in engine.held.items():
+            queue.observe(engine.now, TaskId(task_id), holding.kv_tokens, holding.output_tokens)
+            if holding.output_tokens:
+                decoding += 1
+                decoding_tokens += holding.kv_tokens
+        if decoding and decoding == queue.in_flight:  # else what the queue reckons with is not there yet
+            queue.calibrate(engine.now, engine.held_tokens)
+        if decoding and queue.waiting:
+            self._served.observe(engine.now - self._heard_at, min(decoding_tokens, engine.held_tokens))
+        self._heard_at = engine.now
+        self.engine_changed()
+
     def engine_changed(self) -> None:
-        """The engine's view has heard something: take over M, its slots, and what it holds."""
+        """Something else is known of the engine: take over M and its slots."""
         engine = self.engine
-        if engine.capacity_tokens != self.queue.capacity_tokens:
-            self.queue.set_capacity(engine.now, engine.capacity_tokens)
+        if (
+            engine.capacity_tokens != self.queue.capacity_tokens
+            or engine.now - self._capacity_at >= CAPACITY_ITERATIONS
+        ):
+            self._capacity_at = engine.now
+            served_tokens = self._served.tokens(engine.capacity_tokens)
+            self.queue.set_capacity(engine.now, engine.capacity_tokens, served_tokens)
         slots = self._slots()
         if slots != self.queue.limits.in_flight:
             self.queue.limits = replace(self.queue.limits, in_flight=slots)
-        for task_id, holding in engine.held.items():
-            self.queue.observe(engine.now, TaskId(task_id), holding.kv_tokens, holding.output_tokens)
-        if engine.reporting and not engine.waiting:
-            self.queue.calibrate(engine.now, engine.held_tokens)
         self.pump()
 
     def _slots(self) -> int:

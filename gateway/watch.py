@@ -106,4 +106,4 @@ def _hearing(parts: Parts) -> Iterator[None]:
         parts.metrics.preempted(parts.engine.preempted - preempted)
     if parts.engine.restarts > restarts:
         parts.metrics.engine_restarted()
-    parts.dispatcher.engine_changed()
+    parts.dispatcher.engine_spoke()

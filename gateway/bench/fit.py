@@ -35,6 +35,7 @@ from engine.launcher import EngineFailed
 from engine.link import Hello, LinkError, Report, parse
 from engine.profile import ProfileError, StepProfile, load_profile
 from gateway.bench import demo, environment
+from gateway.bench.client import TaskResult
 from gateway.bench.demo import BASELINE, DemoSettings, Stage
 from gateway.bench.processes import ServerFailed, run_once
 from gateway.bench.report import percentile
@@ -51,18 +52,29 @@ NAME = "cpu-tiny"
 OUT = Path("engine/profiles") / f"{NAME}.toml"
 # What vLLM's server takes on one CPU when it is not told (`EngineArgs.get_batch_defaults`).
 MAX_NUM_BATCHED_TOKENS = 2048
-# Seed, window in seconds and width of the mixes: few tasks at once, some, and more than the memory holds.
-LOADS = ((3001, 12.0, 0.15), (3002, 12.0, 0.4), (3003, 6.0, 1.0))
-AGENTS = 45
 # Cores that others may have; more slows the engine by more than it is to be wrong.
 OTHERS_ALLOWED = 0.15
 OTHERS_EVERY_S = 0.5
-MIN_SAMPLES = 400
+# In so many there are light loads and heavy ones.
+MIN_SAMPLES = 3000
 # Iterations whose total time a held-out stretch compares.
 STRETCH = 100
 # An iteration farther from the line than so many robust standard deviations was held up by something else.
 OUTLIER = 5.0
 ROUNDS = 30
+
+
+class Mix(NamedTuple):
+    """Arguments of `demo_mix`."""
+
+    seed: int
+    agents: int
+    window_s: float
+    scale: float
+
+
+# Few tasks at once, some, and more than the memory holds.
+LOADS = (Mix(3001, 45, 12.0, 0.15), Mix(3002, 45, 12.0, 0.4), Mix(3003, 45, 6.0, 1.0))
 
 
 class Heard(NamedTuple):
@@ -118,9 +130,17 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
+    """light_tasks: those of the first load, which had ended by `light_end_s`."""
+
     hello: Hello
     heard: list[Heard]
     others: list[Others]
+    light_tasks: list[TaskResult]
+    light_end_s: float
+
+    @property
+    def task_latency_s(self) -> float:
+        return task_latency_s(self.light_tasks, [each for each in self.heard if each.at_s <= self.light_end_s])
 
 
 def iterations(heard: Sequence[Heard]) -> list[Iteration]:
@@ -129,15 +149,8 @@ def iterations(heard: Sequence[Heard]) -> list[Iteration]:
     Left out: iterations after a lost report or an idle engine, those of another engine, and those in which a task was
     preempted, which looks like one that ended.
     """
-    first: list[Heard] = []  # arrival of the first report of an iteration, and state of the last
-    for each in heard:
-        last = first[-1] if first else None
-        if last is not None and _same_iteration(last.report, each.report):
-            first[-1] = Heard(last.at_s, each.report)
-        else:
-            first.append(each)
     told = []
-    for before, after in itertools.pairwise(first):
+    for before, after in itertools.pairwise(_states(heard)):
         follows = after.report.iteration == before.report.iteration + 1
         same_life = after.report.engine_id == before.report.engine_id
         if follows and same_life and before.report.running and after.report.preempted == before.report.preempted:
@@ -145,8 +158,20 @@ def iterations(heard: Sequence[Heard]) -> list[Iteration]:
     return told
 
 
-def _same_iteration(left: Report, right: Report) -> bool:
-    return (left.engine_id, left.iteration) == (right.engine_id, right.iteration)
+def _states(heard: Sequence[Heard]) -> list[Heard]:
+    """One for each iteration: the arrival of its first report, and the state of its last, which an abort may have changed."""
+    states: list[Heard] = []
+    for each in heard:
+        last = states[-1] if states else None
+        if last is not None and _life_and_iteration(last.report) == _life_and_iteration(each.report):
+            states[-1] = Heard(last.at_s, each.report)
+        else:
+            states.append(each)
+    return states
+
+
+def _life_and_iteration(report: Report) -> tuple[str, int]:
+    return report.engine_id, report.iteration
 
 
 def _iteration(before: Heard, after: Heard) -> Iteration:
@@ -188,7 +213,9 @@ def fit(samples: Sequence[Iteration]) -> Fit:
     that is returned to all. Raises `TooFewSamples`.
     """
     if len(samples) < MIN_SAMPLES:
-        raise TooFewSamples(f"{len(samples)} iterations can be told apart, and {MIN_SAMPLES} are needed")
+        raise TooFewSamples(
+            f"{len(samples)} iterations can be used, and {MIN_SAMPLES} are needed: is the machine busy with something else?"
+        )
     work = np.array([(1, each.prefill_tokens, each.decodes, each.kv_tokens) for each in samples], dtype=np.float64)
     seconds = np.array([each.seconds for each in samples])
     stretch = np.arange(len(samples)) // STRETCH
@@ -215,6 +242,22 @@ def fit(samples: Sequence[Iteration]) -> Fit:
         total_error=float(predicted.sum() / seconds.sum() - 1),
         r2=float(1 - np.square(seconds[kept] - predicted[kept]).sum() / max(np.square(around).sum(), 1e-300)),
     )
+
+
+def task_latency_s(tasks: Sequence[TaskResult], heard: Sequence[Heard]) -> float:
+    """Mean seconds of a task that are neither the gateway's queue nor the engine's scheduler: HTTP, three times over, and
+    processes that wait for a core. By Little's law: the tasks' time, less that of all whom the engine had at a time.
+
+    heard: all reports while these tasks were there, and no others. Under a light load only: tasks that are sent by the
+    hundred wait for each other in the gateway's socket, and would be counted though they could not have been served.
+    """
+    at_engine = sum(
+        (after.at_s - before.at_s) * (len(before.report.held.keys() | after.report.held.keys()) + after.report.waiting)
+        for before, after in itertools.pairwise(_states(heard))
+        if before.report.running
+    )
+    released = sum(task.end_s - task.submit_s - (task.queue_s or 0.0) for task in tasks)
+    return (released - at_engine) / len(tasks)
 
 
 def _robust(work: Numbers, seconds: Numbers) -> tuple[Numbers, npt.NDArray[np.bool_]]:
@@ -344,20 +387,20 @@ async def listening(address: str, hellos: list[Hello], heard: list[Heard]) -> As
 
 @contextlib.asynccontextmanager
 async def stage(
-    settings: DemoSettings, seeds: Sequence[tuple[int, float, float]], agents: int, console: Console
+    settings: DemoSettings, mixes: Sequence[Mix], console: Console
 ) -> AsyncIterator[tuple[Stage, list[list[AgentTrace]]]]:
-    """The demo's engine, ready, and a mix for each of (seed, window, width). Raises `EngineFailed`, `ServerFailed`."""
+    """The demo's engine, ready, and the agents of each mix. Raises `EngineFailed`, `ServerFailed`."""
     (settings.out / "logs").mkdir(parents=True, exist_ok=True)
     model = cache_home() / "tiny-model"
     command = [sys.executable, "-m", "engine.tiny_model", str(model)]
     await run_once("making the tiny model", command, log=settings.out / "logs" / "model.log")
     count = demo._token_counter(model)
-    mixes = [demo_mix(seed, agents, window_s, scale, count) for seed, window_s, scale in seeds]
+    traces = [demo_mix(*mix, count) for mix in mixes]
     with tempfile.TemporaryDirectory(prefix="justitia-") as temporary:
         lengths = Path(temporary) / "lengths.json"
-        lengths.write_text(json.dumps(length_table(mixes, demo._salt(settings))))
+        lengths.write_text(json.dumps(length_table(traces, demo._salt(settings))))
         async with demo._engine(settings, model, lengths, Path(temporary), console) as engine:
-            yield Stage(settings, engine, Path(temporary), console), mixes
+            yield Stage(settings, engine, Path(temporary), console), traces
 
 
 async def record(logs: Path, console: Console) -> Recording:
@@ -365,20 +408,24 @@ async def record(logs: Path, console: Console) -> Recording:
     hellos: list[Hello] = []
     heard: list[Heard] = []
     others: list[Others] = []
+    light_tasks: list[TaskResult] = []
+    light_end_s = 0.0
     settings = DemoSettings(out=logs)
     async with (
-        stage(settings, LOADS, AGENTS, console) as (engine_stage, mixes),
+        stage(settings, LOADS, console) as (engine_stage, traces),
         listening(engine_stage.engine.link_address, hellos, heard),
         watching_others(others),
     ):
-        for mix in mixes:
+        for trace in traces:
             # One state for all: the later gateways have learned from the earlier ones.
-            await engine_stage.replay("fit", BASELINE, mix)
-    return Recording(hellos[0], heard, others)
+            result, _ = await engine_stage.replay("fit", BASELINE, trace)
+            if not light_tasks:
+                light_tasks, light_end_s = result.tasks, time.monotonic()
+    return Recording(hellos[0], heard, others, light_tasks, light_end_s)
 
 
-def profile(fitted: Fit, hello: Hello) -> StepProfile:
-    """Coefficients to three digits: there is no more in them."""
+def profile(fitted: Fit, hello: Hello, latency_s: float) -> StepProfile:
+    """Coefficients to three digits: there is no more in them. latency_s: `task_latency_s`."""
     return StepProfile(
         name=NAME,
         description=_description(hello),
@@ -399,6 +446,7 @@ def profile(fitted: Fit, hello: Hello) -> StepProfile:
             "stretch_error_worst": _rounded(fitted.stretch_error_worst),
             "total_error": _rounded(fitted.total_error),
             "r2": _rounded(fitted.r2),
+            "task_latency_s": _rounded(latency_s),
         },
     )
 
@@ -417,6 +465,7 @@ The constant holds what vLLM itself does for a step; so small a model hardly sho
 [fit]: errors are relative. A step's is the median over the samples; a stretch is {STRETCH} iterations that the line was not
 fitted to, compared by their total time, median and worst; total_error is signed, over all samples. outlier_share of the
 samples are farther than {OUTLIER:g} robust standard deviations from the line and were not fitted; they count in every error.
+task_latency_s is no part of a step: what a task spends between client, gateway and engine under a light load, mean.
 """
 
 
@@ -453,7 +502,8 @@ def main() -> None:
             f"{len(recording.heard):,} reports, {len(told):,} iterations, {len(usable):,} of them undisturbed"
         )
         fitted = fit(usable)
-        options.out.write_text(toml(profile(fitted, recording.hello)), encoding="utf-8")
+        shown = profile(fitted, recording.hello, recording.task_latency_s)
+        options.out.write_text(toml(shown), encoding="utf-8")
         load_profile(str(options.out))
     except (EngineFailed, ServerFailed, LinkError, TooFewSamples, ProfileError, OSError) as error:
         sys.exit(f"fit: {error}")

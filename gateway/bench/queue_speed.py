@@ -211,7 +211,10 @@ def measure(settings: SpeedSettings, progress: Callable[[str], None] = lambda wh
                 _run(queue, settings.cycles)
         spread = {waiting: _spread(queue) for waiting, queue in queues.items()}
         what = {"policy": policy, "variant": variant.name}
-        results += [{**what, "waiting": waiting, "us": us} for waiting, us in spread.items()]
+        results += [
+            {**what, "waiting": waiting, "us": spread[waiting], "decision_us_p50_by_round": _by_round(queue, settings)}
+            for waiting, queue in queues.items()
+        ]
         fewest, most = spread[min(spread)], spread[max(spread)]
         both = [verb for verb in VERBS if verb in fewest and verb in most]
         growth.append({**what} | {verb: round(most[verb]["p50"] / fewest[verb]["p50"], 2) for verb in both})
@@ -239,6 +242,12 @@ def _spread(queue: SteadyQueue) -> dict[str, dict[str, float]]:
         for verb, taken in queue.taken_ns.items()
         if taken
     }
+
+
+def _by_round(queue: SteadyQueue, settings: SpeedSettings) -> list[float]:
+    """How quiet the machine was: the medians of the rounds are alike on one that does nothing else."""
+    taken, cycles = queue.taken_ns["decision"], settings.cycles
+    return [round(percentile(taken[i : i + cycles], 0.5) / 1000, 2) for i in range(0, len(taken), cycles)]
 
 
 def _log_ratio(settings: SpeedSettings) -> float:

@@ -32,6 +32,9 @@ from gateway.fairness.types import (
     VirtualTime,
 )
 
+# By how much a task has to outgrow what it is charged before it is charged more: in steps, so that there are few.
+OUTGROWN = 1.1
+
 
 class FairQueue:
     def __init__(self, policy: Policy, limits: ReleaseLimits = ReleaseLimits()) -> None:  # noqa: B008 (it is frozen)
@@ -150,7 +153,7 @@ class FairQueue:
             releases.append(Release(task, self._rank(agent)))
             del agent.waiting[task.id]
             agent.order.remove(task.id)
-            agent.in_flight[task.id] = Flight(task, task.prompt_tokens)
+            agent.in_flight[task.id] = Flight(task, task.cost, task.prompt_tokens)
             self._forecast.add(now, task)
             agent.prompt_tokens += task.prompt_tokens
             agent.forming = False
@@ -161,8 +164,8 @@ class FairQueue:
         return releases
 
     def observe(self, now: Iterations, task_id: TaskId, kv_tokens: float, output_tokens: float) -> None:
-        """The engine says what a task in flight holds, and has produced so far. Unknown tasks are ignored, since the engine's
-        word arrives late."""
+        """The engine says what a task in flight holds, and has produced so far. One that has outgrown its prediction is
+        charged for it before it ends. Unknown tasks are ignored, since the engine's word arrives late."""
         agent = self._tasks.get(task_id)
         flight = agent.in_flight.get(task_id) if agent else None
         if agent is None or flight is None:
@@ -172,6 +175,9 @@ class FairQueue:
             # The formula of a cost, with the tokens so far.
             done = max(0.0, kv_tokens - output_tokens) * output_tokens + output_tokens * (output_tokens + 1) / 2
             self._count_progress(agent, flight, max(done, flight.attained), flight.prompt_tokens, output_tokens)
+            if done > OUTGROWN * flight.charged:
+                self._reference.advance(now)
+                self._recharge(agent, flight, done)
             if self._policy.by_progress and agent.waiting:
                 self._place(agent)
 
@@ -183,6 +189,7 @@ class FairQueue:
         """The engine lost a task in flight: it waits again, in its old place, as if it had never left."""
         self._reference.advance(now)
         agent, flight = self._land(task_id)
+        self._recharge(agent, flight, flight.task.cost)
         self._count_progress(agent, flight, 0.0, 0.0, 0.0)
         self._count_release(agent, -flight.task.cost)
         self._wait(agent, flight.task)
@@ -197,7 +204,7 @@ class FairQueue:
         self._charge(agent, flight, spent)
         if spent.output_tokens is not None:
             self._forecast.learn(flight.task, spent.output_tokens)
-        self._reconcile(agent, flight.task, spent.cost, agent_cost)
+        self._reconcile(agent, flight.charged, spent.cost, agent_cost)
 
     def cancel(self, now: Iterations, task_id: TaskId, spent: Spent) -> None:
         """A task was given up, waiting or in flight. `spent`: what it really took until then."""
@@ -210,16 +217,17 @@ class FairQueue:
         task = agent.waiting.pop(task_id, None)
         if task is None:
             agent, flight = self._land(task_id)
-            task = flight.task
+            charged = flight.charged
             self._charge(agent, flight, spent)
         else:
+            charged = task.cost
             del self._tasks[task_id]
             agent.order.remove(task_id)
             agent.attained = KvTokenIterations(agent.attained + spent.cost)
             self._count_release(agent, spent.cost)
             if not agent.waiting:
                 self._policy.slept(agent)
-        self._reconcile(agent, task, spent.cost, agent.predicted)
+        self._reconcile(agent, charged, spent.cost, agent.predicted)
 
     def evict(self, now: Iterations, agent_id: AgentId) -> None:
         """Forget an agent that has ended. The reference keeps it for as long as it is backlogged there."""
@@ -259,7 +267,7 @@ class FairQueue:
         room = limits.beta * self._capacity_tokens or math.inf
         if not limits.foresight:
             return self._forecast.held(now) + task.prompt_tokens <= room
-        return self._forecast.peak(now, task) <= room
+        return self._forecast.fits(now, task, room)
 
     def _wait(self, agent: Agent, task: Task) -> None:
         tenant = agent.tenant
@@ -287,7 +295,7 @@ class FairQueue:
         prompt = flight.prompt_tokens if spent.prompt_tokens is None else spent.prompt_tokens
         output = flight.output_tokens if spent.output_tokens is None else spent.output_tokens
         self._count_progress(agent, flight, spent.cost, prompt, output)
-        self._count_release(agent, spent.cost - flight.task.cost)
+        self._count_release(agent, spent.cost - flight.charged)
 
     def _count_progress(self, agent: Agent, flight: Flight, attained: float, prompt: float, output: float) -> None:
         agent.attained = KvTokenIterations(agent.attained + attained - flight.attained)
@@ -301,11 +309,23 @@ class FairQueue:
         tenant = agent.tenant
         tenant.start_tag = VirtualTime(tenant.start_tag + cost / tenant.weight)
 
-    def _reconcile(self, agent: Agent, task: Task, cost: KvTokenIterations, agent_cost: KvTokenIterations) -> None:
-        difference = KvTokenIterations(cost - task.cost)
+    def _recharge(self, agent: Agent, flight: Flight, cost: float) -> None:
+        """A task in flight is known to cost something else than was thought."""
+        difference = KvTokenIterations(cost - flight.charged)
+        if difference:
+            flight.charged = KvTokenIterations(cost)
+            self._count_release(agent, difference)
+            self._correct(agent, difference, agent.predicted)
+
+    def _correct(self, agent: Agent, difference: KvTokenIterations, agent_cost: KvTokenIterations) -> None:
         self._reference.correct(agent.tenant.id, agent.id, difference)
         agent.arrived = KvTokenIterations(max(0.0, agent.arrived + difference))
         self._settle_tag(agent, agent_cost)
+
+    def _reconcile(
+        self, agent: Agent, charged: KvTokenIterations, cost: KvTokenIterations, agent_cost: KvTokenIterations
+    ) -> None:
+        self._correct(agent, KvTokenIterations(cost - charged), agent_cost)
         if not agent.busy:
             agent.idle_since = self._reference.virtual_time(agent.tenant.id)
         if not self._tasks:

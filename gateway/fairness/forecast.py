@@ -13,8 +13,9 @@ the peak to come is from Gong et al., Past-Future Scheduler for LLM Serving unde
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from gateway.fairness.types import Iterations, Task, TaskId
 
@@ -28,18 +29,15 @@ LENGTHS = 100
 SLACK = 8.0
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class _Growth:
+class _Growth(NamedTuple):
+    """A tuple, since they are compared and walked for every decision: by end, and then by task."""
+
     end: float
     task_id: TaskId
-    began: float = field(compare=False)
-    prompt_tokens: float = field(compare=False)
-    rate: float = field(compare=False)
-
-    @property
-    def base(self) -> float:
-        """What it would have held at iteration 0."""
-        return self.prompt_tokens - self.rate * self.began
+    base: float  # what it would have held at iteration 0
+    rate: float
+    began: float
+    prompt_tokens: float
 
 
 class Forecast:
@@ -75,7 +73,7 @@ class Forecast:
         if abs(behind) > SLACK or abs(prompt_tokens - growth.prompt_tokens) > SLACK:
             self.remove(task_id)
             began, end = growth.began + behind, growth.end + behind
-            self._put(replace(growth, end=end, began=began, prompt_tokens=prompt_tokens))
+            self._put(_growth(end, task_id, began, prompt_tokens, growth.rate))
 
     def calibrate(self, now: Iterations, held_tokens: float) -> None:
         """The engine says what it holds altogether: more than reckoned since blocks are not full, less since tasks share."""
@@ -94,26 +92,41 @@ class Forecast:
         """By what is in flight, now."""
         return self._scale * (self._base + self._rate * now)
 
-    def peak(self, now: Iterations, task: Task | None = None) -> float:
-        """The most that will be held from now on by what is in flight, and by `task`, if it began now."""
+    def peak(self, now: Iterations) -> float:
+        """The most that will be held from now on by what is in flight."""
         self._prolong(now)
-        base, rate, ends = self._base, self._rate, self._by_end
-        if task is not None:
-            newcomer = self._begin(now, task)
-            base, rate = base + newcomer.base, rate + newcomer.rate
-            place = bisect_left(ends, newcomer)
-            ends = [*ends[:place], newcomer, *ends[place:]]
+        base, rate = self._base, self._rate
         peak = base + rate * now
-        for growth in ends:
+        for growth in self._by_end:
             peak = max(peak, base + rate * growth.end)
             base, rate = base - growth.base, rate - growth.rate
         return self._scale * peak
+
+    def fits(self, now: Iterations, task: Task, room: float) -> bool:
+        """Whether what is in flight, and `task`, if it began now, will at no time hold more than `room`."""
+        self._prolong(now)
+        room /= self._scale
+        end_of_new, _, base_of_new, rate_of_new, _, _ = self._begin(now, task)
+        base, rate = self._base + base_of_new, self._rate + rate_of_new
+        if base + rate * now > room:
+            return False
+        for end, _, base_of_ended, rate_of_ended, _, _ in self._by_end:
+            if end > end_of_new:
+                if base + rate * end_of_new > room:
+                    return False
+                base, rate = base - base_of_new, rate - rate_of_new
+                end_of_new = math.inf
+            if base + rate * end > room:
+                return False
+            base -= base_of_ended
+            rate -= rate_of_ended
+        return end_of_new == math.inf or base + rate * end_of_new <= room
 
     def _prolong(self, now: Iterations) -> None:
         while self._by_end and self._by_end[0].end <= now:
             growth = self._by_end[0]
             self.remove(growth.task_id)
-            self._put(replace(growth, end=now + max(1.0, OUTLIVED * (now - growth.began))))
+            self._put(growth._replace(end=now + max(1.0, OUTLIVED * (now - growth.began))))
 
     def _put(self, growth: _Growth) -> None:
         self._by_id[growth.task_id] = growth
@@ -122,8 +135,13 @@ class Forecast:
         self._rate += growth.rate
 
     def _begin(self, now: Iterations, task: Task) -> _Growth:
-        iterations = _decode_tokens(task) / task.sequences * self._true_lengths / self._predicted_lengths
-        return _Growth(now + iterations, task.id, now, task.prompt_tokens, float(task.sequences))
+        lengths = self._true_lengths / self._predicted_lengths
+        iterations = max(1.0, _decode_tokens(task) / task.sequences * lengths)
+        return _growth(now + iterations, task.id, now, task.prompt_tokens, float(task.sequences))
+
+
+def _growth(end: float, task_id: TaskId, began: float, prompt_tokens: float, rate: float) -> _Growth:
+    return _Growth(end, task_id, prompt_tokens - rate * began, rate, began, prompt_tokens)
 
 
 def _decode_tokens(task: Task) -> float:

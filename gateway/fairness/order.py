@@ -15,45 +15,46 @@ Place = tuple[float, int]  # what decides, and what breaks a tie
 
 
 class Order(Generic[Key]):
-    __slots__ = ("_heap", "_places")
+    __slots__ = ("_entries", "_heap")
 
     def __init__(self) -> None:
-        self._places: dict[Key, Place] = {}
-        self._heap: list[tuple[Place, Key]] = []
+        self._entries: dict[Key, tuple[float, int, Key]] = {}  # those that hold; all others in the heap are old
+        self._heap: list[tuple[float, int, Key]] = []
 
     def put(self, key: Key, place: Place) -> None:
         """A new key, or another place for a known one."""
-        if self._places.get(key) == place:
+        known = self._entries.get(key)
+        if known is not None and known[:2] == place:
             return
-        self._places[key] = place
-        heapq.heappush(self._heap, (place, key))
-        if len(self._heap) > 64 + 4 * len(self._places):
-            self._heap = [(place, key) for key, place in self._places.items()]
+        entry = self._entries[key] = (*place, key)
+        heapq.heappush(self._heap, entry)
+        if len(self._heap) > 64 + 4 * len(self._entries):
+            self._heap = list(self._entries.values())
             heapq.heapify(self._heap)
 
     def remove(self, key: Key) -> None:
         """Nothing happens if it is not there."""
-        self._places.pop(key, None)
+        self._entries.pop(key, None)
 
     def first(self) -> Key | None:
         """The key with the smallest place."""
         while self._heap:
-            place, key = self._heap[0]
-            if self._places.get(key) == place:
-                return key
+            entry = self._heap[0]
+            if self._entries.get(entry[2]) is entry:
+                return entry[2]
             heapq.heappop(self._heap)
         return None
 
     def place(self, key: Key) -> Place:
         """Raises `KeyError` for a key that is not there."""
-        return self._places[key]
+        return self._entries[key][:2]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._entries)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._places
+        return key in self._entries
 
     def __iter__(self) -> Iterator[Key]:
         """In order, at O(N log N) for all: for people, not for decisions."""
-        return iter(sorted(self._places, key=lambda key: self._places[key]))
+        return iter(sorted(self._entries, key=lambda key: self._entries[key][:2]))

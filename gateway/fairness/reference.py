@@ -44,6 +44,8 @@ class Reference(Generic[FlowId]):
         while left > 0 and (first := self._ends.first()) is not None and self._capacity_tokens > 0:
             end = self._flows[first].backlog_tag
             slope = self._capacity_tokens / self._backlogged_weight
+            if not slope:
+                break  # too little to be told from nothing
             until_end = (end - self.virtual_time) / slope
             if until_end > left:
                 self.virtual_time = VirtualTime(self.virtual_time + left * slope)

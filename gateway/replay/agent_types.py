@@ -64,10 +64,10 @@ TOOL_TYPES = (
     AgentType("plan-and-execute",      "pe",    "medium", "tool plan",    6, 0.50,  500, 0.10,  130, 0.12),
 )
 # One that takes the engine for itself for two and a half minutes, and those that come by meanwhile.
-ELEPHANT = AgentType("map-reduce-summary", "mrs", "large", "reduce",    185, 0.00,  900, 0.00,  210, 0.00)
+ELEPHANT = AgentType("map-reduce-summary", "mrs", "large", "reduce",     15, 0.00,  900, 0.00,  105, 0.00)
 MICE = (
-    AgentType("equation-verification", "ev",    "small",  "parallel",     4, 0.50,  340, 0.10,   95, 0.12, 3, 6),
-    AgentType("fact-verification",     "fv",    "small",  "parallel",     4, 0.50,  600, 0.10,   50, 0.12, 3, 6),
+    AgentType("equation-verification", "ev",    "small",  "parallel",     8, 0.50,  340, 0.10,   95, 0.12, 6, 12),
+    AgentType("fact-verification",     "fv",    "small",  "parallel",     8, 0.50,  600, 0.10,   50, 0.12, 6, 12),
 )
 # fmt: on
 

@@ -204,12 +204,13 @@ class _Simulation:
     def _observe(self, step: Step) -> None:
         """What the engine's reports tell a gateway, and what is noted of the iteration."""
         engine, queue = self._engine, self._queue
-        decoding = 0
+        decoding = tasks = 0
         for key, kv_tokens, output_tokens in step.running:
             if output_tokens:
+                tasks += 1
                 decoding += kv_tokens + 1  # and the token just sampled
                 queue.observe(self._now, TaskId(key), kv_tokens + 1, output_tokens)
-        if self._engine.waiting == 0:
+        if tasks and tasks == queue.in_flight:  # else what the queue reckons with is not there yet, or not any more
             queue.calibrate(self._now, engine.held_tokens)
         ended = sum(self._tasks[key][1].prompt_tokens + output for key, output, _ in step.ended)
         served = min(decoding, engine.held_tokens) + ended  # blocks that tasks share are held once
@@ -235,7 +236,7 @@ class _Simulation:
         agent_id = AgentId(journey.trace.agent_id)
         agent = self._queue.agents[agent_id]
         cost = KvTokenIterations(self._setup.cost(task.prompt_tokens, task.output_tokens, cached_tokens))
-        believed = agent.in_flight[TaskId(key)].task.cost
+        believed = agent.in_flight[TaskId(key)].charged
         total = self._agent_cost(journey, max(0.0, agent.arrived - believed + cost))
         spent = Spent(cost, task.prompt_tokens, task.output_tokens)
         self._ask(self._queue.complete, self._now, TaskId(key), spent, total)

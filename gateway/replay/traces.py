@@ -60,7 +60,7 @@ AGENTS = 300
 WINDOW_S = 18 * 60.0
 MINUTES, RATE_SIGMA = 18, 0.5
 # What the mice take of the engine, and what one of them costs on average.
-MICE_SHARE, MOUSE_COST = 0.6, 167_500
+MICE_SHARE, MOUSE_COST = 1.05, 335_000
 # Parts of the mean prompt of a class, and of an agent.
 CLASS_PREFIX, AGENT_PREFIX = 0.1, 0.4
 # Some 300 s of the engine for each tenant, arriving within two minutes.

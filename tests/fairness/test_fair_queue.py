@@ -4,55 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.fairness import (
-    POLICIES,
-    AgentId,
-    FairQueue,
-    Iterations,
-    KvTokenIterations,
-    QueueError,
-    ReleaseLimits,
-    Spent,
-    Task,
-    TaskId,
-)
-
-M = 100.0
-UNLIMITED = ReleaseLimits(beta=10)
-
-
-class Driver:
-    """A queue with a clock that is moved by hand."""
-
-    def __init__(self, policy: str = "justitia", limits: ReleaseLimits = UNLIMITED, capacity: float = M) -> None:
-        self.queue = FairQueue(POLICIES[policy](), limits)
-        self.now = Iterations(0.0)
-        self.queue.set_capacity(self.now, capacity)
-        self._ids = iter(range(1, 10_000))
-
-    def enqueue(
-        self, agent: str, cost: float, total: float | None = None, memory: float = 10, weight: float = 1
-    ) -> TaskId:
-        task = Task(TaskId(next(self._ids)), AgentId(agent), KvTokenIterations(cost), memory)
-        known = self.queue.agents.get(task.agent_id)
-        expected = total if total is not None else cost + (known.arrived if known else 0)
-        self.queue.enqueue(self.now, task, KvTokenIterations(expected), weight=weight)
-        return task.id
-
-    def release(self, engine_waiting: int = 0) -> list[str]:
-        return [release.task.agent_id for release in self.queue.release(self.now, engine_waiting)]
-
-    def complete(self, task: TaskId, cost: float, total: float = 0) -> None:
-        self.queue.complete(self.now, task, Spent(KvTokenIterations(cost)), KvTokenIterations(total))
-
-    def cancel(self, task: TaskId, cost: float = 0) -> None:
-        self.queue.cancel(self.now, task, Spent(KvTokenIterations(cost)))
-
-    def tag(self, agent: str) -> float:
-        return self.queue.agents[AgentId(agent)].finish_tag
-
-    def backlog(self, agent: str) -> float:
-        return self.queue.backlog_tag(AgentId(agent))
+from gateway.fairness import AgentId, Iterations, KvTokenIterations, QueueError, ReleaseLimits, Spent, Task, TaskId
+from tests.fairness.driver import Driver, M
 
 
 def test_known_fixture_the_cheaper_of_two_goes_first_with_both_branches() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -12,14 +13,17 @@ from gateway.fairness import (
     FairQueue,
     Iterations,
     KvTokenIterations,
+    QueueError,
     ReleaseLimits,
     Spent,
     Task,
     TaskId,
+    TenantId,
 )
 
 costs = st.floats(0, 1e4)
 agents = st.sampled_from(["a", "b", "c", "d", "e"])
+nobody = TaskId(10**9)
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -28,8 +32,9 @@ class QueueMachine(RuleBasedStateMachine):
         capacity=st.floats(1, 1000),
         beta=st.floats(0.5, 3),
         slots=st.none() | st.integers(1, 5),
+        tenants=st.integers(1, 3),
     )
-    def begin(self, policy: str, capacity: float, beta: float, slots: int | None) -> None:
+    def begin(self, policy: str, capacity: float, beta: float, slots: int | None, tenants: int) -> None:
         self.policy = policy
         self.queue = FairQueue(POLICIES[policy](), ReleaseLimits(beta=beta, in_flight=slots))
         self.capacity, self.beta, self.slots = capacity, beta, slots
@@ -39,13 +44,39 @@ class QueueMachine(RuleBasedStateMachine):
         self.in_flight: dict[TaskId, Task] = {}
         self.ended: set[TaskId] = set()
         self.next_id = 1
-        self.virtual_time = 0.0
+        self.tenants = [TenantId(name) for name in ("x", "y", "z")[:tenants]]
+        self.virtual_times = dict.fromkeys(self.tenants, 0.0)
+        self.outer_virtual_time = 0.0
 
-    @rule(agent=agents, cost=costs, memory=st.floats(0, 500), more=costs, weight=st.floats(0.1, 10))
-    def enqueue(self, agent: str, cost: float, memory: float, more: float, weight: float) -> None:
-        task = Task(TaskId(self.next_id), AgentId(agent), KvTokenIterations(cost), memory)
+    @rule(
+        agent=agents,
+        cost=costs,
+        prompt=st.floats(0, 300),
+        decode=st.floats(1, 200),
+        more=costs,
+        weights=st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)),
+        tenant=st.integers(0, 2),
+    )
+    def enqueue(
+        self,
+        agent: str,
+        cost: float,
+        prompt: float,
+        decode: float,
+        more: float,
+        weights: tuple[float, float],
+        tenant: int,
+    ) -> None:
+        task = Task(TaskId(self.next_id), AgentId(agent), KvTokenIterations(cost), prompt + decode, prompt)
         self.next_id += 1
-        self.queue.enqueue(self.now, task, KvTokenIterations(cost + more), weight=weight)
+        self.queue.enqueue(
+            self.now,
+            task,
+            KvTokenIterations(cost + more),
+            weight=weights[0],
+            tenant=self.tenants[tenant % len(self.tenants)],
+            tenant_weight=weights[1],
+        )
         self.waiting[task.id] = task
 
     @rule(waiting=st.integers(0, 8))
@@ -60,7 +91,8 @@ class QueueMachine(RuleBasedStateMachine):
         if releases:
             assert first is not None and releases[0].task.agent_id == first.id
             ranks = [release.rank for release in releases]
-            assert ranks == sorted(ranks), "in order"
+            # Tenants take turns, and the rank is of whose turn it is.
+            assert len(self.tenants) > 1 or ranks == sorted(ranks), "in order"
         for number, release in enumerate(releases):
             assert release.task.id in self.waiting, "neither lost nor twice"
             if had_in_flight or number:
@@ -71,6 +103,51 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(iterations=st.floats(0, 100))
     def time_passes(self, iterations: float) -> None:
         self.now = Iterations(self.now + iterations)
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data(), prompt=st.floats(0, 300), output=st.floats(0, 200))
+    def observe(self, data: st.DataObject, prompt: float, output: float) -> None:
+        task = data.draw(st.sampled_from([*sorted(self.in_flight), nobody]))
+        self.queue.observe(self.now, task, prompt + output, output)
+
+    @rule(cost=costs)
+    def a_refused_call_changes_nothing(self, cost: float) -> None:
+        self.queue.set_capacity(self.now, self.capacity)  # so that the clock has been brought up to now
+        before = self.state()
+        spent, total = Spent(KvTokenIterations(cost)), KvTokenIterations(cost)
+        known = next(iter((*self.waiting.values(), *self.in_flight.values())), None)
+        waits = next(iter(self.waiting), nobody)
+        for refused in (
+            lambda: self.queue.complete(self.now, waits, spent, total),
+            lambda: self.queue.requeue(self.now, waits),
+            lambda: self.queue.cancel(self.now, nobody, spent),
+            lambda: self.queue.cancel(self.now, waits, Spent(KvTokenIterations(-1.0 - cost))),
+            lambda: self.queue.evict(self.now, known.agent_id if known else AgentId("nobody")),
+            lambda: self.queue.enqueue(self.now, known or Task(nobody, AgentId("a"), total, -1), total),
+            lambda: self.queue.release(Iterations(self.now - 1)),
+        ):
+            with pytest.raises(QueueError):
+                refused()
+        assert self.state() == before
+
+    def state(self) -> object:
+        agents = [
+            (
+                a.id,
+                a.tenant.start_tag,
+                a.predicted,
+                a.arrived,
+                a.released,
+                a.attained,
+                a.start_tag,
+                a.finish_tag,
+                a.forming,
+            )
+            for a in self.queue.agents.values()
+        ]
+        times = [self.queue.virtual_time(tenant) for tenant in self.tenants]
+        order = [agent.id for agent in self.queue.in_order()]
+        return agents, times, self.queue.outer_virtual_time, order, self.queue.peak_tokens
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data(), cost=costs, total=costs)
@@ -102,7 +179,7 @@ class QueueMachine(RuleBasedStateMachine):
         if known is not None and not known.busy:
             self.queue.evict(self.now, AgentId(agent))
 
-    @rule(capacity=st.floats(0, 1000))
+    @rule(capacity=st.just(0.0) | st.floats(1, 1000))
     def capacity_changes(self, capacity: float) -> None:
         self.capacity = capacity
         self.queue.set_capacity(self.now, capacity)
@@ -116,8 +193,11 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def virtual_time_never_goes_back(self) -> None:
-        assert self.queue.virtual_time() >= self.virtual_time
-        self.virtual_time = self.queue.virtual_time()
+        for tenant, reached in self.virtual_times.items():
+            self.virtual_times[tenant] = self.queue.virtual_time(tenant)
+            assert self.virtual_times[tenant] >= reached
+        assert self.queue.outer_virtual_time >= self.outer_virtual_time
+        self.outer_virtual_time = self.queue.outer_virtual_time
 
     @invariant()
     def a_tag_never_says_less_than_the_work_that_has_arrived(self) -> None:
@@ -143,4 +223,4 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 TestQueueMachine = QueueMachine.TestCase
-TestQueueMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestQueueMachine.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
