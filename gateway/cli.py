@@ -25,7 +25,8 @@ usage: justitia COMMAND [OPTIONS]
 
   serve      the gateway and its own vLLM engine, on this machine
   gateway    the gateway alone, before an engine that is already there (--engine URL)
-  demo       replay a mix of agents as fcfs and as justitia, and show what changed
+  demo       a mix of agents before a real engine, once as fcfs and once as justitia, and what changed
+  replay     agents through any policy and vLLM's own scheduler on a virtual clock: no GPU, no waiting
   version    print the version
 
 `justitia COMMAND --help` lists the options. Each can also be set as JUSTITIA_NAME in the environment, or in a file (--config).
@@ -42,6 +43,7 @@ def main() -> None:
         "serve": lambda arguments: _run(_serve(load(ServeSettings, arguments, program="justitia serve"))),
         "gateway": lambda arguments: _run(_gateway(load(GatewaySettings, arguments, program="justitia gateway"))),
         "demo": _demo,
+        "replay": _replay,
         "version": lambda arguments: print(distribution_version("justitia")) or 0,
     }
     if command in ("-h", "--help", "help"):
@@ -59,6 +61,12 @@ def _demo(arguments: list[str]) -> int:
     from gateway.bench.demo import DemoSettings, run_demo  # needs the extra `demo`
 
     return _run(run_demo(load(DemoSettings, arguments, program="justitia demo")))
+
+
+def _replay(arguments: list[str]) -> int:
+    from gateway.replay.command import ReplaySettings, run_replay  # needs an engine's extra, for vLLM
+
+    return run_replay(load(ReplaySettings, arguments, program="justitia replay"))
 
 
 def _run(command: Coroutine[Any, Any, int]) -> int:

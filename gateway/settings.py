@@ -24,7 +24,7 @@ from pydantic_settings import (
 )
 
 PREFIX = "JUSTITIA_"
-OTHER_PREFIXES = ("JUSTITIA_DEMO_",)
+OTHER_PREFIXES = ("JUSTITIA_DEMO_", "JUSTITIA_REPLAY_")
 PolicyName = Literal["justitia", "fcfs", "agent-fcfs", "vtc", "las", "sjf", "srjf"]
 
 

@@ -33,7 +33,7 @@ from gateway.fairness import (
 from gateway.replay.predictors import Beliefs, Cost, Progress, finished_task
 from gateway.replay.record import MEMORY_EVERY, Journey, Record
 from gateway.replay.results import Run
-from gateway.trace import AgentTrace, Prefix, TaskTrace
+from gateway.trace import AgentTrace, Prefix, TaskTrace, TraceError
 from predictor.cost import task_cost
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def simulate(
     predictor: str = "",
     finished: Callable[[int], None] = lambda agents: None,
 ) -> Run:
-    """One trace under one policy. `finished` is called with the number of agents that have, as it grows."""
+    """One trace under one policy. `finished` is called with the number of agents that have, as it grows. Raises `TraceError`
+    for a task that is too long for the engine."""
     simulation = _Simulation(agents, policy, release, beliefs, setup, finished)
     simulation.run()
     return simulation.result(policy, predictor, release)
@@ -118,6 +119,7 @@ class _Simulation:
         )
         slots = setup.max_num_seqs or setup.profile.max_num_seqs
         self._queue = FairQueue(POLICIES[policy](), release_limits(release, setup.beta, slots))
+        self._refuse_too_long(agents)
         self._journeys = [_journey(agent) for agent in agents]
         self._tenants = sorted({agent.tenant for agent in agents})
         self._successors = _successors(agents)
@@ -268,6 +270,16 @@ class _Simulation:
 
     def _agent_cost(self, journey: Journey, cost_arrived: float) -> KvTokenIterations:
         return KvTokenIterations(self._beliefs.agent(journey.trace, Progress(journey.arrived, cost_arrived)))
+
+    def _refuse_too_long(self, agents: Sequence[AgentTrace]) -> None:
+        most = min(self._engine.capacity_tokens, self._engine.max_model_len)
+        for agent in agents:
+            for task in agent.tasks:
+                if task.prompt_tokens + task.output_tokens > most:
+                    raise TraceError(
+                        f"task {task.id!r} of agent {agent.agent_id!r} is {task.prompt_tokens} + {task.output_tokens} tokens"
+                        f" long, and the engine holds {most}"
+                    )
 
     def _take_capacity(self) -> None:
         tokens = self._engine.capacity_tokens
