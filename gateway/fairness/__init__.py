@@ -19,19 +19,28 @@ has arrived will have been served. A task that arrives with predicted cost ĉ mo
 idle there); the true cost c, once known, moves it by (c − ĉ)/w. When the real queue and the real engine are both empty a
 busy period has ended, and V moves to the largest B.
 
-**Order.** The agent's total cost Ĉ is predicted at its first task. With A the work that has arrived, it would finish
-under fair sharing at the *finish tag*
+**Order.** The agent's total cost Ĉ is predicted at its first task, which arrives at virtual time S. It would finish under fair
+sharing at the *finish tag*
 
-    F = B + (Ĉ − A)/w
+    F = max(S + Ĉ/w, B)
 
 and agents are served one after another in the order of F, each with all the memory it can use: nobody finishes much later
-than under fair sharing, and most finish much earlier (selective pampering). Since B and A move together, F stands still
-while the agent is backlogged in the reference, and is V plus the frozen remainder when it comes back from a tool. It moves
-on two occasions only: while the agent is *forming* (none of its tasks released yet) Ĉ is renewed with each arrival, since a
-fan-out reaches a server as single requests; and when A outgrows Ĉ, Ĉ is predicted anew and F moves back by the difference.
+than under fair sharing, and most finish much earlier (selective pampering). F moves on three occasions only. While the
+agent is *forming* (none of its tasks released yet) Ĉ is renewed with each arrival, since a fan-out reaches a server as
+single requests. When the work that has arrived outgrows Ĉ, Ĉ is predicted anew. And S moves with V while the agent has
+nothing to do, neither here nor in the reference: who waits for a tool is neither aged nor charged.
 
-**Release.** Tasks are released to the engine in order, while the memory predicted for those in flight, Σ max(p + d̂, held),
-stays within β·M and the engine's own queue is shallow; so order is decided late, and here.
+**Tenants** share first, and agents within their tenant: the same reference, nested. A tenant's agents are its packets. It
+goes first if it would first have been given the work of its next agent. With one tenant this level vanishes.
+
+**Bound.** With exact costs an agent finishes at most L + (R + D)/M iterations after the reference: L is the longest that a task
+is at the engine, R the most work left of what is in flight, D what the engine falls behind M while tasks wait. With an
+engine that holds M, that is two longest decodes. Wrong costs add what was in flight of each agent beyond prediction.
+`docs/explanation/bound.md` derives it; the tests hold the queue to it.
+
+**Release.** Tasks are released to the engine in order, while the most memory that those in flight will come to hold, as
+predicted and then corrected by what the engine says, stays within β·M, and the engine's own queue is shallow; so order
+is decided late, and here.
 
 **Rules of this package.** The standard library only: no I/O, no clock, no asyncio, no logging, no metrics. Every method
 that changes something takes `now` (τ) and first brings the reference up to it. It returns what is to be done and calls

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -179,9 +180,14 @@ def collector_at_rest() -> Iterator[None]:
 
 
 def table(runs: Sequence[Run]) -> Table:
-    drawn = Table(title="Completion time of an agent (JCT), seconds", title_justify="left", caption_justify="left")
+    drawn = Table(
+        title="Completion time of an agent (JCT), seconds",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
     drawn.add_column("policy", no_wrap=True)
-    for heading in ("mean", "P50", "P99", "to vtc", "no later", "worst", "late", "bound"):
+    for heading in ("mean", "P50", "P99", "÷ vtc", "no later", "worst", "late", "bound"):
         drawn.add_column(heading, justify="right", no_wrap=True)
     vtc = next((run.summary.mean_jct_s for run in runs if run.label == "vtc"), None)
     for run in runs:
@@ -190,7 +196,7 @@ def table(runs: Sequence[Run]) -> Table:
         drawn.add_row(
             run.label,
             *(f"{value:.1f}" for value in jcts),
-            "" if vtc is None else f"{100 * (summary.mean_jct_s / vtc - 1):+.1f} %",
+            "" if vtc is None else f"{summary.mean_jct_s / vtc:.2f}",
             "" if summary.no_later_than_vtc is None else f"{100 * summary.no_later_than_vtc:.1f} %",
             "" if summary.worst_ratio_to_vtc is None else f"{summary.worst_ratio_to_vtc:.2f}",
             f"{summary.worst_lateness_s:.1f}",

@@ -1,0 +1,126 @@
+"""The studies of the replay report: which trace, under which policy, with which belief, and what is compared.
+
+Each run is a `Job`, and its outcome a `Row`. All that the report says follows from rows, and rows are what it keeps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import msgspec
+
+from engine.profile import load_profile
+from gateway.replay.command import collector_at_rest, load_past, load_trace
+from gateway.replay.predictors import COSTS, beliefs
+from gateway.replay.results import Summary, own_release
+from gateway.replay.simulation import ReleaseName, Setup, simulate
+
+PROFILE = "llama-7b-a100"
+SEEDS = range(5)
+LOADS = (1, 2, 3)
+SIGMAS = (0.0, 0.25, 0.5, 1.0, 2.0)
+BETAS = (0.8, 0.86, 0.92, 0.98, 1.04, 1.1)
+MICE = (100, 200, 300, 400, 500)
+
+JUSTITIA = (("justitia", "exact"), ("justitia", "ladder"))
+FIELD = (("vtc", "exact"), ("agent-fcfs", "exact"), ("srjf@all", "exact"))
+
+
+class Job(msgspec.Struct, frozen=True):
+    """`x`: what the study varies. `policy`: NAME or NAME@RELEASE."""
+
+    study: str
+    trace: str
+    seed: int
+    x: float
+    policy: str
+    predictor: str
+    cost: str = "memory"
+    beta: float = 0.98
+
+
+class Row(msgspec.Struct, frozen=True):
+    """A job and what came of it. The comparisons are with the runs of the same trace with exact costs: mean JCT as a ratio, and
+    agent by agent against vtc. `tenants`: work done for each while all of them had work."""
+
+    job: Job
+    summary: Summary
+    jcts: list[float]
+    elephant_jct_s: float
+    tenants: dict[str, float]
+
+
+def jobs(public: Sequence[str] = ()) -> Iterator[Job]:
+    """`public`: paths of public traces, for their arrivals."""
+    everybody = (*JUSTITIA, *FIELD, ("fcfs", "exact"), ("las", "exact"), ("sjf", "exact"), ("srjf", "exact"))
+    with_release = (
+        ("srjf@memory", "exact"),
+        ("srjf@memory", "ladder"),
+        ("vtc@memory", "exact"),
+        ("justitia@engine", "exact"),
+    )
+    for seed in SEEDS:
+        for load in LOADS:
+            yield from _each("paper", f"paper:{seed}:{load}", seed, load, (*everybody, *with_release))
+        for place, mix in enumerate(("light", "heavy")):
+            yield from _each(mix, f"paper:{seed}:3:{mix}", seed, place, (*JUSTITIA, *FIELD))
+        for sigma in SIGMAS:
+            noisy = tuple((policy, f"noise:{sigma:g}") for policy in ("justitia", "srjf@all"))
+            yield from _each("error", f"paper:{seed}:3", seed, sigma, noisy)
+        yield Job("compute", f"paper:{seed}:3", seed, 0, "justitia", "exact", cost="compute")
+        for beta, predictor in itertools.product(BETAS, ("exact", "ladder", "noise:1")):
+            yield Job("beta", f"paper:{seed}:3", seed, beta, "justitia", predictor, beta=beta)
+        for mice in MICE:
+            yield from _each("elephant", f"elephant:{mice}:{seed}", seed, mice, (*JUSTITIA, *FIELD))
+        yield from _each("tools", f"tools:{seed}", seed, 0, (*JUSTITIA, *FIELD, ("las", "exact")))
+        yield from _each(
+            "prefix", f"prefix:{seed}", seed, 0, (*JUSTITIA, *FIELD, ("vtc@memory", "exact"), ("fcfs", "exact"))
+        )
+        yield from _each("tenants", f"tenants:{seed}", seed, 0, (*JUSTITIA, ("vtc", "exact"), ("srjf@all", "exact")))
+    for place, path in enumerate(public):
+        for seed in SEEDS:
+            yield from _each("public", f"public:{path}:{seed}:3", seed, place, (*JUSTITIA, *FIELD))
+
+
+def run_all(todo: Sequence[Job], processes: int) -> Iterator[Row]:
+    """Rows in the order of the jobs."""
+    if processes == 1:
+        yield from map(run_one, todo)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=40) as pool:
+        yield from pool.map(run_one, todo)
+
+
+def run_one(job: Job) -> Row:
+    agents = load_trace(job.trace)
+    policy, _, release = job.policy.partition("@")
+    past = load_past(job.trace, _past_of_public(job)) if job.predictor == "ladder" else []
+    cost = COSTS[job.cost]
+    setup = Setup(
+        profile=load_profile(PROFILE),
+        cost=cost,
+        beta=job.beta,
+        prefix_caching=any(task.prefix for agent in agents for task in agent.tasks),
+    )
+    chosen: ReleaseName = release or own_release(policy)  # type: ignore[assignment]
+    believed = beliefs(job.predictor, seed=job.seed, past=past, cost=cost)
+    with collector_at_rest():
+        run = simulate(agents, policy, chosen, believed, setup, predictor=job.predictor)
+    # Until the first of the tenants has nothing left, both are backlogged.
+    tenants = sorted({agent.tenant for agent in run.agents})
+    until_s = min(max(a.finish_s for a in run.agents if a.tenant == tenant) for tenant in tenants)
+    done = {t: sum(a.cost for a in run.agents if a.tenant == t and a.finish_s <= until_s) for t in tenants}
+    return Row(job, run.summary, [agent.jct_s for agent in run.agents], run.agents[0].jct_s, done)
+
+
+def _past_of_public(job: Job) -> str:
+    """The agents on a public trace's arrivals are the paper's mix."""
+    return ",".join(f"paper:{job.seed + further}:3" for further in (101, 102, 103)) if job.study == "public" else ""
+
+
+def _each(study: str, trace: str, seed: int, x: float, what: Sequence[tuple[str, str]]) -> Iterator[Job]:
+    for policy, predictor in what:
+        yield Job(study, trace, seed, x, policy, predictor)
