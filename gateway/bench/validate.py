@@ -5,21 +5,21 @@ was fitted to that engine (`gateway.bench.fit`). Both know the classes from the 
 predicted memory under every policy, and nothing is tuned to what comes out. What is compared: the mean completion time of
 each policy, the order of the policies by it, and each agent's own time.
 
-A processor that is shared is not equally fast at all times. So the engine's reports are heard during each live run, and its
-`pace` is what its iterations took over what the profile says of those very iterations. Each run is then replayed a second
-time at its own pace: what is still different there is not the machine's speed.
+A processor that is shared with others is not equally fast at all times, not even for the length of a run. So the engine's
+reports are heard, and every live run is also told on a steady clock, on which each of its iterations took what the profile
+says of it; that is compared with a replay of the same arrivals on that clock. What differs there is not the machine's speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import itertools
-import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from engine.profile import ProfileError, StepProfile, load_profile
 from gateway.bench import environment, report
 from gateway.bench.client import ReplayResult
 from gateway.bench.demo import BASELINE, DemoSettings
-from gateway.bench.fit import Heard, Mix, OtherWork, iterations, listening, stage
+from gateway.bench.fit import Heard, Iteration, Mix, OtherWork, iterations, listening, stage
 from gateway.bench.kinds import Size
 from gateway.bench.processes import ServerFailed
 from gateway.bench.report import mean, percentile
@@ -60,22 +60,24 @@ class Live:
 
 
 class AgentCompared(msgspec.Struct, frozen=True):
-    """One agent under one policy: seconds, live in each repeat, replayed by the profile, and replayed at the pace of each."""
+    """One agent under one policy, in seconds: replayed, live in each repeat, and both for each repeat on its steady clock."""
 
     agent_id: str
     agent_class: str = msgspec.field(name="class")
     size: Size
-    live_s: list[float]
     replayed_s: float
-    paced_s: list[float]
+    live_s: list[float]
+    steady_live_s: list[float]
+    steady_replayed_s: list[float]
 
 
 class LiveRun(msgspec.Struct, frozen=True, omit_defaults=True):
     """One repeat. pace: what its iterations took over what the profile says of them. other_cores: what processes of others
-    had of the machine meanwhile. paced_mean_jct_s: replayed at that pace."""
+    had of the machine meanwhile. steady: on the clock on which the pace is always 1."""
 
     mean_jct_s: float
-    paced_mean_jct_s: float
+    steady_mean_jct_s: float
+    steady_replayed_mean_jct_s: float
     pace: float
     other_cores: float
     makespan_s: float
@@ -85,17 +87,19 @@ class LiveRun(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class PolicyCompared(msgspec.Struct, frozen=True):
-    """ratio: replayed over live mean; paced_ratio: the same with every run replayed at its own pace. spread: largest minus
-    smallest live mean, over their mean. agent_error: median over the agents of paced over live, or its inverse where that
-    is larger, minus one."""
+    """ratio, steady_ratio: replayed over live mean. spread, steady_spread: largest minus smallest live mean, over their mean.
+    agent_error: median over the agents of replayed over live on the steady clock, or its inverse where that is larger,
+    minus one."""
 
     policy: str
     live_mean_s: float
     spread: float
     replayed_mean_s: float
     ratio: float
-    paced_mean_s: float
-    paced_ratio: float
+    steady_live_mean_s: float
+    steady_spread: float
+    steady_replayed_mean_s: float
+    steady_ratio: float
     agent_error: float
     replayed_makespan_s: float
     replayed_iterations: int
@@ -106,35 +110,75 @@ class PolicyCompared(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """The orders are of policies from the shortest mean to the longest, the replayed one by the profile as it is. swapped:
-    neighbours in the live order that the replay has the other way round, with how far apart they are live, relative."""
+    """The orders are of policies from the shortest mean to the longest, in seconds as they were, and on the steady
+    clocks. swapped: neighbours in the live order that the replay has the other way round, with how far apart they are live."""
 
     live_order: list[str]
     replayed_order: list[str]
-    paced_order: list[str]
+    steady_live_order: list[str]
+    steady_replayed_order: list[str]
     swapped: dict[str, float]
     worst_ratio: float
-    worst_paced_ratio: float
+    worst_steady_ratio: float
     same_order: bool
+    steady_same_order: bool
     within_tolerance: bool
-    paced_within_tolerance: bool
+    steady_within_tolerance: bool
 
 
-def pace(heard: Sequence[Heard], profile: StepProfile) -> float:
-    """What the iterations took over what the profile says of them. NaN when none can be told."""
-    told = iterations(heard)
-    said_s = sum(profile.step_s(each.prefill_tokens, each.decodes, each.kv_tokens) for each in told)
-    return sum(each.seconds for each in told) / said_s if told else math.nan
+class SteadyClock:
+    """From a monotonic clock to one on which every iteration took what the profile says. Between iterations, and where they
+    cannot be told, both run alike. pace: what the iterations took over what the profile says of them."""
+
+    def __init__(self, told: Sequence[Iteration], profile: StepProfile) -> None:
+        """Raises `ValueError` when there are no iterations to go by."""
+        if not told:
+            raise ValueError("no iteration was heard of")
+        self.start_s = told[0].end_s - told[0].seconds
+        self._times: list[float] = []
+        self._steady: list[float] = []
+        now, steady, said, took = self.start_s, 0.0, 0.0, 0.0
+        for each in told:
+            start_s = each.end_s - each.seconds
+            steady += start_s - now
+            self._knot(start_s, steady)
+            step_s = profile.step_s(each.prefill_tokens, each.decodes, each.kv_tokens)
+            now, steady = each.end_s, steady + step_s
+            self._knot(now, steady)
+            said, took = said + step_s, took + each.seconds
+        self.pace = took / said
+
+    def at(self, time_s: float) -> float:
+        """0 is where the first iteration began. Both clocks run alike before it, and after the last one."""
+        first, last = self._times[0], self._times[-1]
+        if time_s <= first:
+            return time_s - first
+        if time_s >= last:
+            return self._steady[-1] + time_s - last
+        place = bisect.bisect_right(self._times, time_s)
+        before, after = self._times[place - 1], self._times[place]
+        low, high = self._steady[place - 1], self._steady[place]
+        return low + (high - low) * (time_s - before) / (after - before)
+
+    def _knot(self, time_s: float, steady_s: float) -> None:
+        self._times.append(time_s)
+        self._steady.append(steady_s)
 
 
-def at_pace(profile: StepProfile, factor: float) -> StepProfile:
-    return replace(
-        profile,
-        constant_s=profile.constant_s * factor,
-        per_prefill_token_s=profile.per_prefill_token_s * factor,
-        per_decode_s=profile.per_decode_s * factor,
-        per_kv_token_s=profile.per_kv_token_s * factor,
-    )
+def on_steady_clock(
+    agents: Sequence[AgentTrace], run: report.Run, clock: SteadyClock
+) -> tuple[list[AgentTrace], dict[str, float]]:
+    """The agents, arriving as they did live but on that clock, and how long each took on it. Agents with a failed task have
+    no time."""
+    # The run counts from the client's start: its first agent came when the engine began, but for some milliseconds.
+    zero_s = clock.start_s - min(outcome.arrival_s for outcome in run.agents)
+    spans = {
+        outcome.agent_id: (clock.at(zero_s + outcome.arrival_s), clock.at(zero_s + outcome.finish_s))
+        for outcome in run.agents
+    }
+    arriving = [msgspec.structs.replace(agent, arrival_s=max(0.0, spans[agent.agent_id][0])) for agent in agents]
+    completed = {outcome.agent_id for outcome in run.agents if outcome.jct_s is not None}
+    return arriving, {name: end - start for name, (start, end) in spans.items() if name in completed}
 
 
 def with_latency(agents: Sequence[AgentTrace], latency_s: float) -> list[AgentTrace]:
@@ -151,46 +195,48 @@ def with_latency(agents: Sequence[AgentTrace], latency_s: float) -> list[AgentTr
 def compare(
     policy: str,
     live: Sequence[Live],
-    paces: Sequence[float],
     replayed: results.Run,
-    paced: Sequence[results.Run],
+    paces: Sequence[float],
+    steady_live: Sequence[dict[str, float]],
+    steady_replayed: Sequence[results.Run],
 ) -> PolicyCompared:
-    """paced: one for each live run, at its pace. Raises `ValueError` for agents that did not complete in every run."""
+    """The last three have one for each live run. Raises `ValueError` for agents that did not complete in every run."""
     if not live:
         raise ValueError(f"{policy}: there is no live run")
-    here: list[dict[str, float | None]] = [{agent.agent_id: agent.jct_s for agent in each.run.agents} for each in live]
-    there: list[dict[str, float | None]] = [
-        {agent.agent_id: agent.jct_s for agent in each.agents} for each in [replayed, *paced]
-    ]
+    there = _times(replayed)
+    here = [{agent.agent_id: agent.jct_s for agent in each.run.agents if agent.jct_s is not None} for each in live]
+    steady_there = [_times(each) for each in steady_replayed]
     agents = []
     for agent in live[0].run.agents:
         name = agent.agent_id
-        times = [each.get(name) for each in here + there]
-        completed = [value for value in times if value is not None]
-        if len(completed) < len(times):
+        if not all(name in times for times in (there, *here, *steady_live, *steady_there)):
             raise ValueError(f"{policy}: {name} did not complete in every run")
-        repeats = len(live)
         agents.append(
             AgentCompared(
                 name,
                 agent.agent_class,
                 agent.size,
-                completed[:repeats],
-                completed[repeats],
-                completed[repeats + 1 :],
+                there[name],
+                [times[name] for times in here],
+                [times[name] for times in steady_live],
+                [times[name] for times in steady_there],
             )
         )
-    live_means = [mean([agent.live_s[repeat] for agent in agents]) for repeat in range(len(live))]
-    paced_means = [mean([agent.paced_s[repeat] for agent in agents]) for repeat in range(len(live))]
-    live_mean_s, replayed_mean_s = mean(live_means), mean([agent.replayed_s for agent in agents])
+    repeats = range(len(live))
+    means = [mean([agent.live_s[repeat] for agent in agents]) for repeat in repeats]
+    steady_means = [mean([agent.steady_live_s[repeat] for agent in agents]) for repeat in repeats]
+    steady_replayed_means = [mean([agent.steady_replayed_s[repeat] for agent in agents]) for repeat in repeats]
+    replayed_mean_s = mean([agent.replayed_s for agent in agents])
     return PolicyCompared(
         policy=policy,
-        live_mean_s=live_mean_s,
-        spread=(max(live_means) - min(live_means)) / live_mean_s,
+        live_mean_s=mean(means),
+        spread=_spread(means),
         replayed_mean_s=replayed_mean_s,
-        ratio=replayed_mean_s / live_mean_s,
-        paced_mean_s=mean(paced_means),
-        paced_ratio=mean(paced_means) / live_mean_s,
+        ratio=replayed_mean_s / mean(means),
+        steady_live_mean_s=mean(steady_means),
+        steady_spread=_spread(steady_means),
+        steady_replayed_mean_s=mean(steady_replayed_means),
+        steady_ratio=mean(steady_replayed_means) / mean(steady_means),
         agent_error=percentile([_factor(agent) for agent in agents], 0.5) - 1,
         replayed_makespan_s=replayed.summary.makespan_s,
         replayed_iterations=replayed.summary.iterations,
@@ -198,8 +244,9 @@ def compare(
         replayed_kv_usage=replayed.summary.mean_kv_usage,
         live=[
             LiveRun(
-                mean_jct_s=live_means[repeat],
-                paced_mean_jct_s=paced_means[repeat],
+                mean_jct_s=means[repeat],
+                steady_mean_jct_s=steady_means[repeat],
+                steady_replayed_mean_jct_s=steady_replayed_means[repeat],
                 pace=paces[repeat],
                 other_cores=each.other_cores,
                 makespan_s=each.run.summary.makespan_s,
@@ -213,8 +260,16 @@ def compare(
     )
 
 
+def _times(run: results.Run) -> dict[str, float]:
+    return {agent.agent_id: agent.jct_s for agent in run.agents}
+
+
+def _spread(means: Sequence[float]) -> float:
+    return (max(means) - min(means)) / mean(means)
+
+
 def _factor(agent: AgentCompared) -> float:
-    ratio = mean(agent.paced_s) / mean(agent.live_s)
+    ratio = mean(agent.steady_replayed_s) / mean(agent.steady_live_s)
     return max(ratio, 1 / ratio)
 
 
@@ -225,20 +280,31 @@ def judge(compared: Sequence[PolicyCompared]) -> Verdict:
         for first, second in itertools.pairwise(live)
         if second.replayed_mean_s < first.replayed_mean_s
     }
-    ratios, paced_ratios = [each.ratio for each in compared], [each.paced_ratio for each in compared]
     live_order = [each.policy for each in live]
-    replayed_order = [each.policy for each in sorted(compared, key=lambda each: each.replayed_mean_s)]
+    replayed_order = _order({each.policy: each.replayed_mean_s for each in compared})
+    steady_live_order = _order({each.policy: each.steady_live_mean_s for each in compared})
+    steady_replayed_order = _order({each.policy: each.steady_replayed_mean_s for each in compared})
+    worst, worst_steady = (
+        _farthest([each.ratio for each in compared]),
+        _farthest([each.steady_ratio for each in compared]),
+    )
     return Verdict(
         live_order=live_order,
         replayed_order=replayed_order,
-        paced_order=[each.policy for each in sorted(compared, key=lambda each: each.paced_mean_s)],
+        steady_live_order=steady_live_order,
+        steady_replayed_order=steady_replayed_order,
         swapped=swapped,
-        worst_ratio=_farthest(ratios),
-        worst_paced_ratio=_farthest(paced_ratios),
+        worst_ratio=worst,
+        worst_steady_ratio=worst_steady,
         same_order=live_order == replayed_order,
-        within_tolerance=abs(_farthest(ratios) - 1) <= TOLERANCE,
-        paced_within_tolerance=abs(_farthest(paced_ratios) - 1) <= TOLERANCE,
+        steady_same_order=steady_live_order == steady_replayed_order,
+        within_tolerance=abs(worst - 1) <= TOLERANCE,
+        steady_within_tolerance=abs(worst_steady - 1) <= TOLERANCE,
     )
+
+
+def _order(means: dict[str, float]) -> list[str]:
+    return sorted(means, key=means.__getitem__)
 
 
 def _farthest(ratios: Sequence[float]) -> float:
@@ -252,22 +318,25 @@ def replay_all(
     heard: Sequence[Heard],
     profile: StepProfile,
 ) -> list[PolicyCompared]:
-    """Each policy by the profile, and each live run at its pace. Raises `ValueError`, as `compare` does."""
+    """Each policy by the profile, and each live run on its steady clock. Raises `ValueError`, as `compare` does."""
     from gateway.replay.predictors import Learned
     from gateway.replay.simulation import Setup, simulate
 
-    later = with_latency(trace, profile.fit.get("task_latency_s", 0.0))
-
-    def replayed(policy: str, by: StepProfile) -> results.Run:
-        return simulate(later, policy, "memory", Learned(past), Setup(by), predictor="ladder")
+    def replayed(policy: str, agents: Sequence[AgentTrace]) -> results.Run:
+        later = with_latency(agents, profile.fit.get("task_latency_s", 0.0))
+        return simulate(later, policy, "memory", Learned(past), Setup(profile), predictor="ladder")
 
     compared = []
     for policy, repeats in live.items():
-        paces = [
-            pace([each for each in heard if repeat.start_s <= each.at_s <= repeat.end_s], profile) for repeat in repeats
-        ]
-        paced = [replayed(policy, at_pace(profile, factor)) for factor in paces]
-        compared.append(compare(policy, repeats, paces, replayed(policy, profile), paced))
+        paces, steady_live, steady_replayed = [], [], []
+        for repeat in repeats:
+            during = [each for each in heard if repeat.start_s <= each.at_s <= repeat.end_s]
+            clock = SteadyClock(iterations(during), profile)
+            arriving, times = on_steady_clock(trace, repeat.run, clock)
+            paces.append(clock.pace)
+            steady_live.append(times)
+            steady_replayed.append(replayed(policy, arriving))
+        compared.append(compare(policy, repeats, replayed(policy, trace), paces, steady_live, steady_replayed))
     return compared
 
 
@@ -310,8 +379,8 @@ async def live_runs(
 
 
 def table(compared: Sequence[PolicyCompared]) -> Table:
-    drawn = Table(title="Mean completion time of an agent, seconds", title_justify="left")
-    for heading in ("policy", "live", "spread", "replayed", "ratio", "at its pace", "ratio", "agent's error"):
+    drawn = Table(title="Mean completion time of an agent, seconds (* on the steady clock)", title_justify="left")
+    for heading in ("policy", "live", "±", "replayed", "ratio", "live*", "replayed*", "ratio*"):
         drawn.add_column(heading, justify="left" if heading == "policy" else "right")
     for each in compared:
         drawn.add_row(
@@ -319,10 +388,10 @@ def table(compared: Sequence[PolicyCompared]) -> Table:
             f"{each.live_mean_s:.2f}",
             f"{each.spread:.0%}",
             f"{each.replayed_mean_s:.2f}",
-            f"× {each.ratio:.2f}",
-            f"{each.paced_mean_s:.2f}",
-            f"× {each.paced_ratio:.2f}",
-            f"{each.agent_error:.0%}",
+            f"{each.ratio:.2f}",
+            f"{each.steady_live_mean_s:.2f}",
+            f"{each.steady_replayed_mean_s:.2f}",
+            f"{each.steady_ratio:.2f}",
         )
     return drawn
 
@@ -342,7 +411,12 @@ def draw(compared: Sequence[PolicyCompared], path: Path) -> None:
     from gateway.bench.picture import BASELINE_COLOUR, DPI, GREY, INK, RUN_COLOUR, TICKS_S
 
     colours = {"small": RUN_COLOUR, "medium": "#009E73", "large": BASELINE_COLOUR}  # Okabe and Ito
-    times = [value for each in compared for agent in each.agents for value in (*agent.live_s, *agent.paced_s)]
+    times = [
+        value
+        for each in compared
+        for agent in each.agents
+        for value in (*agent.steady_live_s, *agent.steady_replayed_s)
+    ]
     low, high = min(times) / 1.5, max(times) * 1.5
     figure = Figure(figsize=(2.3 * len(compared) + 0.5, 3.25), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
@@ -353,15 +427,15 @@ def draw(compared: Sequence[PolicyCompared], path: Path) -> None:
             (low, high),
             (low * (1 - TOLERANCE), high * (1 - TOLERANCE)),
             (low * (1 + TOLERANCE), high * (1 + TOLERANCE)),
-            color="#f1f4f7",
+            color="#dde3e9",
             zorder=0,
             linewidth=0,
         )
         for size, colour in colours.items():
             agents = [agent for agent in each.agents if agent.size == size]
             axes.scatter(
-                [mean(agent.live_s) for agent in agents],
-                [mean(agent.paced_s) for agent in agents],
+                [mean(agent.steady_live_s) for agent in agents],
+                [mean(agent.steady_replayed_s) for agent in agents],
                 s=16,
                 color=colour,
                 alpha=0.85,
@@ -375,7 +449,7 @@ def draw(compared: Sequence[PolicyCompared], path: Path) -> None:
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_locator(NullLocator())
         axes.set_title(each.policy, fontsize=11, fontweight="bold", color=INK, loc="left", pad=18)
-        axes.text(0, 1.03, f"mean × {each.paced_ratio:.2f}", transform=axes.transAxes, fontsize=9.5, color=INK)
+        axes.text(0, 1.03, f"mean × {each.steady_ratio:.2f}", transform=axes.transAxes, fontsize=9.5, color=INK)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(GREY)
         axes.tick_params(colors=INK, labelsize=9)

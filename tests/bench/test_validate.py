@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from engine.link import Holding, Report
 from engine.profile import StepProfile
 from gateway.bench import report, validate
 from gateway.bench.client import ReplayResult, TaskResult
-from gateway.bench.fit import Heard
+from gateway.bench.fit import Iteration
 from gateway.replay import results
 from gateway.trace import AgentTrace, TaskTrace
 
@@ -48,49 +46,86 @@ def one(run: report.Run, other_cores: float = 0.0) -> validate.Live:
     return validate.Live(run, 0.0, 60.0, other_cores)
 
 
-def compared(policy: str, live_s: float, replayed_s: float, paced_s: float | None = None) -> validate.PolicyCompared:
-    paced = replayed([replayed_s if paced_s is None else paced_s] * 10)
-    return validate.compare(policy, [one(live([live_s] * 10))], [1.0], replayed([replayed_s] * 10), [paced])
+def steady(jcts: list[float]) -> dict[str, float]:
+    return {f"a{i}": jct for i, jct in enumerate(jcts)}
+
+
+def compared(
+    policy: str, live_s: float, replayed_s: float, steady_s: tuple[float, float] | None = None
+) -> validate.PolicyCompared:
+    steady_live_s, steady_replayed_s = steady_s or (live_s, replayed_s)
+    return validate.compare(
+        policy,
+        [one(live([live_s] * 10))],
+        replayed([replayed_s] * 10),
+        [1.0],
+        [steady([steady_live_s] * 10)],
+        [replayed([steady_replayed_s] * 10)],
+    )
 
 
 def test_means_ratios_and_spread_by_hand() -> None:
     runs = [one(live([1.0] * 5 + [3.0] * 5), 0.05), one(live([1.5] * 5 + [3.0] * 5), 0.1)]
-    paced = [replayed([0.9] * 5 + [3.3] * 5), replayed([1.1] * 5 + [3.3] * 5)]
-    made = validate.compare("p", runs, [0.9, 1.1], replayed([1.0] * 5 + [3.1] * 5), paced)
-    assert (made.live_mean_s, made.replayed_mean_s, made.paced_mean_s) == pytest.approx((2.125, 2.05, 2.15))
-    assert made.ratio == pytest.approx(2.05 / 2.125)
-    assert made.paced_ratio == pytest.approx(2.15 / 2.125)
-    assert made.spread == pytest.approx((2.25 - 2.0) / 2.125)
-    # At their pace five agents are 1.25 times too fast, five 1.1 times too slow: the median lies between.
+    steady_live = [steady([1.2] * 5 + [3.0] * 5), steady([1.3] * 5 + [3.0] * 5)]
+    steady_replayed = [replayed([0.9] * 5 + [3.3] * 5), replayed([1.1] * 5 + [3.3] * 5)]
+    made = validate.compare("p", runs, replayed([1.0] * 5 + [3.1] * 5), [0.9, 1.1], steady_live, steady_replayed)
+    assert (made.live_mean_s, made.replayed_mean_s) == pytest.approx((2.125, 2.05))
+    assert (made.ratio, made.spread) == pytest.approx((2.05 / 2.125, 0.25 / 2.125))
+    assert (made.steady_live_mean_s, made.steady_replayed_mean_s) == pytest.approx((2.125, 2.15))
+    assert (made.steady_ratio, made.steady_spread) == pytest.approx((2.15 / 2.125, 0.05 / 2.125))
+    # On the steady clock five agents are 1.25 times too fast, five 1.1 times too slow: the median lies between.
     assert made.agent_error == pytest.approx((1.25 + 1.1) / 2 - 1)
     assert [(run.mean_jct_s, run.pace, run.other_cores) for run in made.live] == [(2.0, 0.9, 0.05), (2.25, 1.1, 0.1)]
-    assert [run.paced_mean_jct_s for run in made.live] == pytest.approx([2.1, 2.2])
+    assert [run.steady_replayed_mean_jct_s for run in made.live] == pytest.approx([2.1, 2.2])
     assert (made.live[0].iterations, made.replayed_iterations) == (400, 390)
-    assert made.agents[0] == validate.AgentCompared("a0", "kind", "small", [1.0, 1.5], 1.0, [0.9, 1.1])
+    first = validate.AgentCompared("a0", "kind", "small", 1.0, [1.0, 1.5], [1.2, 1.3], [0.9, 1.1])
+    assert made.agents[0] == first
 
 
 def test_what_did_not_complete_is_not_compared() -> None:
-    good, ten = one(live([1.0] * 10)), replayed([1.0] * 10)
+    good, ten, times = one(live([1.0] * 10)), replayed([1.0] * 10), steady([1.0] * 10)
+    failed = one(live([1.0] * 10, failed=3))
     with pytest.raises(ValueError, match="a3 did not complete"):
-        validate.compare("p", [good, one(live([1.0] * 10, failed=3))], [1.0, 1.0], ten, [ten, ten])
+        validate.compare("p", [good, failed], ten, [1.0, 1.0], [times, times], [ten, ten])
     with pytest.raises(ValueError, match="a9 did not complete"):
-        validate.compare("p", [good], [1.0], ten, [replayed([1.0] * 9)])
+        validate.compare("p", [good], ten, [1.0], [times], [replayed([1.0] * 9)])
     with pytest.raises(ValueError, match="no live run"):
-        validate.compare("p", [], [], ten, [])
+        validate.compare("p", [], ten, [], [], [])
 
 
-PROFILE = StepProfile("p", "by hand", 0.004, 1e-5, 1e-4, 0.0, 127, 32, 64, 2048)
+PROFILE = StepProfile("p", "by hand", 0.004, 0.0, 1e-3, 0.0, 127, 32, 64, 2048)  # 5 ms with one decode
+# From 10.000 to 10.010 in one iteration, then nothing until 10.050, then one until 10.060: twice what the profile says.
+TOLD = [Iteration(10.010, 0.010, 0, 1, 100), Iteration(10.060, 0.010, 0, 1, 101)]
 
 
-def test_the_pace_is_what_iterations_took_over_what_the_profile_says() -> None:
-    def heard(at_s: float, iteration: int) -> Heard:
-        return Heard(at_s, Report("e", iteration, 100, 1, 0, 0, {1: Holding(100 + iteration, 1 + iteration)}))
+def test_on_the_steady_clock_iterations_take_what_the_profile_says() -> None:
+    clock = validate.SteadyClock(TOLD, PROFILE)
+    assert clock.pace == pytest.approx(2)
+    times = {
+        9.0: -1.0,
+        10.0: 0.0,
+        10.004: 0.002,
+        10.010: 0.005,
+        10.030: 0.025,
+        10.050: 0.045,
+        10.060: 0.050,
+        11.06: 1.05,
+    }
+    assert {time: clock.at(time) for time in times} == pytest.approx(times)
+    with pytest.raises(ValueError, match="no iteration"):
+        validate.SteadyClock([], PROFILE)
 
-    # One decode each: 4.1 ms by the profile. The third report was lost, and nothing is told of the time around it.
-    reports = [heard(1.0, 0), heard(1.0041, 1), heard(1.0041 + 0.0082, 2), heard(1.5, 4)]
-    assert validate.pace(reports, PROFILE) == pytest.approx(1.5)
-    assert math.isnan(validate.pace([], PROFILE))
-    assert validate.at_pace(PROFILE, 1.5).step_s(100, 10, 900) == pytest.approx(1.5 * PROFILE.step_s(100, 10, 900))
+
+def test_arrivals_and_times_on_the_steady_clock() -> None:
+    agents = [AgentTrace(name, 0.0, (TaskTrace("t", 10, 2),)) for name in "ab"]
+    tasks = [
+        TaskResult("a", "t", 0.5, 0.510, None, 10, 0, 2),  # the first to come, when the engine begins
+        TaskResult("b", "t", 0.508, 0.560, None, 10, 0, 2),
+    ]
+    run = report.summarise("p", agents, ReplayResult(tasks, 1.0))
+    arriving, times = validate.on_steady_clock(agents, run, validate.SteadyClock(TOLD, PROFILE))
+    assert [agent.arrival_s for agent in arriving] == pytest.approx([0.0, 0.004])
+    assert times == pytest.approx({"a": 0.005, "b": 0.046})
 
 
 def test_latency_is_a_pause_before_each_task() -> None:
@@ -116,11 +151,12 @@ def test_another_order_says_how_close_the_two_were() -> None:
     assert verdict.worst_ratio == pytest.approx(1.25)
 
 
-def test_both_speeds_are_judged() -> None:
-    verdict = validate.judge([compared("a", 2.0, 3.0, 2.2), compared("b", 8.0, 9.0, 7.6)])
-    assert (verdict.worst_ratio, verdict.worst_paced_ratio) == pytest.approx((1.5, 1.1))
-    assert (verdict.within_tolerance, verdict.paced_within_tolerance) == (False, True)
-    assert verdict.paced_order == ["a", "b"]
+def test_both_clocks_are_judged() -> None:
+    verdict = validate.judge([compared("a", 2.0, 3.0, (2.1, 2.31)), compared("b", 8.0, 9.0, (8.0, 7.6))])
+    assert (verdict.worst_ratio, verdict.worst_steady_ratio) == pytest.approx((1.5, 1.1))
+    assert (verdict.within_tolerance, verdict.steady_within_tolerance) == (False, True)
+    assert verdict.steady_live_order == verdict.steady_replayed_order == ["a", "b"]
+    assert verdict.steady_same_order
 
 
 def test_json_table_and_picture(tmp_path: Path) -> None:
