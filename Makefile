@@ -1,6 +1,6 @@
 # make serve | test | demo each do all of the set-up they need, once.
 #
-# HOST, PORT, MODEL: where to serve, and what. KIND: cpu or gpu; found out by itself.
+# HOST, PORT, MODEL: where to serve, and what. TRACE: what to replay. KIND: cpu or gpu; found out by itself.
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -8,6 +8,7 @@ MODEL ?= tiny
 KIND ?= $(shell test -e /dev/nvidiactl && echo gpu || echo cpu)
 PYTHON ?= python3
 ARGS ?=
+TRACE ?= paper:0:3
 
 # PyTorch's CPU builds are on the configured package indexes on some machines, on PyTorch's own everywhere.
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
@@ -16,7 +17,7 @@ BIN = .venv/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 READY = .venv/.ready-$(KIND)
 
-.PHONY: setup check test serve demo bench lock clean
+.PHONY: setup check test serve demo replay report bench lock clean
 
 setup: $(READY)
 
@@ -47,8 +48,15 @@ serve: $(READY)
 demo: $(READY)
 	@exec $(BIN)/justitia demo $(ARGS)
 
+replay: $(READY)
+	@exec $(BIN)/justitia replay $(TRACE) $(ARGS)
+
+report: $(READY)
+	$(BIN)/python -m gateway.replay.report $(ARGS)
+
 bench: $(READY)
 	$(BIN)/python -m gateway.bench.overhead $(ARGS)
+	$(BIN)/python -m gateway.bench.queue_speed
 
 lock:
 	$(BIN)/python requirements/lock.py cpu

@@ -19,8 +19,8 @@ from engine.profile import ProfileError, load_profile
 from gateway.bench.environment import versions
 from gateway.fairness import POLICIES
 from gateway.replay.predictors import COSTS, UnknownPredictor, beliefs
-from gateway.replay.results import Replay, Run, against_vtc, own_release, write
-from gateway.replay.simulation import ReleaseName, Setup, simulate
+from gateway.replay.results import ReleaseName, Replay, Run, against_vtc, own_release, write
+from gateway.replay.simulation import Setup, simulate
 from gateway.replay.traces import BUILT_IN, built_in, describe
 from gateway.trace import AgentTrace, TraceError, read_trace
 

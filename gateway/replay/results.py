@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from gateway.bench.report import mean, percentile
+
+ReleaseName = Literal["memory", "engine", "all"]
 
 
 class AgentResult(msgspec.Struct, frozen=True):
@@ -94,7 +96,7 @@ class Replay(msgspec.Struct, frozen=True):
     runs: list[Run]
 
 
-def own_release(policy: str) -> str:
+def own_release(policy: str) -> ReleaseName:
     """By predicted memory is ours; the field's policies stand in engines that admit what they have room for now."""
     return "memory" if policy == "justitia" else "engine"
 

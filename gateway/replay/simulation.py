@@ -32,7 +32,7 @@ from gateway.fairness import (
 )
 from gateway.replay.predictors import Beliefs, Cost, Progress, finished_task
 from gateway.replay.record import MEMORY_EVERY, Journey, Record
-from gateway.replay.results import Run
+from gateway.replay.results import ReleaseName, Run
 from gateway.trace import AgentTrace, Prefix, TaskTrace, TraceError
 from predictor.cost import task_cost
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
-ReleaseName = Literal["memory", "engine", "all"]
 # The engine's own waiting tasks that the gateway's slots leave room for.
 ENGINE_WAITING = 4
 # Iterations after which the effective capacity is taken over again.

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from statistics import fmean
+from typing import Any
 
 import msgspec
 
@@ -160,7 +161,7 @@ def arrivals(rng: Random, agents: int, window_s: float) -> list[float]:
     return [round(at * window_s, 3) for at in sorted((minute + rng.random()) / MINUTES for minute in minutes)]
 
 
-def describe(agents: Sequence[AgentTrace]) -> dict[str, object]:
+def describe(agents: Sequence[AgentTrace]) -> dict[str, Any]:
     """What a report on a trace must state: how many, how long, and how the cost is spread over sizes and classes.
     `iterations`: how long the engine takes for all of it with 80 % of the KV memory of `KV_TOKENS` in use.
     `class_mean_error`: mean |class mean − cost| / cost, the error of a predictor that knows only the class."""
