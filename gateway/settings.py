@@ -41,17 +41,23 @@ def _default_state() -> str:
     return f"sqlite:///{_state_home() / 'state.db'}"
 
 
-class GatewaySettings(BaseSettings):
-    """`justitia gateway`: the gateway alone, before an engine that is already there."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
+def command_config(env_prefix: str) -> SettingsConfigDict:
+    """How the settings of every command are read."""
+    return SettingsConfigDict(
+        env_prefix=env_prefix,
         extra="forbid",
+        populate_by_name=True,
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_avoid_json=True,
         cli_hide_none_type=True,
     )
+
+
+class GatewaySettings(BaseSettings):
+    """`justitia gateway`: the gateway alone, before an engine that is already there."""
+
+    model_config = command_config(PREFIX)
 
     config: Path | None = Field(
         None, description="A TOML file with settings, one per line, named as here with _ for -."

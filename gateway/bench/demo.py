@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings
 from rich.console import Console
 
 from engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState, on_cpu
@@ -33,7 +33,7 @@ from gateway.bench.engine_watch import watching
 from gateway.bench.processes import ServerFailed, apart, free_port, run_once, server
 from gateway.bench.progress import ReplayProgress
 from gateway.bench.workload import demo_mix, length_key, length_table
-from gateway.settings import cache_home
+from gateway.settings import cache_home, command_config
 from gateway.trace import AgentTrace, write_trace
 
 MODEL = "tiny"
@@ -49,14 +49,7 @@ TERMINATED = 128 + signal.SIGTERM
 class DemoSettings(BaseSettings):
     """`justitia demo`: replay a mix of agents as fcfs and as justitia before a real engine, and show what changed."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="JUSTITIA_DEMO_",
-        extra="forbid",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_avoid_json=True,
-        cli_hide_none_type=True,
-    )
+    model_config = command_config("JUSTITIA_DEMO_")
 
     agents: int = Field(45, ge=10, le=1000, description="Agents in the trace; about 60, 30, 10 % small, medium, large.")
     seed: int = Field(7, ge=0, description="Seed of the trace.")
@@ -100,7 +93,7 @@ class Stage:
         ):
             progress = ReplayProgress(self.console, name, agents, watch.describe)
             watch.outstanding = lambda: progress.outstanding
-            salt = _salt(self.settings)
+            salt = length_salt(self.settings)
             options = ReplayOptions(url, MODEL, length_key=lambda *names: length_key(salt, *names), watcher=progress)
             with progress.shown():
                 result = await replay(agents, options)
@@ -156,7 +149,7 @@ async def _demo(settings: DemoSettings, console: Console) -> int:
         # In a process of its own: this one is the client, and stays light without torch.
         command = [sys.executable, "-m", "engine.tiny_model", str(model)]
         await run_once("making the tiny model", command, log=settings.out / "logs" / "model.log")
-    count = _token_counter(model)
+    count = token_counter(model)
     trace = demo_mix(settings.seed, settings.agents, settings.window_s, settings.scale, count)
     write_trace(trace, settings.out / "trace.jsonl")
     history: list[AgentTrace] = []
@@ -165,8 +158,8 @@ async def _demo(settings: DemoSettings, console: Console) -> int:
     # Sockets need a short path, and the state is of no use afterwards.
     with tempfile.TemporaryDirectory(prefix="justitia-demo-") as temporary:
         lengths = Path(temporary) / "lengths.json"
-        lengths.write_text(json.dumps(length_table([history, trace], _salt(settings))))
-        async with _engine(settings, model, lengths, Path(temporary), console) as engine:
+        lengths.write_text(json.dumps(length_table([history, trace], length_salt(settings))))
+        async with started_engine(settings, model, lengths, Path(temporary), console) as engine:
             stage = Stage(settings, engine, Path(temporary), console)
             if history:
                 console.print(f"{len(history)} other agents first, for the predictor to learn from")
@@ -180,7 +173,7 @@ async def _demo(settings: DemoSettings, console: Console) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _engine(
+async def started_engine(
     settings: DemoSettings, model: Path, lengths: Path, runtime_dir: Path, console: Console
 ) -> AsyncIterator[EngineSpec]:
     """A running engine. Raises `EngineFailed`."""
@@ -297,11 +290,11 @@ def _trace_facts(settings: DemoSettings, trace: list[AgentTrace]) -> dict[str, A
     }
 
 
-def _salt(settings: DemoSettings) -> str:
+def length_salt(settings: DemoSettings) -> str:
     return f"{settings.seed}-{settings.history_seed}"
 
 
-def _token_counter(model: Path) -> Callable[[str], int]:
+def token_counter(model: Path) -> Callable[[str], int]:
     """Tokens of a prompt as the engine will count them, its chat template included."""
     from tokenizers import Tokenizer  # comes with the engine
 

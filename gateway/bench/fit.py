@@ -394,12 +394,12 @@ async def stage(
     model = cache_home() / "tiny-model"
     command = [sys.executable, "-m", "engine.tiny_model", str(model)]
     await run_once("making the tiny model", command, log=settings.out / "logs" / "model.log")
-    count = demo._token_counter(model)
+    count = demo.token_counter(model)
     traces = [demo_mix(*mix, count) for mix in mixes]
     with tempfile.TemporaryDirectory(prefix="justitia-") as temporary:
         lengths = Path(temporary) / "lengths.json"
-        lengths.write_text(json.dumps(length_table(traces, demo._salt(settings))))
-        async with demo._engine(settings, model, lengths, Path(temporary), console) as engine:
+        lengths.write_text(json.dumps(length_table(traces, demo.length_salt(settings))))
+        async with demo.started_engine(settings, model, lengths, Path(temporary), console) as engine:
             yield Stage(settings, engine, Path(temporary), console), traces
 
 

@@ -2,9 +2,10 @@
 
 The paper names its nine types and says neither how many tasks an agent has nor how long they are. The numbers below are
 ours, not the paper's. They are chosen for the engine that it describes (`KV_TOKENS` of KV cache, some 20 ms an
-iteration) so that 300 agents are about 2,900 tasks and, with 80 % of the KV memory held, 40,000 to 45,000 iterations: an
+iteration) so that 300 agents are about 3,000 tasks and, with 80 % of the KV memory held, 40,000 to 50,000 iterations: an
 18-minute window of arrivals brings it close to saturation, a 6-minute window overloads it twofold. Agents of one type
-differ so much that a predictor which knows only the type has a mean relative error of about 50 % (the paper's: 53 %).
+differ mostly in how many tasks they have, and so much that a predictor which knows only the type has a mean relative error
+of about 55 % (the paper's: 53 %).
 
 Everything that varies is log-normal around the median in the table: the number of tasks, what is common to the lengths
 of one agent (`…_sigma`), and what is left between its tasks (`TASK_SIGMA`).
@@ -63,7 +64,7 @@ TOOL_TYPES = (
     AgentType("coding",                "code",  "medium", "tool chain",   9, 0.40,  450, 0.10,   75, 0.12, 5, 15),
     AgentType("plan-and-execute",      "pe",    "medium", "tool plan",    6, 0.50,  500, 0.10,  130, 0.12),
 )
-# One that takes the engine for itself for two and a half minutes, and those that come by meanwhile.
+# One that is worth some seven of those that come by meanwhile.
 ELEPHANT = AgentType("map-reduce-summary", "mrs", "large", "reduce",     15, 0.00,  900, 0.00,  105, 0.00)
 MICE = (
     AgentType("equation-verification", "ev",    "small",  "parallel",     8, 0.50,  340, 0.10,   95, 0.12, 6, 12),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliPositionalArg
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -22,6 +22,7 @@ from gateway.replay.predictors import COSTS, UnknownPredictor, beliefs
 from gateway.replay.results import ReleaseName, Replay, Run, against_vtc, own_release, write
 from gateway.replay.simulation import Setup, simulate
 from gateway.replay.traces import BUILT_IN, built_in, describe
+from gateway.settings import command_config
 from gateway.trace import AgentTrace, TraceError, read_trace
 
 # A built-in trace is drawn from a seed; the ladder then learns from the same trace with other seeds.
@@ -31,15 +32,7 @@ LEARN_FROM_SEEDS = (101, 102, 103)
 class ReplaySettings(BaseSettings):
     """`justitia replay`: agents through policies, release and vLLM's own scheduler, on a virtual clock."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="JUSTITIA_REPLAY_",
-        extra="forbid",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_avoid_json=True,
-        cli_hide_none_type=True,
-        populate_by_name=True,
-    )
+    model_config = command_config("JUSTITIA_REPLAY_")
 
     trace: CliPositionalArg[str] = Field(
         description="A file of agents (JSON Lines), or a built-in trace: " + "; ".join(BUILT_IN.values())

@@ -122,8 +122,9 @@ class _Simulation:
         self._journeys = [_journey(agent) for agent in agents]
         self._tenants = sorted({agent.tenant for agent in agents})
         self._successors = _successors(agents)
-        self._arrivals: list[tuple[float, int, int, TaskTrace]] = []  # (when, task's number, agent's place, task)
-        self._tasks: dict[int, tuple[Journey, TaskTrace]] = {}  # those that have arrived and not ended
+        self._arrivals: list[tuple[float, int, int, TaskTrace]] = []  # (when, to break ties, agent's place, task)
+        self._expected = 0
+        self._tasks: dict[int, tuple[Journey, TaskTrace]] = {}  # by number; those that have arrived and not ended
         self._next_task = 0
         for place, agent in enumerate(agents):
             for task in agent.tasks:
@@ -170,12 +171,14 @@ class _Simulation:
         return Iterations(float(self._engine.iterations))
 
     def _will_arrive(self, at_s: float, place: int, task: TaskTrace) -> None:
-        heapq.heappush(self._arrivals, (at_s, self._next_task, place, task))
-        self._next_task += 1
+        heapq.heappush(self._arrivals, (at_s, self._expected, place, task))
+        self._expected += 1
 
     def _enqueue_arrived(self) -> None:
         while self._arrivals and self._arrivals[0][0] <= self._engine.now_s:
-            _, key, place, task = heapq.heappop(self._arrivals)
+            _, _, place, task = heapq.heappop(self._arrivals)
+            key = self._next_task  # grows with arrival
+            self._next_task += 1
             journey = self._journeys[place]
             agent = journey.trace
             journey.arrived += 1

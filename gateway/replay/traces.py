@@ -48,7 +48,7 @@ BUILT_IN = {
         "paper:SEED:LOAD[:MIX] – the paper's nine types, 300 agents in 18/LOAD minutes (LOAD 1 to 3); "
         "MIX: paper (default), light or heavy"
     ),
-    "elephant": "elephant:MICE[:SEED] – one very large agent, and MICE small ones that take 60 % of the engine",
+    "elephant": "elephant:MICE[:SEED] – a large agent, and MICE small ones that together ask for more than the engine can do",
     "tools": "tools:SEED – 300 agents at about load 2, two thirds of which wait for tools between their tasks",
     "prefix": "prefix:SEED – paper:SEED:3 whose prompts begin alike within a class, and further within an agent",
     "tenants": "tenants:SEED – two tenants with the same work, one of which has cut each agent into ten",
@@ -60,7 +60,7 @@ Drawn = tuple[AgentType, tuple[TaskTrace, ...]]
 AGENTS = 300
 WINDOW_S = 18 * 60.0
 MINUTES, RATE_SIGMA = 18, 0.5
-# What the mice take of the engine, and what one of them costs on average.
+# What the mice ask for, of an engine with `KV_IN_USE` (one holds somewhat more), and what one of them costs on average.
 MICE_SHARE, MOUSE_COST = 1.05, 335_000
 # Parts of the mean prompt of a class, and of an agent.
 CLASS_PREFIX, AGENT_PREFIX = 0.1, 0.4

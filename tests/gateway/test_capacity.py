@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from engine.link import PROTOCOL, Hello, Holding, Report
-from gateway.capacity import EngineView
+from gateway.capacity import CAPACITY_ENOUGH, CAPACITY_HORIZON, EngineView, ServedCapacity
 
 
 def hello(life: str = "one") -> Hello:
@@ -101,3 +103,50 @@ def test_a_link_that_falls_silent_is_said_to_be_and_its_last_word_does_not_hold(
     assert (view.waiting, view.running, view.held) == (0, 0, {})
     view.hear(report(6), 107)
     assert view.reporting
+
+
+def test_the_effective_capacity_is_the_whole_until_there_is_enough_to_go_by() -> None:
+    served = ServedCapacity()
+    assert served.tokens(1000) == 1000
+    served.observe(CAPACITY_ENOUGH - 1, 600)
+    assert served.tokens(1000) == 1000
+    served.observe(1, 600)
+    assert served.tokens(1000) == pytest.approx(600)
+
+
+def test_the_effective_capacity_is_a_mean_over_iterations() -> None:
+    at_once, one_by_one = ServedCapacity(), ServedCapacity()
+    at_once.observe(300, 400)
+    at_once.observe(100, 800)
+    for _ in range(300):
+        one_by_one.observe(1, 400)
+    for _ in range(100):
+        one_by_one.observe(1, 800)
+    assert at_once.tokens(1000) == pytest.approx(500)
+    assert one_by_one.tokens(1000) == pytest.approx(500)
+
+
+def test_what_was_long_ago_counts_less_and_less() -> None:
+    served = ServedCapacity()
+    served.observe(100 * CAPACITY_HORIZON, 900)
+    assert served.tokens(1000) == 900
+    for _ in range(int(CAPACITY_HORIZON)):
+        served.observe(1, 400)
+    assert served.tokens(1000) == pytest.approx(400 + 500 / math.e, rel=0.01)
+    served.observe(CAPACITY_HORIZON, 300)
+    assert served.tokens(1000) == pytest.approx(300)
+
+
+def test_the_effective_capacity_is_at_most_the_whole() -> None:
+    served = ServedCapacity()
+    served.observe(1000, 5000)
+    assert served.tokens(1000) == 1000
+    assert served.tokens(9000) == pytest.approx(5000)
+
+
+@pytest.mark.parametrize("iterations", [0.0, -3.0])
+def test_a_clock_that_stands_still_says_nothing_of_capacity(iterations: float) -> None:
+    served = ServedCapacity()
+    served.observe(1000, 600)
+    served.observe(iterations, 0)
+    assert served.tokens(1000) == 600

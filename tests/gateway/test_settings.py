@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.fairness import POLICIES
 from gateway.settings import GatewaySettings, ServeSettings, load
 
 
@@ -78,3 +79,19 @@ def test_every_setting_has_its_sentence_of_help() -> None:
     for name, field in ServeSettings.model_fields.items():
         assert field.description, name
         assert field.description.endswith("."), name
+
+
+@pytest.mark.parametrize("policy", ["justitia", "fcfs", "agent-fcfs", "vtc", "las", "sjf", "srjf"])
+def test_every_policy_can_be_chosen(policy: str) -> None:
+    assert settings("--policy", policy).policy == policy
+    assert policy in POLICIES
+    assert len(POLICIES) == 7
+
+
+@pytest.mark.parametrize("policy", ["luck", "Justitia", "vtc@memory", ""])
+def test_any_other_policy_is_refused(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        settings("--policy", policy)
+    assert exit_.value.code == 2
+    told = capsys.readouterr().err
+    assert all(known in told for known in POLICIES)

@@ -24,7 +24,7 @@ from gateway.replay.agent_types import (
     TOOL_TYPES,
     AgentType,
 )
-from gateway.replay.traces import BUILT_IN, built_in, describe
+from gateway.replay.traces import BUILT_IN, MICE_SHARE, MOUSE_COST, built_in, describe
 from gateway.trace import AgentTrace, TaskTrace, TraceError, read_trace, write_trace
 
 SPECS = (
@@ -94,9 +94,9 @@ def test_another_process_makes_the_same_trace() -> None:
 def test_the_default_mix_is_calibrated(seed: int) -> None:
     facts: dict[str, Any] = describe(made(f"paper:{seed}:3"))
     assert facts["agents"] == 300
-    assert 2_600 <= facts["tasks"] <= 3_200
-    assert 38_000 <= facts["iterations"] <= 47_000
-    assert 0.38 <= facts["class_mean_error"] <= 0.62
+    assert 2_600 <= facts["tasks"] <= 3_400
+    assert 40_000 <= facts["iterations"] <= 50_000
+    assert 0.45 <= facts["class_mean_error"] <= 0.65
     assert {size: row["agents"] for size, row in facts["sizes"].items()} == {"small": 180, "medium": 90, "large": 30}
     assert set(facts["classes"]) == {kind.name for kind in PAPER_TYPES}
     costs = [facts["sizes"][size]["cost_mean"] for size in ("small", "medium", "large")]
@@ -114,7 +114,7 @@ def test_a_mix_shifts_sizes_and_work() -> None:
     def largest(mix: str) -> int:
         return max(agent.cost for agent in made(f"paper:0:3:{mix}"))
 
-    assert largest("heavy") > 3 * largest("paper")
+    assert largest("heavy") > 1.5 * largest("paper")
 
 
 def test_a_load_squeezes_the_arrivals_of_the_same_agents() -> None:
@@ -181,10 +181,10 @@ def test_alfworld_takes_turns_whose_prompts_grow() -> None:
 # --- elephant ---
 
 
-def test_the_elephant_alone_takes_two_and_a_half_minutes() -> None:
+def test_the_elephant_is_worth_about_seven_mice() -> None:
     alone = [made(f"elephant:0:{seed}") for seed in range(5)]
     assert all(len(agents) == 1 and agents[0].arrival_s == 0 for agents in alone)
-    assert fmean(agents[0].cost / TOKENS_PER_S for agents in alone) == pytest.approx(150, rel=0.08)
+    assert 5 < fmean(agents[0].cost for agents in alone) / MOUSE_COST < 8
 
 
 def test_more_mice_are_a_longer_stream_of_the_same_rate() -> None:
@@ -192,9 +192,9 @@ def test_more_mice_are_a_longer_stream_of_the_same_rate() -> None:
     assert many[:101] == some
     mice = many[1:]
     assert {SIZE_OF[mouse.agent_class] for mouse in mice} == {"small"}
-    assert all(3 <= len(mouse.tasks) <= 6 for mouse in mice)
+    assert all(6 <= len(mouse.tasks) <= 12 for mouse in mice)
     work_s = sum(mouse.cost for mouse in mice) / TOKENS_PER_S
-    assert work_s / mice[-1].arrival_s == pytest.approx(0.6, rel=0.08)
+    assert work_s / mice[-1].arrival_s == pytest.approx(MICE_SHARE, rel=0.08)
 
 
 # --- tools ---

@@ -1,0 +1,126 @@
+"""What a replayed gateway believes: the truth, the truth with noise, and what the ladder has learned."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean, median, stdev
+
+import pytest
+
+from gateway.replay.predictors import (
+    Exact,
+    Learned,
+    Noise,
+    Progress,
+    UnknownPredictor,
+    beliefs,
+    compute_cost,
+    finished_task,
+)
+from gateway.trace import AgentTrace, TaskTrace
+from predictor.cost import task_cost
+from predictor.types import TaskPrediction
+
+NOT_YET = Progress(0, 0.0)
+
+
+def agent(name: str, *lengths: tuple[int, int], kind: str = "") -> AgentTrace:
+    tasks = tuple(TaskTrace(str(i), prompt, output) for i, (prompt, output) in enumerate(lengths))
+    return AgentTrace(name, 0.0, tasks, agent_class=kind)
+
+
+MANY = [agent(f"a{i}", (100, 50), (200, 80)) for i in range(1000)]
+
+
+def test_exact_knows_all_lengths_and_costs() -> None:
+    one = agent("a", (100, 50), (200, 80))
+    exact = Exact()
+    assert exact.task(one, one.tasks[1]) == TaskPrediction(200, 80)
+    assert exact.agent(one, NOT_YET) == exact.agent(one, Progress(2, 1e9)) == one.cost
+    assert Exact(compute_cost).agent(one, NOT_YET) == 100 + 50 + 200 + 80
+
+
+def test_the_cost_of_computing_counts_tokens_and_none_that_was_cached() -> None:
+    assert compute_cost(100, 20) == 120
+    assert compute_cost(100, 20, 64) == 56
+    assert task_cost(100, 20, 64) == 36 * 20 + 210
+
+
+def test_noise_of_no_size_is_exact() -> None:
+    noise, exact = Noise(0.0, 3), Exact()
+    for one in MANY[:20]:
+        assert noise.agent(one, NOT_YET) == exact.agent(one, NOT_YET)
+        assert [noise.task(one, task) for task in one.tasks] == [exact.task(one, task) for task in one.tasks]
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0])
+def test_noise_is_log_normal_of_median_one(sigma: float) -> None:
+    noise = Noise(sigma, 0)
+    totals = [math.log(noise.agent(one, NOT_YET) / one.cost) for one in MANY]
+    lengths = [math.log(noise.task(one, task).decode_tokens / task.output_tokens) for one in MANY for task in one.tasks]
+    for logarithms in (totals, lengths):
+        assert abs(median(logarithms)) < 0.1 * sigma
+        assert stdev(logarithms) == pytest.approx(sigma, rel=0.1)
+
+
+def test_noise_follows_from_its_seed_and_prompts_are_known() -> None:
+    one = MANY[0]
+    first, same, other = (Noise(0.5, seed) for seed in (1, 1, 2))
+    assert first.task(one, one.tasks[0]) == same.task(one, one.tasks[0]) != other.task(one, one.tasks[0])
+    assert first.agent(one, NOT_YET) == same.agent(one, Progress(2, 1.0)) != other.agent(one, NOT_YET)
+    assert first.task(one, one.tasks[0]).prompt_tokens == 100
+    short = agent("short", (5, 1))
+    assert all(Noise(3.0, seed).task(short, short.tasks[0]).decode_tokens >= 1 for seed in range(50))
+
+
+def test_the_ladder_predicts_the_means_of_a_class() -> None:
+    small = [agent(f"s{i}", (40, 10 + i), kind="small") for i in range(10)]
+    large = [agent(f"l{i}", (400, 100 + i), (400, 300), kind="large") for i in range(10)]
+    ladder = Learned([*small, *large])
+    for past in (small, large):
+        new = AgentTrace("new", 0.0, past[0].tasks, agent_class=past[0].agent_class)
+        task = ladder.task(new, new.tasks[0])
+        assert task.prompt_tokens == pytest.approx(new.tasks[0].prompt_tokens)
+        assert task.decode_tokens == pytest.approx(fmean(task.output_tokens for one in past for task in one.tasks))
+        assert ladder.agent(new, Progress(1, 1.0)) == pytest.approx(fmean(one.cost for one in past))
+
+
+def test_the_ladder_learns_from_those_that_finish_net_of_what_was_cached() -> None:
+    ladder = Learned()
+    kind = [agent(f"a{i}", (64, 20), kind="k") for i in range(3)]
+    asking = agent("new", (64, 20), kind="k")
+    assert ladder.agent(asking, Progress(1, 1234.0)) == 1234.0  # nothing learned: what has arrived
+    for one in kind:
+        ladder.learn(one, [finished_task(task, 48) for task in one.tasks])
+    assert ladder.agent(asking, Progress(1, 1.0)) == task_cost(64, 20, 48)
+    assert ladder.task(asking, asking.tasks[0]) == TaskPrediction(64, 20)
+
+
+def test_a_prompt_that_is_told_is_measured_and_else_taken_for_english() -> None:
+    told = TaskTrace("t", 10, 5, prompt="grüße")
+    assert finished_task(told, 0).prompt_bytes == 7
+    assert finished_task(TaskTrace("t", 10, 5), 3).prompt_bytes == 40
+    assert finished_task(TaskTrace("t", 10, 5), 3).cost == task_cost(10, 5, 3)
+
+
+def test_predictors_by_name() -> None:
+    past = [agent(f"a{i}", (64, 20), kind="k") for i in range(3)]
+    assert isinstance(beliefs("exact"), Exact)
+    assert isinstance(beliefs("ladder", past=past), Learned)
+    assert beliefs("ladder", past=past).agent(agent("b", (64, 20), kind="k"), Progress(1, 1.0)) == past[0].cost
+    noisy = beliefs("noise:0.5", seed=7, cost=compute_cost)
+    assert noisy.agent(past[0], NOT_YET) == Noise(0.5, 7, compute_cost).agent(past[0], NOT_YET)
+    assert beliefs("noise:0").agent(past[0], NOT_YET) == past[0].cost
+
+
+@pytest.mark.parametrize(
+    "name", ["", "xgboost", "Exact", "exact:1", "noise", "noise:", "noise:x", "noise:-1", "noise:nan", "noise:inf"]
+)
+def test_what_is_no_predictor_is_refused_in_words(name: str) -> None:
+    with pytest.raises(UnknownPredictor, match="exact, ladder, or noise:SIGMA"):
+        beliefs(name)
+
+
+def test_the_ladder_knows_one_cost_only() -> None:
+    with pytest.raises(UnknownPredictor, match="memory-centric"):
+        beliefs("ladder", cost=compute_cost)
