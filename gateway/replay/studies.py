@@ -92,7 +92,7 @@ def run_all(todo: Sequence[Job], processes: int) -> Iterator[Row]:
     if processes == 1:
         yield from map(run_one, todo)
         return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=40) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(run_one, todo)
 
 
