@@ -30,7 +30,7 @@ class Hints(NamedTuple):
 
 def to_tag(rank: float) -> int:
     """A policy's rank as the int64 that `priority` can hold; beyond its range the nearest end."""
-    return max(INT64_MIN, min(INT64_MAX, int(rank)))
+    return int(max(INT64_MIN, min(INT64_MAX, rank)))
 
 
 def to_fields(hints: Hints) -> tuple[int, dict[str, str | int]]:

@@ -46,7 +46,6 @@ def command_config(env_prefix: str) -> SettingsConfigDict:
     return SettingsConfigDict(
         env_prefix=env_prefix,
         extra="forbid",
-        populate_by_name=True,
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_avoid_json=True,
@@ -73,7 +72,7 @@ class GatewaySettings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     policy: PolicyName = Field("justitia", description="The order in which tasks are released.")
     beta: float = Field(
-        0.98, gt=0, le=10, description="Share of the KV cache that what is in flight may come to hold, as predicted."
+        1.0, gt=0, le=10, description="Share of the KV cache that what is in flight may come to hold, as predicted."
     )
     max_engine_waiting: int = Field(
         4, ge=0, description="Tasks in the engine's own queue above which none is released."
@@ -156,7 +155,9 @@ Settings = TypeVar("Settings", bound=BaseSettings)
 def load(settings: type[Settings], arguments: list[str], *, program: str) -> Settings:
     """The settings that flags, environment, file and defaults give together. Exits with 2 and a line on each that is wrong."""
     _refuse_unknown_names(settings)
-    config = SettingsConfigDict(toml_file=_config_file(arguments), cli_prog_name=program)
+    config = SettingsConfigDict(cli_prog_name=program)
+    if "config" in settings.model_fields:
+        config["toml_file"] = _config_file(arguments)
     with_file = type(settings.__name__, (settings,), {"model_config": config, "__doc__": settings.__doc__})
     try:
         return CliApp.run(with_file, cli_args=arguments)
@@ -184,7 +185,8 @@ def _refuse_unknown_names(settings: type[BaseSettings]) -> None:
         for name in of.model_fields
     }
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
-    unknown = [name for name in unknown if not name.startswith(OTHER_PREFIXES)]
+    others = tuple(prefix for prefix in OTHER_PREFIXES if prefix != settings.model_config.get("env_prefix"))
+    unknown = [name for name in unknown if not name.startswith(others)]
     if unknown:
         raise SystemExit(_fail(*(f"environment: {name} is not a setting" for name in unknown)))
 

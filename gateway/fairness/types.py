@@ -62,7 +62,7 @@ class ReleaseLimits:
     in_flight: tasks at the engine at once (its `max_num_seqs`); None for no limit.
     """
 
-    beta: float = 0.98
+    beta: float = 1.0
     foresight: bool = True
     engine_waiting: int | None = 4
     in_flight: int | None = None

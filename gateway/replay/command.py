@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, CliPositionalArg
+from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -32,7 +32,7 @@ LEARN_FROM_SEEDS = (101, 102, 103)
 class ReplaySettings(BaseSettings):
     """`justitia replay`: agents through policies, release and vLLM's own scheduler, on a virtual clock."""
 
-    model_config = command_config("JUSTITIA_REPLAY_")
+    model_config = command_config("JUSTITIA_REPLAY_") | SettingsConfigDict(cli_shortcuts={"out": "json"})
 
     trace: CliPositionalArg[str] = Field(
         description="A file of agents (JSON Lines), or a built-in trace: " + "; ".join(BUILT_IN.values())
@@ -55,7 +55,7 @@ class ReplaySettings(BaseSettings):
     engine_scheduler: Literal["justitia", "stock"] = Field(
         "justitia", description="The scheduler in the engine: ours, or vLLM's own by priority."
     )
-    beta: float = Field(0.98, gt=0, description="Share of the KV cache that what is in flight may come to hold.")
+    beta: float = Field(1.0, gt=0, description="Share of the KV cache that what is in flight may come to hold.")
     cost: Literal["memory", "compute"] = Field(
         "memory", description="What costs are made of: KV tokens held over iterations, or tokens computed."
     )
@@ -66,7 +66,7 @@ class ReplaySettings(BaseSettings):
         None, description="vLLM's prefix cache; default: on if the trace says that prompts begin alike."
     )
     timings: bool = Field(False, description="Add how long decisions took; the output then differs from run to run.")
-    out: Path | None = Field(None, validation_alias="json", description="File for the results, as JSON.")
+    out: Path | None = Field(None, description="File for the results, as JSON.")
     plot: Path | None = Field(None, description="Directory for pictures of the results. Needs the extra `demo`.")
 
     @field_validator("policy")
@@ -97,6 +97,9 @@ def run_replay(settings: ReplaySettings) -> int:
     except (TraceError, ProfileError, UnknownPredictor, OSError) as error:
         console.print(f"justitia replay: {error}", markup=False)
         return 2
+    if complaint := _cannot_write(settings):
+        console.print(f"justitia replay: {complaint}", markup=False)
+        return 2
     console.print(f"{len(agents)} agents, {sum(len(agent.tasks) for agent in agents)} tasks, {settings.profile}")
     runs = []
     with collector_at_rest(), _progress(console) as progress:
@@ -123,13 +126,11 @@ def run_replay(settings: ReplaySettings) -> int:
     replay = Replay(_config(settings), describe(agents), against_vtc(runs))
     Console(highlight=False).print(table(replay.runs))
     if settings.out is not None:
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
         write(replay, settings.out)
         console.print(f"results: {settings.out}")
     if settings.plot is not None:
         from gateway.replay.plot import draw_all
 
-        settings.plot.mkdir(parents=True, exist_ok=True)
         for path in draw_all(replay, settings.plot):
             console.print(f"picture: {path}")
     return 0
@@ -202,10 +203,33 @@ def table(runs: Sequence[Run]) -> Table:
     return drawn
 
 
+def _cannot_write(settings: ReplaySettings) -> str | None:
+    """What would go wrong after all runs, found out before them. Makes the directories."""
+    try:
+        if settings.out is not None:
+            settings.out.parent.mkdir(parents=True, exist_ok=True)
+            with settings.out.open("ab"):
+                pass
+        if settings.plot is not None:
+            settings.plot.mkdir(parents=True, exist_ok=True)
+            import matplotlib  # noqa: F401 (whether it is there)
+    except OSError as error:
+        return str(error)
+    except ImportError:
+        return "pictures need matplotlib: install the extra `demo`"
+    return None
+
+
 def _setup(settings: ReplaySettings, agents: Sequence[AgentTrace]) -> Setup:
     shares = any(task.prefix is not None for agent in agents for task in agent.tasks)
+    profile = load_profile(settings.profile)
+    if settings.max_num_seqs is not None and settings.max_num_seqs > profile.max_num_batched_tokens:
+        raise ProfileError(
+            f"max_num_seqs {settings.max_num_seqs} is more than the {profile.max_num_batched_tokens} tokens that"
+            f" {profile.name} computes in an iteration"
+        )
     return Setup(
-        profile=load_profile(settings.profile),
+        profile=profile,
         kv_blocks=settings.kv_blocks,
         block_size=settings.block_size,
         max_num_seqs=settings.max_num_seqs,

@@ -56,6 +56,7 @@ class Record:
     def __init__(self) -> None:
         self.bound = Bound()
         self.iteration = 0
+        self.idle_s = 0.0  # that the engine had nothing to do
         self._clock = [0.0]  # seconds after each iteration
         self._virtual: dict[str, _VirtualTime] = {}  # by tenant
         self._served: list[float] = []  # KV tokens, in iterations while tasks waited
@@ -63,12 +64,13 @@ class Record:
         self._memory: list[tuple[float, dict[str, int]]] = []
         self.decision_s: list[float] = []
 
-    def stepped(self, now_s: float, served: float, usage: float, capacity: float | None) -> None:
-        """An iteration: at its end the clock stood at `now_s`. `usage`: the share of the KV cache held. `capacity`: what
-        the reference shares out, or None when nothing waits."""
+    def stepped(self, now_s: float, work: float, served: float, usage: float, capacity: float | None) -> None:
+        """An iteration: at its end the clock stood at `now_s`. `work`: of the tasks' costs; `served`: the same, with what tasks
+        share counted once. `usage`: the share of the KV cache held. `capacity`: what the reference shares out, or None
+        when nothing waits."""
         self.iteration += 1
         self._clock.append(now_s)
-        self.bound.served(served, capacity)
+        self.bound.served(work, served, capacity)
         if capacity is not None:
             self._served.append(served)
             self._usage.append(usage)
@@ -109,7 +111,7 @@ class Record:
         self, journeys: list[Journey], agents: list[AgentResult], preemptions: int, recomputed_tokens: int
     ) -> Summary:
         prompt_tokens = sum(task.prompt_tokens for journey in journeys for task in journey.finished)
-        step_s = self._clock[-1] / max(1, self.iteration)
+        step_s = (self._clock[-1] - self.idle_s) / max(1, self.iteration)
         bound = self.bound.iterations()
         jcts = [agent.jct_s for agent in agents]
         return Summary(
@@ -143,7 +145,7 @@ class Record:
             for agent_id, held in tokens.items():
                 totals[agent_id] = totals.get(agent_id, 0) + held
         names = sorted(totals, key=lambda name: (-totals[name], name))[:most]
-        points = self._memory[:: max(1, len(self._memory) // MEMORY_POINTS)]
+        points = self._memory[:: -(-len(self._memory) // MEMORY_POINTS)]
         tokens_of = {name: [tokens.get(name, 0) for _, tokens in points] for name in names}
         tokens_of["others"] = [sum(held for name, held in tokens.items() if name not in names) for _, tokens in points]
         return Memory([now_s for now_s, _ in points], tokens_of)

@@ -60,7 +60,7 @@ class Setup:
     block_size: int | None = None
     max_num_seqs: int | None = None
     engine_scheduler: Literal["justitia", "stock"] = "justitia"
-    beta: float = 0.98
+    beta: float = 1.0
     cost: Cost = task_cost
     capacity: Literal["blocks", "served"] = "served"
     prefix_caching: bool = False
@@ -144,7 +144,9 @@ class _Simulation:
         while self._arrivals or self._tasks:
             self._enqueue_arrived()
             self._release()
+            self._note_virtual_time()
             if self._engine.idle:
+                self._record.idle_s += self._arrivals[0][0] - self._engine.now_s
                 self._engine.wait_until(self._arrivals[0][0])
                 continue
             preemptions = self._engine.preemptions
@@ -155,8 +157,7 @@ class _Simulation:
             self._observe(step)
             for key, _, cached_tokens in step.ended:
                 self._complete(key, cached_tokens)
-            for tenant in self._tenants:
-                self._record.virtual_time(tenant, self._queue.virtual_time(TenantId(tenant)))
+        self._note_virtual_time()
 
     def result(self, policy: str, predictor: str, release: str) -> Run:
         agents = [self._record.agent(journey) for journey in self._journeys]
@@ -221,6 +222,7 @@ class _Simulation:
         waits = queue.waiting > 0
         self._record.stepped(
             engine.now_s,
+            (decoding + ended) * self._unit,
             served * self._unit,
             engine.held_tokens / engine.capacity_tokens,
             self._capacity_tokens * self._unit if waits else None,
@@ -263,6 +265,10 @@ class _Simulation:
         self._beliefs.learn(journey.trace, journey.finished)
         self._done += 1
         self._finished(self._done)
+
+    def _note_virtual_time(self) -> None:
+        for tenant in self._tenants:
+            self._record.virtual_time(tenant, self._queue.virtual_time(TenantId(tenant)))
 
     def _count_victims(self, step: Step) -> None:
         there = {key for key, *_ in step.running} | {key for key, *_ in step.ended}
@@ -319,6 +325,7 @@ def _beginnings(prefix: Prefix | None) -> tuple[tuple[str, int], ...]:
     """Outermost first."""
     beginnings: list[tuple[str, int]] = []
     while prefix is not None:
-        beginnings.insert(0, (prefix.id, prefix.tokens))
+        if prefix.tokens > (prefix.parent.tokens if prefix.parent is not None else 0):
+            beginnings.insert(0, (prefix.id, prefix.tokens))
         prefix = prefix.parent
     return tuple(beginnings)

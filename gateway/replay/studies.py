@@ -22,7 +22,7 @@ PROFILE = "llama-7b-a100"
 SEEDS = range(5)
 LOADS = (1, 2, 3)
 SIGMAS = (0.0, 0.25, 0.5, 1.0, 2.0)
-BETAS = (0.8, 0.86, 0.92, 0.98, 1.04, 1.1)
+BETAS = (0.8, 0.9, 0.95, 1.0, 1.05, 1.1)
 MICE = (100, 300, 500)
 FEWER_SEEDS = range(3)  # where runs differ little
 
@@ -40,7 +40,7 @@ class Job(msgspec.Struct, frozen=True):
     policy: str
     predictor: str
     cost: str = "memory"
-    beta: float = 0.98
+    beta: float = 1.0
 
 
 class Row(msgspec.Struct, frozen=True):
