@@ -39,16 +39,16 @@ class Bound:
         if under:
             self._under[agent_id] -= under
 
-    def served(self, work: float, served: float, capacity: float | None) -> None:
-        """One iteration. `work`: done on the tasks' costs; `served`: the same with what tasks share counted once. `capacity`:
-        M, or None when nothing waits."""
+    def served(self, work: float, capacity: float | None, shared: float = 0.0) -> None:
+        """One iteration's work. `capacity`: M, or None when nothing waits. `shared`: the part of the work that is counted for
+        several tasks, and held once."""
         self._most_left = max(self._most_left, self._left)
         self._left -= work
         if capacity is None:
             self._behind = 0.0
         else:
             self._least_capacity = min(self._least_capacity, capacity)
-            self._behind = max(0.0, self._behind + capacity - served)
+            self._behind = max(0.0, self._behind + capacity - (work - shared))
             self._most_behind = max(self._most_behind, self._behind)
 
     def terms(self) -> dict[str, float]:

@@ -64,15 +64,14 @@ class Record:
         self._memory: list[tuple[float, dict[str, int]]] = []
         self.decision_s: list[float] = []
 
-    def stepped(self, now_s: float, work: float, served: float, usage: float, capacity: float | None) -> None:
-        """An iteration: at its end the clock stood at `now_s`. `work`: of the tasks' costs; `served`: the same, with what tasks
-        share counted once. `usage`: the share of the KV cache held. `capacity`: what the reference shares out, or None
-        when nothing waits."""
+    def stepped(self, now_s: float, work: float, usage: float, capacity: float | None, shared: float = 0.0) -> None:
+        """An iteration: at its end the clock stood at `now_s`. `usage`: the share of the KV cache held. For the others see
+        `Bound.served`."""
         self.iteration += 1
         self._clock.append(now_s)
-        self.bound.served(work, served, capacity)
+        self.bound.served(work, capacity, shared)
         if capacity is not None:
-            self._served.append(served)
+            self._served.append(work - shared)
             self._usage.append(usage)
 
     def virtual_time(self, tenant: str, value: float) -> None:

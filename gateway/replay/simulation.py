@@ -218,17 +218,17 @@ class _Simulation:
         if tasks and tasks == queue.in_flight:  # else what the queue reckons with is not there yet, or not any more
             queue.calibrate(self._now, engine.held_tokens)
         ended = sum(self._tasks[key][1].prompt_tokens + output for key, output, _ in step.ended)
-        served = min(decoding, engine.held_tokens) + ended  # blocks that tasks share are held once
+        shared = max(0, decoding - engine.held_tokens)  # blocks that tasks share are held once
         waits = queue.waiting > 0
         self._record.stepped(
             engine.now_s,
             (decoding + ended) * self._unit,
-            served * self._unit,
             engine.held_tokens / engine.capacity_tokens,
             self._capacity_tokens * self._unit if waits else None,
+            shared * self._unit,
         )
         if waits:
-            self._served.observe(1, served)
+            self._served.observe(1, decoding + ended - shared)
         if engine.iterations % CAPACITY_EVERY == 0:
             self._take_capacity()
         if self._setup.memory_over_time and engine.iterations % MEMORY_EVERY == 0:

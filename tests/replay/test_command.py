@@ -220,7 +220,6 @@ def test_a_task_too_long_for_the_engine_is_named(trace: Path, capsys: pytest.Cap
     assert "task 'map' of agent 'a1' is 60 + 25 tokens long, and the engine holds 80" in capsys.readouterr().err
 
 
-@pytest.mark.xfail(strict=True, reason="vLLM's own error comes through")
 def test_more_tasks_at_once_than_the_engine_takes_is_said_in_a_sentence(
     trace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,7 +228,6 @@ def test_more_tasks_at_once_than_the_engine_takes_is_said_in_a_sentence(
     assert "max_num_seqs" in capsys.readouterr().err
 
 
-@pytest.mark.xfail(strict=True, reason="the alias of --json is read without the prefix")
 def test_only_names_that_begin_like_ours_are_read_from_the_environment(
     trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,7 +235,6 @@ def test_only_names_that_begin_like_ours_are_read_from_the_environment(
     assert load(ReplaySettings, [str(trace)], program="justitia replay").out is None
 
 
-@pytest.mark.xfail(strict=True, reason="names of all commands with a prefix of their own are let be")
 def test_an_unknown_name_in_its_own_part_of_the_environment_is_an_error(
     trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ def record() -> Record:
     """Five iterations: the clock at 0.1, 0.2, 0.3, 1.0 and 1.1 s, and V at 10, 10, 40, 50 and 50."""
     made = Record()
     for now_s, virtual in ((0.1, 10.0), (0.2, 10.0), (0.3, 40.0), (1.0, 50.0), (1.1, 50.0)):
-        made.stepped(now_s, served=20.0, usage=0.5, capacity=None)
+        made.stepped(now_s, work=20.0, usage=0.5, capacity=None)
         made.virtual_time("", virtual)
     return made
 
@@ -85,7 +85,7 @@ def test_each_tenant_has_its_own_virtual_time() -> None:
 def test_the_summary_by_hand() -> None:
     made = Record()
     for now_s, capacity in ((0.5, 100.0), (1.0, None), (1.5, 100.0), (2.0, None)):
-        made.stepped(now_s, served=60.0 if capacity else 10.0, usage=0.6 if capacity else 0.1, capacity=capacity)
+        made.stepped(now_s, work=60.0 if capacity else 10.0, usage=0.6 if capacity else 0.1, capacity=capacity)
         made.virtual_time("", now_s * 100)
     journeys = [journey("a"), journey("b", arrival_s=0.5)]
     for one, finish_s, tag in zip(journeys, (1.0, 2.0), (100.0, 150.0), strict=True):

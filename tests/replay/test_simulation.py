@@ -107,7 +107,6 @@ def test_one_task_takes_an_iteration_for_each_token_of_its_output(policy: str) -
     assert summary.mean_jct_s == summary.p50_jct_s == summary.max_jct_s == result.jct_s
 
 
-@pytest.mark.xfail(strict=True, reason="V is noted as of the iteration before")
 def test_the_reference_of_one_task_by_hand() -> None:
     """256 tokens an iteration: 1055 token·iterations are done in the fifth. The real engine needs ten."""
     one = run([alone("a", 100, 10)], capacity="blocks")
@@ -116,7 +115,6 @@ def test_the_reference_of_one_task_by_hand() -> None:
     assert one.summary.worst_tag_lateness_iterations == 5
 
 
-@pytest.mark.xfail(strict=True, reason="the clock's idle time counts as if iterations had taken it")
 def test_the_bound_in_seconds_does_not_grow_while_the_engine_is_idle() -> None:
     apart = run([alone("a", 100, 10), alone("b", 100, 10, at_s=1000)]).summary
     assert apart.bound_s == pytest.approx(0.01 * apart.bound_iterations)
@@ -229,14 +227,12 @@ def test_shared_beginnings_are_found_and_charged_net() -> None:
 
 
 @pytest.mark.parametrize("prefix", [Prefix("none", 0), Prefix("inner", 40, Prefix("outer", 40))])
-@pytest.mark.xfail(strict=True, reason="the engine refuses beginnings that add nothing")
 def test_a_beginning_that_adds_nothing_to_another_is_no_error(prefix: Prefix) -> None:
     agents = [agent(name, task("t", 100, 10, prefix=prefix), at_s=at_s) for name, at_s in (("a", 0.0), ("b", 1.0))]
     one = run(agents, prefix_caching=True)
     assert one.agents[1].cached_tokens == prefix.tokens // 16 * 16
 
 
-@pytest.mark.xfail(strict=True, reason="work that sharing saves counts as left for ever")
 def test_what_sharing_saves_is_not_left_in_flight() -> None:
     """No more is at the engine than eight tasks that run and four that wait."""
     shared = Prefix("all", 96)
