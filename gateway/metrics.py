@@ -59,7 +59,9 @@ class Metrics:
         self._tasks = gauge("tasks", "Tasks by state.", "state")
         self._kv_held = gauge("kv_held_tokens", "KV cache in use at the engine, tokens.")
         self._kv_capacity = gauge("kv_capacity_tokens", "KV cache of the engine, tokens (M).")
-        self._kv_predicted = gauge("kv_predicted_tokens", "The most KV that what is in flight is predicted to come to hold, tokens.")
+        self._kv_predicted = gauge(
+            "kv_predicted_tokens", "The most KV that what is in flight is predicted to come to hold, tokens."
+        )
         self._virtual_time = gauge(
             "virtual_time", "Virtual time of the fluid reference, token·iterations per unit of weight."
         )

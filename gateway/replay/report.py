@@ -123,11 +123,15 @@ def page(report: Report) -> str:
 
 
 def _change(values: Iterable[float | None]) -> str:
-    return f"{100 * (_mean(values) - 1):+.1f} %"
+    return _signed(100 * (_mean(values) - 1))
 
 
 def _mean(values: Iterable[float | None]) -> float:
     return mean([value for value in values if value is not None])
+
+
+def _signed(percent: float, digits: int = 1) -> str:
+    return f"{percent:+.{digits}f} %".replace("-", "−")
 
 
 def _percent(values: Iterable[float | None]) -> str:
@@ -193,9 +197,9 @@ def _targets(report: Report) -> str:
             _percent(o.no_later for o in learned),
         ),
         ("worst ratio to VTC (of five seeds: mean, range)", "1.26", "1.15", _worst(exact), "1.26", _worst(learned)),
-        ("mean JCT at an error of σ = 1 against none", "–", "+25 %", f"{100 * (slower - 1):+.1f} %", "", ""),
+        ("mean JCT at an error of σ = 1 against none", "–", "+25 %", _signed(100 * (slower - 1)), "", ""),
         ("the bound held, in all runs of this page", "–", "always", "yes" if held else "**no**", "", ""),
-        ("compute-centric cost instead", "+42.3 %", "shown", f"{100 * (dearer - 1):+.1f} %", "", ""),
+        ("compute-centric cost instead", "+42.3 %", "shown", _signed(100 * (dearer - 1)), "", ""),
     ]
     header = ("`paper:SEED:3`, five seeds", "paper", "target, exact", "exact costs", "target, learned", "learned costs")
     return _table(header, rows)
@@ -328,8 +332,8 @@ def _elephant(report: Report) -> str:
             [
                 name,
                 *(f"{value:.0f}" for value in by_mice),
-                f"{100 * (by_mice[-1] / by_mice[0] - 1):+.0f} %",
-                f"{100 * (worst - 1):+.0f} %",
+                _signed(100 * (by_mice[-1] / by_mice[0] - 1), 0),
+                _signed(100 * (worst - 1), 0),
             ]
         )
     header = (
@@ -377,15 +381,15 @@ def _prefix(report: Report) -> str:
 def _tenants(report: Report) -> str:
     rows = []
     for policy, predictor in (("justitia", "exact"), ("justitia", "ladder"), ("vtc", "exact"), ("srjf@all", "exact")):
-        shares = [o.tenants["split"] / o.tenants["whole"] for o in report.of("tenants", policy, predictor)]
+        shares = [o.tenants["split"] / sum(o.tenants.values()) for o in report.of("tenants", policy, predictor)]
         rows.append(
             (
                 policy,
                 BELIEFS[predictor],
-                f"{mean(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})",
+                f"{_percent(shares)} ({_percent([min(shares)])} to {_percent([max(shares)])})",
             )
         )
-    return _table(("policy", "costs", "work done for `split` over `whole`"), rows)
+    return _table(("policy", "costs", "share of `split` in the work done: mean (range)"), rows)
 
 
 def _public(report: Report) -> str:
