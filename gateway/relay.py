@@ -106,6 +106,7 @@ class TaskResponse(Response):
                     self._parts.engine_lost_a_task()
                     if self._started or not turn.requeue(sent=not isinstance(lost, EngineUnreachable)):
                         raise
+                    self._released_at = None
         except GatewayError as error:
             self._outcome = error.outcome
             await self._send_error(error, send)
@@ -233,7 +234,7 @@ class TaskResponse(Response):
         try:
             if self._usage is not None and self._outcome is Outcome.COMPLETED:
                 finished = finished_task(self._usage, request.body)
-                arrived = max(0.0, agent.arrived - agent.in_flight[request.id].charged + finished.cost)
+                arrived = max(0.0, agent.arrived - request.estimate.cost + finished.cost)
                 spent = Spent(KvTokenIterations(finished.cost), finished.prompt_tokens, finished.decode_tokens)
                 self._turn.complete(spent, estimate_agent(parts.predictor, request.record.progress(arrived)))
             else:

@@ -32,9 +32,6 @@ from gateway.fairness.types import (
     VirtualTime,
 )
 
-# By how much a task has to outgrow what it is charged before it is charged more: in steps, so that there are few.
-OUTGROWN = 1.1
-
 
 class FairQueue:
     def __init__(self, policy: Policy, limits: ReleaseLimits = ReleaseLimits()) -> None:  # noqa: B008 (it is frozen)
@@ -102,6 +99,10 @@ class FairQueue:
     def set_capacity(self, now: Iterations, tokens: float, served_tokens: float | None = None) -> None:
         """M, when the engine has said it, or another one. `served_tokens`: the part of it that the engine was seen to hold
         while tasks waited, which is what the reference then shares out."""
+        if not (0 <= tokens < math.inf and (served_tokens is None or 0 <= served_tokens < math.inf)):
+            raise QueueError(
+                f"capacity must be at least 0 tokens, and finite, not {tokens}, of which {served_tokens} served"
+            )
         self._reference.advance(now)
         self._reference.set_capacity(tokens if served_tokens is None else served_tokens)
         self._capacity_tokens = tokens
@@ -125,6 +126,8 @@ class FairQueue:
             0 <= amount < math.inf for amount in (task.cost, task.memory_tokens, task.prompt_tokens, agent_cost)
         ):
             raise QueueError(f"costs and memory must be at least 0, and finite: {task}, agent {agent_cost}")
+        if task.sequences < 1:
+            raise QueueError(f"a task has at least one sequence: {task}")
         if not (0 < weight < math.inf and 0 < tenant_weight < math.inf):
             raise QueueError(f"weights must be positive, not {weight} of {tenant_weight}")
         self._reference.advance(now)
@@ -137,6 +140,9 @@ class FairQueue:
             self._count_idleness(agent)
         agent.tenant.weight = tenant_weight
         self._reference.arrive(agent.tenant.id, agent.id, task.cost, agent.weight, tenant_weight)
+        if not agent.waiting:
+            first = agent.tenant.order.first()
+            self._policy.woke(agent, None if first is None else agent.tenant.order.place(first)[0])
         self._wait(agent, task)
         agent.arrived = KvTokenIterations(agent.arrived + task.cost)
         self._settle_tag(agent, agent_cost)
@@ -153,7 +159,7 @@ class FairQueue:
             releases.append(Release(task, self._rank(agent)))
             del agent.waiting[task.id]
             agent.order.remove(task.id)
-            agent.in_flight[task.id] = Flight(task, task.cost, task.prompt_tokens)
+            agent.in_flight[task.id] = Flight(task, task.prompt_tokens)
             self._forecast.add(now, task)
             agent.prompt_tokens += task.prompt_tokens
             agent.forming = False
@@ -164,20 +170,18 @@ class FairQueue:
         return releases
 
     def observe(self, now: Iterations, task_id: TaskId, kv_tokens: float, output_tokens: float) -> None:
-        """The engine says what a task in flight holds, and has produced so far. One that has outgrown its prediction is
-        charged for it before it ends. Unknown tasks are ignored, since the engine's word arrives late."""
+        """The engine says what a task in flight holds, and has produced so far, over all of its sequences. Unknown tasks are
+        ignored, since the engine's word arrives late."""
         agent = self._tasks.get(task_id)
         flight = agent.in_flight.get(task_id) if agent else None
         if agent is None or flight is None:
             return
         if output_tokens > flight.output_tokens:
             self._forecast.observe(now, task_id, kv_tokens, output_tokens)
-            # The formula of a cost, with the tokens so far.
-            done = max(0.0, kv_tokens - output_tokens) * output_tokens + output_tokens * (output_tokens + 1) / 2
+            # The formula of a cost, with the tokens so far, as if the sequences were equally long.
+            each = output_tokens / flight.task.sequences
+            done = max(0.0, kv_tokens - output_tokens) * each + output_tokens * (each + 1) / 2
             self._count_progress(agent, flight, max(done, flight.attained), flight.prompt_tokens, output_tokens)
-            if done > OUTGROWN * flight.charged:
-                self._reference.advance(now)
-                self._recharge(agent, flight, done)
             if self._policy.by_progress and agent.waiting:
                 self._place(agent)
 
@@ -189,7 +193,6 @@ class FairQueue:
         """The engine lost a task in flight: it waits again, in its old place, as if it had never left."""
         self._reference.advance(now)
         agent, flight = self._land(task_id)
-        self._recharge(agent, flight, flight.task.cost)
         self._count_progress(agent, flight, 0.0, 0.0, 0.0)
         self._count_release(agent, -flight.task.cost)
         self._wait(agent, flight.task)
@@ -204,7 +207,7 @@ class FairQueue:
         self._charge(agent, flight, spent)
         if spent.output_tokens is not None:
             self._forecast.learn(flight.task, spent.output_tokens)
-        self._reconcile(agent, flight.charged, spent.cost, agent_cost)
+        self._reconcile(agent, flight.task, spent.cost, agent_cost)
 
     def cancel(self, now: Iterations, task_id: TaskId, spent: Spent) -> None:
         """A task was given up, waiting or in flight. `spent`: what it really took until then."""
@@ -217,17 +220,16 @@ class FairQueue:
         task = agent.waiting.pop(task_id, None)
         if task is None:
             agent, flight = self._land(task_id)
-            charged = flight.charged
+            task = flight.task
             self._charge(agent, flight, spent)
         else:
-            charged = task.cost
             del self._tasks[task_id]
             agent.order.remove(task_id)
             agent.attained = KvTokenIterations(agent.attained + spent.cost)
             self._count_release(agent, spent.cost)
             if not agent.waiting:
                 self._policy.slept(agent)
-        self._reconcile(agent, charged, spent.cost, agent.predicted)
+        self._reconcile(agent, task, spent.cost, agent.predicted)
 
     def evict(self, now: Iterations, agent_id: AgentId) -> None:
         """Forget an agent that has ended. The reference keeps it for as long as it is backlogged there."""
@@ -273,9 +275,6 @@ class FairQueue:
         tenant = agent.tenant
         if not len(tenant.order):
             tenant.start_tag = max(tenant.start_tag, self._reference.outer_virtual_time)
-        if not agent.waiting:
-            first = tenant.order.first()
-            self._policy.woke(agent, None if first is None else tenant.order.place(first)[0])
         agent.waiting[task.id] = task
         agent.order.put(task.id, (self._policy.task_rank(task), task.id))
         self._tasks[task.id] = agent
@@ -295,7 +294,7 @@ class FairQueue:
         prompt = flight.prompt_tokens if spent.prompt_tokens is None else spent.prompt_tokens
         output = flight.output_tokens if spent.output_tokens is None else spent.output_tokens
         self._count_progress(agent, flight, spent.cost, prompt, output)
-        self._count_release(agent, spent.cost - flight.charged)
+        self._count_release(agent, spent.cost - flight.task.cost)
 
     def _count_progress(self, agent: Agent, flight: Flight, attained: float, prompt: float, output: float) -> None:
         agent.attained = KvTokenIterations(agent.attained + attained - flight.attained)
@@ -309,23 +308,11 @@ class FairQueue:
         tenant = agent.tenant
         tenant.start_tag = VirtualTime(tenant.start_tag + cost / tenant.weight)
 
-    def _recharge(self, agent: Agent, flight: Flight, cost: float) -> None:
-        """A task in flight is known to cost something else than was thought."""
-        difference = KvTokenIterations(cost - flight.charged)
-        if difference:
-            flight.charged = KvTokenIterations(cost)
-            self._count_release(agent, difference)
-            self._correct(agent, difference, agent.predicted)
-
-    def _correct(self, agent: Agent, difference: KvTokenIterations, agent_cost: KvTokenIterations) -> None:
+    def _reconcile(self, agent: Agent, task: Task, cost: KvTokenIterations, agent_cost: KvTokenIterations) -> None:
+        difference = KvTokenIterations(cost - task.cost)
         self._reference.correct(agent.tenant.id, agent.id, difference)
         agent.arrived = KvTokenIterations(max(0.0, agent.arrived + difference))
         self._settle_tag(agent, agent_cost)
-
-    def _reconcile(
-        self, agent: Agent, charged: KvTokenIterations, cost: KvTokenIterations, agent_cost: KvTokenIterations
-    ) -> None:
-        self._correct(agent, KvTokenIterations(cost - charged), agent_cost)
         if not agent.busy:
             agent.idle_since = self._reference.virtual_time(agent.tenant.id)
         if not self._tasks:

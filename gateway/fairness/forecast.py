@@ -78,7 +78,7 @@ class Forecast:
     def calibrate(self, now: Iterations, held_tokens: float) -> None:
         """The engine says what it holds altogether: more than reckoned since blocks are not full, less since tasks share."""
         reckoned = self._base + self._rate * now
-        if reckoned > 0:
+        if reckoned > 0 and 0 < held_tokens < math.inf:
             self._scale += (held_tokens / reckoned - self._scale) / WORDS
 
     def learn(self, task: Task, output_tokens: float) -> None:

@@ -38,7 +38,7 @@ class Reference(Generic[FlowId]):
 
     def advance(self, now: Iterations) -> None:
         """Bring V up to `now`. Between two flows' ends V is a straight line of slope M / Σ w."""
-        if now < self.now:
+        if not now >= self.now:
             raise QueueError(f"the service clock went back from {self.now} to {now}")
         left = now - self.now
         while left > 0 and (first := self._ends.first()) is not None and self._capacity_tokens > 0:
@@ -127,7 +127,9 @@ class Reference(Generic[FlowId]):
         flow.backlogged = False
         self._ends.remove(flow_id)
         self._backlogged -= 1
-        # Exactly zero when nobody is left, whatever rounding did.
-        self._backlogged_weight = self._backlogged_weight - flow.weight if self._backlogged else 0.0
+        before = self._backlogged_weight
+        self._backlogged_weight = before - flow.weight
+        if self._backlogged_weight <= 1e-9 * before:  # whatever rounding did
+            self._backlogged_weight = sum(f.weight for f in self._flows.values() if f.backlogged)
         if flow.forgotten:
             del self._flows[flow_id]

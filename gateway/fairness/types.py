@@ -78,10 +78,9 @@ class ReleaseLimits:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A task at the engine, with what has been counted for it so far. `charged`: its cost as the reference knows it."""
+    """A task at the engine, with what has been counted for it so far."""
 
     task: Task
-    charged: KvTokenIterations
     prompt_tokens: float
     output_tokens: float = 0.0
     attained: KvTokenIterations = KvTokenIterations(0.0)

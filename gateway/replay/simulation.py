@@ -242,7 +242,7 @@ class _Simulation:
         agent_id = AgentId(journey.trace.agent_id)
         agent = self._queue.agents[agent_id]
         cost = KvTokenIterations(self._setup.cost(task.prompt_tokens, task.output_tokens, cached_tokens))
-        believed = agent.in_flight[TaskId(key)].charged
+        believed = agent.in_flight[TaskId(key)].task.cost
         total = self._agent_cost(journey, max(0.0, agent.arrived - believed + cost))
         spent = Spent(cost, task.prompt_tokens, task.output_tokens)
         self._ask(self._queue.complete, self._now, TaskId(key), spent, total)
