@@ -24,11 +24,12 @@ sharing at the *finish tag*
 
     F = max(S + Ĉ/w, B)
 
-and agents are served one after another in the order of F, each with all the memory it can use: nobody finishes much later
-than under fair sharing, and most finish much earlier (selective pampering). Ĉ and S move on three occasions only, and F with
-them. While the agent is *forming* (none of its tasks released yet) Ĉ is renewed with each arrival, since a fan-out
-reaches a server as single requests. When the work that has arrived outgrows Ĉ, Ĉ is predicted anew. And S moves with V while the agent has
-nothing to do, neither here nor in the reference: who waits for a tool is neither aged nor charged.
+and agents are served one after another in the order of F, each with all the memory it can use: nobody finishes much
+later than under fair sharing, and most finish much earlier (selective pampering). Ĉ and S move on three occasions
+only, and F with them. While the agent is *forming* (none of its tasks released yet) Ĉ is renewed with each arrival,
+since a fan-out reaches a server as single requests. When the work that has arrived outgrows Ĉ, Ĉ is predicted anew.
+And S moves with V while the agent has nothing to do, neither here nor in the reference: who waits for a tool is
+neither aged nor charged.
 
 **Tenants** share first, and agents within their tenant: the same reference, nested. A tenant's agents are its packets. It
 goes first if it would first have been given the work of its next agent. With one tenant this level vanishes.
