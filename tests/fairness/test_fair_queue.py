@@ -234,6 +234,11 @@ def test_rank_goes_with_the_release() -> None:
             q.now, Task(TaskId(9), AgentId("z"), KvTokenIterations(1), 1), KvTokenIterations(1), weight=0
         ),
         lambda q: q.queue.set_capacity(q.now, -1),
+        lambda q: q.queue.set_capacity(q.now, -5, 3),
+        lambda q: q.queue.release(Iterations(float("nan"))),
+        lambda q: q.queue.enqueue(
+            q.now, Task(TaskId(9), AgentId("z"), KvTokenIterations(1), 1, sequences=0), KvTokenIterations(1)
+        ),
         lambda q: q.queue.release(Iterations(q.now - 1)),
     ],
 )
@@ -265,3 +270,23 @@ def test_many_changes_leave_no_stale_entries_behind() -> None:
         queue.enqueue("b", 0, total=total)
     assert len(queue.queue.agents[AgentId("a")].tenant.order._heap) < 100
     queue.cancel(task)
+
+
+def test_sequences_side_by_side_are_counted_each_for_itself() -> None:
+    """Eight of a prompt of 100 tokens, 50 produced by each: eight times the cost of one."""
+    queue = Driver(capacity=10_000)
+    cost = KvTokenIterations(8 * (100 * 50 + 50 * 51 / 2))
+    task = Task(TaskId(1), AgentId("a"), cost, 8 * 150, 8 * 100, sequences=8)
+    queue.queue.enqueue(queue.now, task, cost)
+    queue.release()
+    queue.queue.observe(queue.now, TaskId(1), 8 * 150, 8 * 50)
+    assert queue.queue.agents[AgentId("a")].attained == cost
+
+
+def test_a_flow_of_enormous_weight_leaves_the_sum_of_weights_right() -> None:
+    queue = Driver()
+    queue.enqueue("heavy", 1, weight=1e17)
+    queue.enqueue("light", 100)
+    queue.now = Iterations(0.5)
+    queue.release()
+    assert 0 < queue.queue.virtual_time() <= 50
