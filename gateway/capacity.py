@@ -16,6 +16,8 @@ from gateway.fairness import Iterations
 SILENCE_S = 5.0
 # Iterations that it takes to know what an engine can hold, and over which that is then averaged.
 CAPACITY_ENOUGH, CAPACITY_HORIZON = 200.0, 2000.0
+# After so many it is taken over again.
+CAPACITY_ITERATIONS = 256
 
 
 class ServedCapacity:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from dataclasses import replace
 
-from gateway.capacity import EngineView, ServedCapacity
+from gateway.capacity import CAPACITY_ITERATIONS, EngineView, ServedCapacity
 from gateway.errors import GatewayError, NoEngine, QueueFull, ShuttingDown, WaitedTooLong
 from gateway.fairness import FairQueue, KvTokenIterations, Release, Spent, Task, TaskId
 
@@ -22,8 +22,6 @@ DRAIN_WINDOW = 64
 # Tasks at an engine that has not said how much memory it has; at one that has, but not how many tasks it runs at once.
 SLOTS_WITHOUT_CAPACITY = 8
 SLOTS_OF_STOCK = 256
-# After so many the effective capacity is taken over again.
-CAPACITY_ITERATIONS = 256
 
 
 class Turn:

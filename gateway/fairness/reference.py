@@ -31,8 +31,7 @@ class Reference(Generic[FlowId]):
         self.virtual_time = VirtualTime(0.0)
         self.now = Iterations(0.0)
         self._capacity_tokens = capacity_tokens
-        self._backlogged = 0  # how many, and their weights
-        self._backlogged_weight = 0.0
+        self._backlogged_weight = 0.0  # of all the backlogged
         self._flows: dict[FlowId, _Flow] = {}
         self._ends: Order[FlowId] = Order()  # of the backlogged, by B
 
@@ -116,7 +115,6 @@ class Reference(Generic[FlowId]):
         if flow.backlog_tag > self.virtual_time:
             if not flow.backlogged:
                 flow.backlogged = True
-                self._backlogged += 1
                 self._backlogged_weight += flow.weight
             self._ends.put(flow_id, (flow.backlog_tag, 0))
         elif flow.backlogged:
@@ -126,10 +124,9 @@ class Reference(Generic[FlowId]):
         flow = self._flows[flow_id]
         flow.backlogged = False
         self._ends.remove(flow_id)
-        self._backlogged -= 1
         before = self._backlogged_weight
         self._backlogged_weight = before - flow.weight
         if self._backlogged_weight <= 1e-9 * before:  # whatever rounding did
-            self._backlogged_weight = sum(f.weight for f in self._flows.values() if f.backlogged)
+            self._backlogged_weight = sum((self._flows[other].weight for other in self._ends), 0.0)
         if flow.forgotten:
             del self._flows[flow_id]

@@ -19,7 +19,7 @@ from engine.profile import ProfileError, load_profile
 from gateway.bench.environment import versions
 from gateway.fairness import POLICIES
 from gateway.replay.predictors import COSTS, UnknownPredictor, beliefs
-from gateway.replay.results import ReleaseName, Replay, Run, against_vtc, own_release, write
+from gateway.replay.results import ReleaseName, Replay, Run, against_vtc, label, own_release, write
 from gateway.replay.simulation import Setup, simulate
 from gateway.replay.traces import BUILT_IN, built_in, describe
 from gateway.settings import command_config
@@ -104,7 +104,7 @@ def run_replay(settings: ReplaySettings) -> int:
     runs = []
     with collector_at_rest(), _progress(console) as progress:
         for policy, release in settings.runs():
-            name = policy if release == own_release(policy) else f"{policy}@{release}"
+            name = label(policy, release)
             bar = progress.add_task(name, total=len(agents))
             believed = beliefs(settings.predictor, seed=settings.seed, past=past, cost=cost)
             try:
@@ -145,6 +145,11 @@ def load_trace(spec: str) -> list[AgentTrace]:
             raise TraceError(f"no file {spec}, and no built-in trace: {', '.join(BUILT_IN)}")
         agents = read_trace(path)
     return agents
+
+
+def begin_alike(agents: Sequence[AgentTrace]) -> bool:
+    """Whether the trace says of any prompt that it shares its beginning."""
+    return any(task.prefix is not None for agent in agents for task in agent.tasks)
 
 
 def load_past(spec: str, learn_from: str) -> list[AgentTrace]:
@@ -221,7 +226,6 @@ def _cannot_write(settings: ReplaySettings) -> str | None:
 
 
 def _setup(settings: ReplaySettings, agents: Sequence[AgentTrace]) -> Setup:
-    shares = any(task.prefix is not None for agent in agents for task in agent.tasks)
     profile = load_profile(settings.profile)
     if settings.max_num_seqs is not None and settings.max_num_seqs > profile.max_num_batched_tokens:
         raise ProfileError(
@@ -237,7 +241,7 @@ def _setup(settings: ReplaySettings, agents: Sequence[AgentTrace]) -> Setup:
         beta=settings.beta,
         cost=COSTS[settings.cost],
         capacity=settings.capacity,
-        prefix_caching=shares if settings.prefix_caching is None else settings.prefix_caching,
+        prefix_caching=begin_alike(agents) if settings.prefix_caching is None else settings.prefix_caching,
         timings=settings.timings,
         memory_over_time=settings.plot is not None,
     )

@@ -397,11 +397,7 @@ def _public(report: Report) -> str:
     if not found:
         return "(None was given.)"
     by_place: dict[float, str] = {o.job.x: o.job.trace.split(":")[1].removesuffix(".csv") for o in found}
-    rows = [
-        _against(by_place[x], p, report.of("public", "justitia", p, x))
-        for x in sorted(by_place)
-        for p in ("exact", "ladder")
-    ]
+    rows = [_against(by_place[x], p, report.of("public", "justitia", p, x)) for x in sorted(by_place) for p in BELIEFS]
     return _table(AGAINST, rows)
 
 

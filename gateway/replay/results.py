@@ -87,7 +87,7 @@ class Run(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def label(self) -> str:
-        return self.policy if self.release == own_release(self.policy) else f"{self.policy}@{self.release}"
+        return label(self.policy, self.release)
 
 
 class Replay(msgspec.Struct, frozen=True):
@@ -99,6 +99,11 @@ class Replay(msgspec.Struct, frozen=True):
 def own_release(policy: str) -> ReleaseName:
     """By predicted memory is ours; the field's policies stand in engines that admit what they have room for now."""
     return "memory" if policy == "justitia" else "engine"
+
+
+def label(policy: str, release: str) -> str:
+    """The policy's name, and how tasks are released if that is not its own way."""
+    return policy if release == own_release(policy) else f"{policy}@{release}"
 
 
 def spread(jcts: Sequence[float]) -> dict[str, float]:

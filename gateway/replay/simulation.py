@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 from engine.hints import Hints, to_tag
 from engine.profile import StepProfile
-from gateway.capacity import ServedCapacity
+from gateway.capacity import CAPACITY_ITERATIONS, ServedCapacity
 from gateway.fairness import (
     POLICIES,
     AgentId,
@@ -43,8 +43,6 @@ Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
 # The engine's own waiting tasks that the gateway's slots leave room for.
 ENGINE_WAITING = 4
-# Iterations after which the effective capacity is taken over again.
-CAPACITY_EVERY = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +227,7 @@ class _Simulation:
         )
         if waits:
             self._served.observe(1, decoding + ended - shared)
-        if engine.iterations % CAPACITY_EVERY == 0:
+        if engine.iterations % CAPACITY_ITERATIONS == 0:
             self._take_capacity()
         if self._setup.memory_over_time and engine.iterations % MEMORY_EVERY == 0:
             held: dict[str, int] = defaultdict(int)

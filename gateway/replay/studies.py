@@ -13,7 +13,7 @@ from multiprocessing import get_context
 import msgspec
 
 from engine.profile import load_profile
-from gateway.replay.command import collector_at_rest, load_past, load_trace
+from gateway.replay.command import begin_alike, collector_at_rest, load_past, load_trace
 from gateway.replay.predictors import COSTS, beliefs
 from gateway.replay.results import ReleaseName, Summary, own_release
 from gateway.replay.simulation import Setup, simulate
@@ -105,7 +105,7 @@ def run_one(job: Job) -> Row:
         profile=load_profile(PROFILE),
         cost=cost,
         beta=job.beta,
-        prefix_caching=any(task.prefix for agent in agents for task in agent.tasks),
+        prefix_caching=begin_alike(agents),
     )
     chosen: ReleaseName = release or own_release(policy)  # type: ignore[assignment]
     believed = beliefs(job.predictor, seed=job.seed, past=past, cost=cost)
