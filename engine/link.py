@@ -1,15 +1,26 @@
-"""The link: what the engine's scheduler tells the gateway, over ZeroMQ on a local socket.
+"""The link between the engine's scheduler and the gateway: ZeroMQ on local sockets, messages as msgspec structs.
 
-The engine binds an XPUB socket. Each new subscriber, also one that comes back and also while the engine is idle, makes
-it send a `Hello`, which carries the protocol's version and the engine's size, and then the latest `Report`. After every
-engine iteration (and after an abort) follows another report. A report is the whole state with counters that only grow,
-so a lost one costs nothing, and the engine keeps no more than one to send. The last one is repeated every second: it
-may have been the one that was lost, and an engine that falls silent is not idle but gone.
+Engine to gateway. The engine binds an XPUB socket. Each new subscriber, also one that comes back and also while the engine
+is idle, makes it send a `Hello`, which carries the protocol's version and the engine's size, and then the latest `Report`.
+After every engine iteration (and after an abort) follows another report. A report is the whole state with counters that only
+grow, so a lost one costs nothing, and the engine keeps no more than one to send. The last one is repeated every second: it
+may have been the one that was lost, and an engine that falls silent is not idle but gone. What a task really held is said
+once, in `Ended`, when it ends.
 
-Two threads use the engine's socket, one at a time: the scheduler's, which sends when it has something to tell, and one
-of the publisher's own, which greets and repeats while the scheduler has nothing to do. ZeroMQ allows that under a lock,
-and the scheduler never waits for it. A thread that did all the sending was tried: beside a main thread that keeps
-Python's interpreter lock busy it came to send no more than one report in three.
+Gateway to engine. The engine binds a PULL socket beside it. A gateway first sends a `Greeting` with its name, the protocol's
+version, and the number of its next change. `Change` says new tags of tasks, and of which agents the KV is to be kept. Changes
+are heard in the order of their numbers; one that comes from a stranger or out of turn is refused and counted. Each report
+says up to which number each gateway has been heard. What is not acknowledged within a second is sent again, after another
+greeting: so a lost change heals as a lost report does. `Snapshot` asks for all that a report may leave out.
+
+Whatever the other end does, a step waits for nothing. Reports that a gateway does not read are dropped. Of what gateways
+send, a step reads so many messages and so long at most; the rest waits in ZeroMQ, which takes `RECEIVE_HIGH_WATER_MARK`
+messages of `LARGEST_CHANGE` bytes from each and lets no gateway keep another from being heard.
+
+Two threads use the engine's sockets, one at a time: the scheduler's, and one of the link's own, which greets, repeats and
+listens while the scheduler has nothing to do. ZeroMQ allows that under a lock, and the scheduler never waits for it. A
+thread that did all the sending was tried: beside a main thread that keeps Python's interpreter lock busy it came to send
+no more than one report in three.
 """
 
 from __future__ import annotations
@@ -17,15 +28,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from itertools import islice
+from typing import NamedTuple
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-PROTOCOL = 1
-# Reports that may wait in ZeroMQ for a slow gateway before new ones are dropped.
-SEND_HIGH_WATER_MARK = 64
+PROTOCOL = 2
+# Messages that may wait in ZeroMQ for a slow gateway before new ones are dropped.
+SEND_HIGH_WATER_MARK = 256
+# Messages that may wait in ZeroMQ for the engine, from each gateway, and bytes that one may have.
+RECEIVE_HIGH_WATER_MARK = 1000
+LARGEST_CHANGE = 64 * 2**10
+# What a step reads of them at most.
+READ_MESSAGES, READ_S = 64, 500e-6
+# Gateways whose last number a report tells.
+GATEWAYS = 8
+# Bytes of the entries of one change (which has some more), and of an entry beside its name. A gateway's own name is short.
+CHANGE_BYTES, ENTRY_BYTES = 48 * 2**10, 24
+LONGEST_NAME = 256
+RESEND_S = 1.0
 # While the scheduler has nothing to tell, newcomers are greeted this often, and the last report is repeated each tenth time.
 IDLE_INTERVAL_S = 0.1
 REPEAT_AFTER = 10
@@ -38,7 +65,7 @@ class LinkError(Exception):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello", forbid_unknown_fields=False):
-    """The first message to a subscriber; a repeated one changes nothing."""
+    """The engine's first message to a subscriber; a repeated one changes nothing."""
 
     protocol: int
     engine_id: str  # new at every start of the engine: iterations and counters begin again at zero
@@ -54,53 +81,128 @@ class Hello(msgspec.Struct, frozen=True, tag="hello", forbid_unknown_fields=Fals
         return self.total_blocks * self.block_size
 
 
-class Holding(msgspec.Struct, frozen=True, array_like=True):
-    """What one running task holds: tokens of KV, and tokens it has produced so far."""
+class Holding(NamedTuple):
+    """What one running task holds: tokens of KV, and tokens it has produced so far, over all of its sequences."""
 
     kv_tokens: int
     output_tokens: int
 
 
-class Report(msgspec.Struct, frozen=True, tag="report", forbid_unknown_fields=False):
-    """The engine's state after an iteration."""
+class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report", omit_defaults=True, forbid_unknown_fields=False):
+    """The engine's state after an iteration. Counters are since the engine's start.
+
+    The columns `tasks`, `kv_tokens` and `output_tokens` are of the running sequences, by the gateway's number of their task
+    (-1: it is not the gateway's). waiting_tasks: the tasks in the engine's own queue, unless they are many. agents: KV tokens
+    held by each agent, where a block that several sequences hold counts for each in part; now and then, else empty.
+    """
 
     engine_id: str
-    iteration: int  # iterations done since the engine's start
+    iteration: int
     free_blocks: int
     running: int
     waiting: int
-    preempted: int  # preemptions since the engine's start
-    held: dict[int, Holding]  # by the gateway's task number
+    preempted: int = 0
+    recomputed_tokens: int = 0  # computed, lost by preemption, and to be computed again
+    displaced: int = 0  # of the preempted: those that gave way to a more urgent task
+    displaced_tokens: int = 0  # of the recomputed
+    kept_blocks: int = 0  # of the free ones: those that hold the KV of agents who wait for their tools
+    tasks: list[int] = []
+    kv_tokens: list[int] = []
+    output_tokens: list[int] = []
+    waiting_tasks: list[int] = []
+    agents: dict[str, float] = {}
+    heard: dict[str, int] = {}  # by gateway, the number of its last change
+    refused: int = 0  # messages that could not be read, or came from nobody that has greeted
+
+    @property
+    def held(self) -> dict[int, Holding]:
+        """By the gateway's task number; put together anew each time."""
+        held: dict[int, Holding] = {}
+        for task, kv_tokens, output_tokens in zip(self.tasks, self.kv_tokens, self.output_tokens, strict=True):
+            if task in held:  # a body with `n` > 1 is one task and several sequences
+                kv_tokens, output_tokens = kv_tokens + held[task].kv_tokens, output_tokens + held[task].output_tokens
+            if task >= 0:
+                held[task] = Holding(kv_tokens, output_tokens)
+        return held
 
 
-Message = Hello | Report
+class Ended(msgspec.Struct, frozen=True, tag="ended", forbid_unknown_fields=False):
+    """Sequences have ended. costs: by task, KV tokens held, summed over the iterations; see `engine.ledger`."""
+
+    engine_id: str
+    costs: dict[int, float]
+
+
+class Greeting(msgspec.Struct, frozen=True, tag="greeting", forbid_unknown_fields=False):
+    """A gateway's first message, and again to each engine that it meets. number: of the change that comes next."""
+
+    protocol: int
+    gateway: str
+    number: int
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True, tag="change", omit_defaults=True, forbid_unknown_fields=False):
+    """tags: by task, the tag that it has from now on. keep: by agent, for how many iterations from now its KV is to be
+    kept; 0 lets it go."""
+
+    gateway: str
+    number: int
+    tags: dict[int, int] = {}
+    keep: dict[str, int] = {}
+
+
+class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", forbid_unknown_fields=False):
+    """Asks for a report that leaves nothing out."""
+
+
+Message = Hello | Report | Ended
+Request = Greeting | Change | Snapshot
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode
+_decode_request = msgspec.msgpack.Decoder(Request).decode
 
 
-class LinkPublisher:
-    """The engine's end. `publish` returns at once and never raises, whatever the other end does.
+def inbox(address: str) -> str:
+    """Where the engine whose reports come from `address` listens. Raises `LinkError` if that is no local socket."""
+    if not address.startswith("ipc://"):
+        raise LinkError(f"cannot bind the link to {address}: an address is ipc:///path/to/link.sock")
+    return f"{address}.in"
+
+
+class EngineLink:
+    """The engine's end. Nothing in it blocks or raises, whatever the other end does.
 
     address: a ZeroMQ address such as `ipc:///run/justitia/link.sock`. Raises `LinkError` when it cannot be bound.
     """
 
     def __init__(self, address: str, hello: Hello) -> None:
+        addresses = address, inbox(address)
         self._hello = _encode(hello)
         self._latest: Report | None = None
         self._sent: Report | None = None
-        # A context of our own: no one else's `term` can wait for this socket, nor this one for theirs.
+        self._ended: deque[bytes] = deque(maxlen=SEND_HIGH_WATER_MARK)
+        self._changes: deque[Change] = deque()
+        self.heard: dict[str, int] = {}  # the last number of each gateway, the one that greeted last comes first
+        self.refused = 0
+        self.snapshot_wanted = False
+        # A context of our own: no one else's `term` can wait for these sockets, nor these for theirs.
         self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
-        self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # hear of every subscriber, not only of the first
-        self._socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        try:
-            self._socket.bind(address)
-        except zmq.ZMQError as error:
-            self._socket.close()
-            self._context.term()
-            raise LinkError(f"cannot bind the link to {address}: {error}") from error
+        self._out: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
+        self._out.setsockopt(zmq.XPUB_VERBOSE, 1)  # hear of every subscriber, not only of the first
+        self._out.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
+        self._in: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
+        self._in.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
+        self._in.setsockopt(zmq.MAXMSGSIZE, LARGEST_CHANGE)
+        for socket, at in zip((self._out, self._in), addresses, strict=True):
+            socket.setsockopt(zmq.LINGER, 0)
+            try:
+                socket.bind(at)
+            except zmq.ZMQError as error:
+                self._out.close()
+                self._in.close()
+                self._context.term()
+                raise LinkError(f"cannot bind the link to {at}: {error}") from error
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._while_idle, name="justitia-link", daemon=True)
@@ -109,59 +211,126 @@ class LinkPublisher:
     def publish(self, report: Report) -> None:
         """Tell the subscribers, and those to come until the next report. After `close`: nothing."""
         self._latest = report
-        if self._lock.acquire(blocking=False):
-            try:
-                self._serve()
-            finally:
-                self._lock.release()
+        self._try(self._tell)
+
+    def ended(self, ended: Ended) -> None:
+        """Goes out with the next report."""
+        self._ended.append(_encode(ended))
+
+    def changes(self) -> Iterator[Change]:
+        """What gateways ask for, in the order in which it came."""
+        self._try(self._listen)
+        until = time.perf_counter() + READ_S
+        while self._changes:
+            yield self._changes.popleft()
+            if time.perf_counter() > until:
+                return  # the rest in the next step
 
     def close(self) -> None:
         self._closing.set()
         self._thread.join()
         with self._lock:
-            self._socket.close()
+            self._out.close()
+            self._in.close()
             self._context.term()
+
+    def _try(self, do: Callable[[], None]) -> None:
+        """Unless the other thread is at it, or the link is closed."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._closing.is_set():
+                    do()
+            finally:
+                self._lock.release()
 
     def _while_idle(self) -> None:
         seen, unchanged = None, 0
         while not self._closing.wait(IDLE_INTERVAL_S):
             if self._latest is not seen:
-                # The scheduler is at work, and greets by itself.
+                # The scheduler is at work, and does all this by itself.
                 seen, unchanged = self._latest, 0
                 continue
             unchanged += 1
             with self._lock:
-                self._serve(repeat=unchanged % REPEAT_AFTER == 0)
+                self._listen()
+                self._tell(repeat=self.snapshot_wanted or unchanged % REPEAT_AFTER == 0)
+                self.snapshot_wanted = False
 
-    def _serve(self, repeat: bool = False) -> None:
+    def _tell(self, repeat: bool = False) -> None:
         """Greet who is new, and send the latest report to all if it was not sent yet. The caller holds the lock."""
-        if self._closing.is_set():
-            return
         try:
             newcomers = False
             # Of what XPUB has to read, 1 begins a subscription and 0 ends one.
-            while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                newcomers |= self._socket.recv(zmq.NOBLOCK)[:1] == b"\x01"
+            while int(self._out.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                newcomers |= self._out.recv(zmq.NOBLOCK)[:1] == b"\x01"
             # All hear the greeting of one. A send never blocks: XPUB drops what a full subscriber cannot take.
             if newcomers:
-                self._socket.send(self._hello, zmq.NOBLOCK)
+                self._out.send(self._hello, zmq.NOBLOCK)
+            while self._ended:
+                self._out.send(self._ended.popleft(), zmq.NOBLOCK)
             latest = self._latest
             if latest is not None and (newcomers or repeat or latest is not self._sent):
                 self._sent = latest  # also when it cannot be encoded: once is enough
-                self._socket.send(_encode(latest), zmq.NOBLOCK)
+                self._out.send(_encode(latest), zmq.NOBLOCK)
         except Exception:
             # The engine serves on without this report.
             logger.exception("a report was lost on the link to the gateway")
 
+    def _listen(self) -> None:
+        """Read what has come, but not for long. The caller holds the lock."""
+        try:
+            until = time.perf_counter() + READ_S
+            for _ in range(READ_MESSAGES - len(self._changes)):
+                if not int(self._in.getsockopt(zmq.EVENTS)) & zmq.POLLIN or time.perf_counter() > until:
+                    return
+                self._take(self._in.recv(zmq.NOBLOCK))
+        except Exception:
+            logger.exception("the link's inbox cannot be read")
 
-class LinkSubscriber:
-    """The gateway's end: an asynchronous stream of messages. It may connect before the engine is there."""
+    def _take(self, message: bytes) -> None:
+        try:
+            request = _decode_request(message)
+        except (msgspec.DecodeError, ValueError, RecursionError):
+            self.refused += 1
+            return
+        if isinstance(request, Greeting):
+            if request.protocol != PROTOCOL or len(request.gateway) > LONGEST_NAME:
+                self.refused += 1
+                return
+            others = ((name, number) for name, number in self.heard.items() if name != request.gateway)
+            self.heard = {request.gateway: request.number - 1, **dict(islice(others, GATEWAYS - 1))}
+        elif isinstance(request, Snapshot):
+            self.snapshot_wanted = True
+        elif request.number - 1 == self.heard.get(request.gateway):
+            self.heard[request.gateway] = request.number
+            self._changes.append(request)
+        else:
+            self.refused += 1
+
+
+class GatewayLink:
+    """The gateway's end: an asynchronous stream of messages, and changes the other way. It may connect before the engine is
+    there.
+
+    resent: changes that were sent again, since the engine did not say that it had heard them. dropped: messages that could
+    not be sent, as too many wait for an engine that does not read.
+    """
 
     def __init__(self, address: str) -> None:
-        self._socket: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.SUB)
+        self.name = uuid.uuid4().hex
+        self.resent = self.dropped = 0
+        self._engine: str | None = None
+        self._number = 0
+        self._unheard: dict[int, tuple[Change, float]] = {}  # by number, with when it was sent
+        context = zmq.asyncio.Context.instance()
+        self._socket: zmq.asyncio.Socket = context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self._out: zmq.Socket[bytes] = zmq.Socket(context, zmq.PUSH)  # which never waits
+        self._out.setsockopt(zmq.LINGER, 0)
+        self._out.setsockopt(zmq.SNDHWM, RECEIVE_HIGH_WATER_MARK)
         self._socket.connect(address)
+        self._out.connect(inbox(address))
 
     async def messages(self) -> AsyncIterator[Message]:
         """Of the reports that came while the caller was busy only the newest. Never ends by itself.
@@ -179,13 +348,91 @@ class LinkSubscriber:
                     pending = asyncio.ensure_future(self._socket.recv())
                 newest = next((message for message in reversed(came) if isinstance(message, Report)), None)
                 for message in came:
-                    if isinstance(message, Hello) or message is newest:
-                        yield message
+                    if isinstance(message, Hello):
+                        self._meet(message)
+                    elif message is newest:
+                        self._acknowledge(newest)
+                    elif isinstance(message, Report):
+                        continue
+                    yield message
         finally:
             pending.cancel()
 
+    def change(self, tags: Mapping[int, int] | None = None, keep: Mapping[str, int] | None = None) -> None:
+        """Tell the engine, and again until it has heard. Before an engine has said hello there is nothing to change."""
+        if self._engine is None:
+            return
+        one, size = _Draft(), 0
+        entries: list[tuple[int | str, int]] = [*(tags or {}).items(), *(keep or {}).items()]
+        for entry in entries:
+            length = ENTRY_BYTES + (len(entry[0].encode()) if isinstance(entry[0], str) else 0)
+            if length > CHANGE_BYTES:
+                self.dropped += 1  # a name that no message could carry
+                continue
+            if size + length > CHANGE_BYTES:
+                self._number_and_send(one)
+                one, size = _Draft(), 0
+            size += length
+            one.add(*entry)
+        if size:
+            self._number_and_send(one)
+
+    def ask_for_snapshot(self) -> None:
+        self._send(Snapshot())
+
     def close(self) -> None:
         self._socket.close()
+        self._out.close()
+
+    def _meet(self, hello: Hello) -> None:
+        """A hello may be for another subscriber that is new. When the engine is, all tasks of the old one are gone."""
+        if hello.engine_id != self._engine:
+            self._engine = hello.engine_id
+            self._unheard.clear()
+            self._greet()
+
+    def _greet(self) -> None:
+        self._send(Greeting(PROTOCOL, self.name, self._number + 1))
+
+    def _acknowledge(self, report: Report) -> None:
+        heard = report.heard.get(self.name, 0) if report.engine_id == self._engine else 0
+        while self._unheard and next(iter(self._unheard)) <= heard:
+            del self._unheard[next(iter(self._unheard))]
+        if not self._unheard or next(iter(self._unheard.values()))[1] > time.monotonic() - RESEND_S:
+            return
+        tags: dict[int, int] = {}
+        keep: dict[str, int] = {}
+        for change, _ in self._unheard.values():
+            tags |= change.tags
+            keep |= change.keep
+        self.resent += len(self._unheard)
+        self._unheard.clear()
+        self._greet()  # it may not know us any more, and waits for a number that was lost
+        self.change(tags, keep)
+
+    def _number_and_send(self, draft: _Draft) -> None:
+        self._number += 1
+        one = Change(gateway=self.name, number=self._number, tags=draft.tags, keep=draft.keep)
+        self._unheard[one.number] = one, time.monotonic()
+        self._send(one)
+
+    def _send(self, request: Request) -> None:
+        try:
+            self._out.send(_encode(request), zmq.NOBLOCK)
+        except zmq.Again:
+            self.dropped += 1
+
+
+class _Draft:
+    def __init__(self) -> None:
+        self.tags: dict[int, int] = {}
+        self.keep: dict[str, int] = {}
+
+    def add(self, name: int | str, value: int) -> None:
+        if isinstance(name, int):
+            self.tags[name] = value
+        else:
+            self.keep[name] = value
 
 
 def parse(message: bytes) -> Message:

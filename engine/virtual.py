@@ -101,11 +101,13 @@ class Running(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """cached_tokens: of its prompt, those that the prefix cache had when it was first admitted."""
+    """cached_tokens: of its prompt, those that the prefix cache had when it was first admitted. held: KV token·iterations, as
+    our scheduler counts them; None with a stock one."""
 
     key: int
     output_tokens: int
     cached_tokens: int
+    held: float | None = None
 
 
 class Step(NamedTuple):
@@ -120,8 +122,7 @@ class _Modelless(AsyncScheduler):  # type: ignore[misc, unused-ignore]  # Any, w
 
     def __init__(self, *args: Any, shortcuts: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.preemptions = 0
-        self.recomputed_tokens = 0
+        self.victims = self.lost_tokens = 0
         self.caching = bool(self.kv_cache_manager.enable_caching)
         self._message = CachedRequestData.make_empty()
         self._no_blocks = self.kv_cache_manager.empty_kv_cache_blocks
@@ -156,17 +157,40 @@ class _Modelless(AsyncScheduler):  # type: ignore[misc, unused-ignore]  # Any, w
                 return self._no_blocks
         return self._allocate(request, num_new_tokens, **kwargs)
 
-    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
-        self.preemptions += 1
-        self.recomputed_tokens += request.num_computed_tokens
-        super()._preempt_request(request, timestamp, drop_stale_output)
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self.victims += 1
+        self.lost_tokens += request.num_computed_tokens
+        super()._preempt_request(request, *args, **kwargs)
+
+    def lulled(self) -> None:
+        """An iteration in which it was not asked."""
+
+    def decoded(self, request: Request, count: int) -> None:
+        """The request had so many tokens, one an iteration, in which the scheduler was not asked."""
+        request.num_computed_tokens += count
 
     def _make_cached_request_data(self, *args: Any, **kwargs: Any) -> CachedRequestData:
         return self._message
 
 
 class _ModellessJustitia(_Modelless, JustitiaScheduler):
-    """Reports to nobody, as no link is configured."""
+    """Reports to nobody, as no link is configured. costs: KV token·iterations held by the requests that have ended."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.costs: dict[str, float] = {}
+
+    def lulled(self) -> None:
+        self.ledger.iteration += 1
+
+    def decoded(self, request: Request, count: int) -> None:
+        self.ledger.decoded(request, count)
+        super().decoded(request, count)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        freed = super()._free_request(request, *args, **kwargs)
+        self.costs[request.request_id] = vars(request)["justitia_held"]
+        return freed
 
 
 class _Lull:
@@ -209,6 +233,7 @@ class _Lull:
             self._update(request)
             memory.allocate_slots(request, 1)
         self.at += 1
+        self._scheduler.lulled()
         for request in ending:
             self._update(request)
             self._scheduler.finish(request)
@@ -222,7 +247,7 @@ class _Lull:
         name = request.request_id
         behind = self._start[name] + self.at - request.num_computed_tokens
         if behind:
-            request.num_computed_tokens += behind
+            self._scheduler.decoded(request, behind)
             request.append_output_token_ids([self._tokens[name]] * behind)
 
 
@@ -240,9 +265,11 @@ class VirtualEngine:
         max_model_len: int = 32768,
         prefix_caching: bool = False,
         stock_policy: Literal["priority", "fcfs"] = "priority",
+        displace_margin: float | None = None,
         shortcuts: bool = True,
     ) -> None:
-        """`kv_blocks`, `block_size` and `max_num_seqs` are the profile's unless given. `stock_policy` is for "stock"."""
+        """`kv_blocks`, `block_size` and `max_num_seqs` are the profile's unless given. `stock_policy` is for "stock",
+        `displace_margin` (see `JustitiaScheduler`) for ours."""
         self.profile = profile
         self.now_s = 0.0
         self.iterations = 0
@@ -258,6 +285,7 @@ class VirtualEngine:
             max_model_len=max_model_len,
             enable_prefix_caching=prefix_caching,
             scheduling_policy=stock_policy,
+            additional_config={"justitia": {"displace_margin": displace_margin}},
         )
         config.cache_config.num_gpu_blocks = self._blocks + 1  # vLLM's null block
         # Of the model, only the sizes of a token's keys and values; nothing follows from them.
@@ -282,12 +310,12 @@ class VirtualEngine:
 
     @property
     def preemptions(self) -> int:
-        return self._scheduler.preemptions
+        return self._scheduler.victims
 
     @property
     def recomputed_tokens(self) -> int:
         """Computed tokens that victims lost. Of some the prefix cache may still have known."""
-        return self._scheduler.recomputed_tokens
+        return self._scheduler.lost_tokens
 
     @property
     def capacity_tokens(self) -> int:
@@ -345,6 +373,22 @@ class VirtualEngine:
             )
         )
 
+    def change_tag(self, key: int, tag: int) -> None:
+        """As a gateway would. Raises `TypeError` with a stock scheduler."""
+        self._rouse()
+        self._ours().change_tag(key, tag)
+
+    def keep(self, agent: str, iterations: int) -> None:
+        """As a gateway would: the agent's KV, while it waits for its tool; 0 lets it go. Raises `TypeError` with a stock
+        scheduler."""
+        self._rouse()
+        self._ours().keep(agent, iterations)
+
+    def _ours(self) -> JustitiaScheduler:
+        if not isinstance(self._scheduler, JustitiaScheduler):
+            raise TypeError("a stock scheduler cannot be told")
+        return self._scheduler
+
     def abort(self, key: int) -> None:
         """Ends a task that waits or runs; one that is not here is passed over."""
         self._rouse()
@@ -370,7 +414,7 @@ class VirtualEngine:
 
     def _full_step(self) -> Step:
         scheduler = self._scheduler
-        preemptions = scheduler.preemptions
+        victims = scheduler.victims
         output = scheduler.schedule()
         scheduled = output.num_scheduled_tokens
         for admitted in output.scheduled_new_reqs:
@@ -398,7 +442,7 @@ class VirtualEngine:
         if (
             self._shortcuts
             and not chunks
-            and scheduler.preemptions == preemptions
+            and scheduler.victims == victims
             and len(requests) - len(ending) == len(scheduler.running) > 0
             and output.total_num_scheduled_tokens < scheduler.max_num_scheduled_tokens
             and not (ending and self.waiting)
@@ -414,7 +458,12 @@ class VirtualEngine:
         )
 
     def _ended(self, requests: list[Request]) -> list[Ended]:
-        ended = [Ended(int(r.request_id), r.num_output_tokens, self._cached[r.request_id]) for r in requests]
+        costs = self._scheduler.costs if isinstance(self._scheduler, _ModellessJustitia) else {}
+        ended = [
+            Ended(int(name), request.num_output_tokens, self._cached[name], costs.pop(name, None))
+            for request in requests
+            for name in (request.request_id,)
+        ]
         for request in requests:
             self._forget(request.request_id)
         return ended

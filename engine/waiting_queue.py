@@ -18,17 +18,20 @@ from engine.hints import Hints, from_fields
 # (hints, arrival time in seconds, request id): the smallest is scheduled first.
 Place = tuple[Hints, float, str]
 
-_HINTS = "_justitia_hints"
-
 
 def hints_of(request: Request) -> Hints:
     """The request's hints, read once and then kept on the request: they live and die together."""
-    kept = vars(request)
-    hints: Hints | None = kept.get(_HINTS)
+    hints: Hints | None = vars(request).get("justitia_hints")
     if hints is None:
         params = request.sampling_params  # a pooling request has none
-        hints = kept[_HINTS] = from_fields(request.priority, params.extra_args if params else None)
+        hints = vars(request)["justitia_hints"] = from_fields(request.priority, params.extra_args if params else None)
     return hints
+
+
+def retag(request: Request, tag: int) -> None:
+    """The request has another tag from now on. Who queues it has to place it anew."""
+    vars(request)["justitia_hints"] = hints_of(request)._replace(tag=tag)
+    request.priority = tag
 
 
 def place_of(request: Request) -> Place:
@@ -98,14 +101,21 @@ class WaitingQueue(RequestQueue):  # type: ignore[misc, unused-ignore]  # Any, w
             self._heap = [entry for entry in self._heap if entry[2][0] is not None]
             heapq.heapify(self._heap)
 
+    def __contains__(self, request: Request) -> bool:
+        return request.request_id in self._slots
+
     def __bool__(self) -> bool:
         return bool(self._slots)
 
     def __len__(self) -> int:
         return len(self._slots)
 
+    def tasks(self) -> list[int]:
+        """The gateway's numbers of all that wait, in no order."""
+        return [hints_of(request).task for (request,) in self._slots.values() if request is not None]
+
     def __iter__(self) -> Iterator[Request]:
-        """In order, at O(n log n) for all: a view for reports and tests; vLLM itself iterates on rare paths only."""
+        """In order, at O(n log n) for all: a view for tests; vLLM itself iterates on rare paths only."""
         for _, _, (request,) in sorted(self._heap):
             if request is not None:
                 yield request

@@ -6,11 +6,13 @@ itself; `release` asks it.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.link import Hello, Holding, Message, Report
+from engine.link import Ended, Hello, Holding, Message, Report
 from gateway.fairness import Iterations
 
 SILENCE_S = 5.0
@@ -18,6 +20,8 @@ SILENCE_S = 5.0
 CAPACITY_ENOUGH, CAPACITY_HORIZON = 200.0, 2000.0
 # After so many it is taken over again.
 CAPACITY_ITERATIONS = 256
+# Tasks that have ended, of which it is known what they held, and not yet asked.
+REMEMBERED_ENDS = 4096
 
 
 class ServedCapacity:
@@ -43,6 +47,23 @@ class ServedCapacity:
         return min(self._mean, capacity_tokens) if self._iterations >= CAPACITY_ENOUGH else capacity_tokens
 
 
+class Counters(NamedTuple):
+    """What the engine counts, since its start or over all of its lives."""
+
+    preempted: int = 0
+    recomputed_tokens: int = 0  # computed, lost by preemption
+    displaced: int = 0  # of the preempted: those that gave way to a more urgent task
+    displaced_tokens: int = 0
+    refused: int = 0  # messages on the link that it could not take
+
+    def grown(self, before: Counters, now: Counters) -> Counters:
+        """With what came between. A counter never goes back: what is less is old."""
+        return Counters(*(c + max(0, n - b) for c, b, n in zip(self, before, now, strict=True)))
+
+
+NO_COUNTERS = Counters()
+
+
 @dataclass(slots=True)
 class EngineView:
     """declared_capacity_tokens, declared_max_num_seqs: what the settings say instead of the engine, if they do."""
@@ -61,12 +82,15 @@ class EngineView:
     running: int = 0
     waiting: int = 0
     held_tokens: float = 0.0
-    preempted: int = 0  # over all lives of the engine
+    counters: Counters = NO_COUNTERS  # over all lives of the engine
     restarts: int = 0
+    kept_tokens: float = 0.0  # free, with the KV of agents who wait for their tools
     held: dict[int, Holding] = field(default_factory=dict)  # by task
+    agents: dict[str, float] = field(default_factory=dict)  # KV tokens by agent, a shared block in part; now and then
+    ends: OrderedDict[int, float] = field(default_factory=OrderedDict)  # by task that ended, KV token·iterations held
     _life: str | None = None
     _iteration: float | None = None  # of this life, as are those below; None: not heard yet
-    _preempted: int = 0
+    _counters: Counters = NO_COUNTERS
     _blocks: int = 0
     _block_size: int = 0
 
@@ -106,7 +130,14 @@ class EngineView:
             self._blocks, self._block_size = message.total_blocks, message.block_size
         elif message.engine_id == self._life:
             self.reporting = True
-            self._hear_report(message)
+            if isinstance(message, Report):
+                self._hear_report(message)
+            else:
+                self._hear_ends(message)
+
+    def held_by(self, task: int) -> float | None:
+        """What a task that has ended held, in KV token·iterations, if the engine has said it; it is then forgotten."""
+        return self.ends.pop(task, None)
 
     def read_metrics(self, exposition: str, now_s: float) -> None:
         """A stock vLLM's `/metrics`, for what can be had of it. Raises `ValueError` for anything else."""
@@ -125,33 +156,45 @@ class EngineView:
         self.heard_s = now_s
         if self._life is None or iteration < (self._iteration or 0.0):
             self._begin_life(f"metrics-{self.restarts + (self._life is not None)}")
-        self._count(iteration, int(values.get("vllm:num_preemptions_total", 0)))
+        self._count(iteration, Counters(int(values.get("vllm:num_preemptions_total", 0))))
         self.running = int(values.get("vllm:num_requests_running", 0))
         self.waiting = int(values.get("vllm:num_requests_waiting", 0))
         self.held_tokens = values.get("vllm:kv_cache_usage_perc", 0.0) * self.engine_capacity_tokens
         self.reporting = True
 
     def _hear_report(self, report: Report) -> None:
-        self._count(report.iteration, report.preempted)
+        counters = Counters(*(getattr(report, name) for name in Counters._fields))
+        self._count(report.iteration, counters)
         self.running, self.waiting, self.held = report.running, report.waiting, report.held
         self.held_tokens = (self._blocks - report.free_blocks) * self._block_size
+        self.kept_tokens = report.kept_blocks * self._block_size
+        if report.agents or not report.running:
+            self.agents = report.agents
+
+    def _hear_ends(self, ended: Ended) -> None:
+        for task, cost in ended.costs.items():
+            self.ends[task] = self.ends.get(task, 0.0) + cost  # it may have several sequences
+        while len(self.ends) > REMEMBERED_ENDS:
+            self.ends.popitem(last=False)
 
     def _begin_life(self, life: str) -> None:
         if life != self._life:
             # What an engine did before we came is not ours to count; a restarted one began again at zero.
             first = self._life is None
             self.restarts += not first
-            self._life, self._iteration, self._preempted = life, None if first else 0.0, 0
+            self._life, self._iteration, self._counters = life, None if first else 0.0, Counters()
+            self._forget_tasks()
 
-    def _count(self, iteration: float, preempted: int) -> None:
+    def _count(self, iteration: float, counters: Counters) -> None:
         """Counters begin again at zero in each life of the engine; ours go on."""
         if self._iteration is None:
-            self._iteration, self._preempted = iteration, preempted
+            self._iteration, self._counters = iteration, counters
         self.iterations += max(0.0, iteration - self._iteration)
-        self.preempted += max(0, preempted - self._preempted)
-        self._iteration, self._preempted = max(iteration, self._iteration), max(preempted, self._preempted)
+        self.counters = self.counters.grown(self._counters, counters)
+        self._iteration = max(iteration, self._iteration)
+        self._counters = Counters(*map(max, counters, self._counters))
 
     def _forget_tasks(self) -> None:
         self.running = self.waiting = 0
-        self.held_tokens = 0.0
-        self.held = {}
+        self.held_tokens = self.kept_tokens = 0.0
+        self.held, self.agents = {}, {}

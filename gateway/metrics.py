@@ -69,10 +69,32 @@ class Metrics:
         self._engine_up = gauge("engine_up", "1 when the engine serves.")
         self._engine_running = gauge("engine_running", "Tasks that the engine runs.")
         self._engine_waiting = gauge("engine_waiting", "Tasks in the engine's own queue.")
+        self._kv_kept = gauge(
+            "kv_kept_tokens", "Free KV cache with what agents who wait for their tools will need, tokens."
+        )
         self._preemptions = counter("preemptions_total", "Preemptions by the engine.")
+        self._recomputed = counter(
+            "recomputed_tokens_total", "Tokens that were computed, lost by preemption, and had to be computed again."
+        )
+        self._displaced = counter("displaced_total", "Of the preemptions: tasks that gave way to a more urgent one.")
+        self._displaced_tokens = counter(
+            "displaced_tokens_total", "Of the recomputed tokens: those of displaced tasks."
+        )
         self._engine_restarts = counter("engine_restarts_total", "Restarts of the engine seen.")
         self._link_up = gauge("link_up", "1 when the engine's scheduler reports on the link.")
         self._link_reports = counter("link_reports_total", "Reports received on the link.")
+        self._link_refused = counter(
+            "link_refused_total",
+            "Messages that the engine refused on the link: unreadable, of a stranger, or out of turn.",
+        )
+        self._link_lost = counter(
+            "link_lost_total", "Messages to the engine that had to be sent again, or could not be sent."
+        )
+        self._held_ratio = histogram(
+            "held_cost_ratio",
+            "KV that a task held, as the engine counts it, over its observed cost.",
+            buckets=(0.25, 0.5, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0),
+        )
         self._state_errors = counter("state_errors_total", "Failed reads and writes of the state store.")
 
     def request_ended(self, endpoint: str, outcome: Outcome, seconds: float) -> None:
@@ -119,6 +141,7 @@ class Metrics:
         running: int,
         waiting: int,
         held_tokens: float,
+        kept_tokens: float,
         capacity_tokens: float,
         iterations: float,
     ) -> None:
@@ -127,17 +150,33 @@ class Metrics:
         self._engine_running.set(running)
         self._engine_waiting.set(waiting)
         self._kv_held.set(held_tokens)
+        self._kv_kept.set(kept_tokens)
         self._kv_capacity.set(capacity_tokens)
         self._iterations.set(iterations)
 
-    def preempted(self, count: int) -> None:
-        self._preemptions.inc(count)
+    def engine_counted(
+        self, preempted: int, recomputed_tokens: int, displaced: int, displaced_tokens: int, refused: int
+    ) -> None:
+        """In the order of `capacity.Counters`."""
+        self._preemptions.inc(preempted)
+        self._recomputed.inc(recomputed_tokens)
+        self._displaced.inc(displaced)
+        self._displaced_tokens.inc(displaced_tokens)
+        self._link_refused.inc(refused)
 
     def engine_restarted(self) -> None:
         self._engine_restarts.inc()
 
     def link_reported(self) -> None:
         self._link_reports.inc()
+
+    def link_lost(self, count: int) -> None:
+        self._link_lost.inc(count)
+
+    def task_held(self, held: float, cost: float) -> None:
+        """Both in KV token·iterations."""
+        if cost > 0:
+            self._held_ratio.observe(held / cost)
 
     def state_failed(self) -> None:
         self._state_errors.inc()

@@ -79,6 +79,7 @@ def _view(parts: Parts, record: AgentRecord, agent: Agent | None, position: int 
         "tasks": {"arrived": record.tasks_arrived, "waiting": 0, "in_flight": 0, "ended": len(record.tasks)},
         "position": position,
         "observed_cost": sum(task.cost for task in record.tasks),
+        "held_tokens": parts.engine.agents.get(record.id, 0.0),
     }
     if agent is not None:
         view["tasks"] |= {"waiting": len(agent.waiting), "in_flight": len(agent.in_flight)}
@@ -111,6 +112,7 @@ def _refresh(parts: Parts) -> None:
         running=engine.running,
         waiting=engine.waiting,
         held_tokens=engine.held_tokens,
+        kept_tokens=engine.kept_tokens,
         capacity_tokens=engine.capacity_tokens,
         iterations=engine.iterations,
     )

@@ -10,8 +10,10 @@ import asyncio
 import math
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from engine.hints import to_tag
 from gateway.capacity import CAPACITY_ITERATIONS, EngineView, ServedCapacity
 from gateway.errors import GatewayError, NoEngine, QueueFull, ShuttingDown, WaitedTooLong
 from gateway.fairness import FairQueue, KvTokenIterations, Release, Spent, Task, TaskId
@@ -86,6 +88,7 @@ class Dispatcher:
         self.queue = queue
         self.engine = engine
         self.draining = False
+        self.tell: Callable[[Mapping[int, int]], None] | None = None  # the engine, over the link: new tags by task
         self._served = ServedCapacity()
         self._heard_at = self._capacity_at = engine.now
         self._max_waiting = max_waiting
@@ -114,6 +117,9 @@ class Dispatcher:
             return
         for release in self.queue.release(self.engine.now, self.engine.waiting):
             self._turns[release.task.id].grant(release)
+        revised = self.queue.revise()
+        if revised and self.tell is not None:
+            self.tell({release.task.id: to_tag(release.rank) for release in revised})
 
     def engine_spoke(self) -> None:
         """The engine has reported: take over what its tasks hold, and what it can hold."""

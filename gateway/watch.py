@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
-from engine.link import LinkSubscriber, Report
+from engine.link import GatewayLink, Report
 from gateway.engine_client import EngineUnreachable, Health
 from gateway.parts import Parts
 
@@ -69,14 +69,20 @@ async def watch_health(parts: Parts) -> None:
 
 async def follow_link(parts: Parts, address: str) -> None:
     """Hear what the engine's scheduler reports. Raises `LinkError`."""
-    link = LinkSubscriber(address)
+    link = GatewayLink(address)
+    parts.dispatcher.tell = link.change
+    lost = 0
     try:
         async for message in link.messages():
             with _hearing(parts):
                 parts.engine.hear(message, time.monotonic())
             if isinstance(message, Report):
                 parts.metrics.link_reported()
+            if link.resent + link.dropped > lost:
+                parts.metrics.link_lost(link.resent + link.dropped - lost)
+                lost = link.resent + link.dropped
     finally:
+        parts.dispatcher.tell = None
         link.close()
 
 
@@ -100,10 +106,12 @@ async def sweep_agents(parts: Parts, idle_s: float) -> None:
 @contextlib.contextmanager
 def _hearing(parts: Parts) -> Iterator[None]:
     """The engine's view is changed in here; then metrics and dispatcher are told. Not if it raises."""
-    preempted, restarts = parts.engine.preempted, parts.engine.restarts
+    counters, restarts = parts.engine.counters, parts.engine.restarts
     yield
-    if parts.engine.preempted > preempted:
-        parts.metrics.preempted(parts.engine.preempted - preempted)
+    if parts.engine.counters != counters:
+        parts.metrics.engine_counted(
+            *(now - before for now, before in zip(parts.engine.counters, counters, strict=True))
+        )
     if parts.engine.restarts > restarts:
         parts.metrics.engine_restarted()
     parts.dispatcher.engine_spoke()

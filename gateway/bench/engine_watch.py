@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from engine.link import LinkSubscriber, Message, Report
+from engine.link import GatewayLink, Hello, Message, Report
 from gateway.bench.report import EngineFigures
 
 
@@ -25,8 +25,9 @@ class EngineWatch:
         self._usage = self._running = 0.0
 
     def hear(self, message: Message) -> None:
-        if not isinstance(message, Report):
+        if isinstance(message, Hello):
             self._total_blocks = message.total_blocks
+        if not isinstance(message, Report):
             return
         # A report stands for the iterations since the one before: under load the engine drops some.
         iterations = message.iteration - self._last.iteration if self._last is not None else 0
@@ -64,7 +65,7 @@ class EngineWatch:
 @contextlib.asynccontextmanager
 async def watching(address: str) -> AsyncIterator[EngineWatch]:
     """A watch on the engine's link while the body runs. Raises `LinkError` for an engine of another protocol."""
-    watch, link = EngineWatch(), LinkSubscriber(address)
+    watch, link = EngineWatch(), GatewayLink(address)
 
     async def listen() -> None:
         async for message in link.messages():

@@ -378,7 +378,7 @@ async def listening(address: str, hellos: list[Hello], heard: list[Heard]) -> As
             told = parse(message)
             if isinstance(told, Hello):
                 hellos.append(told)
-            else:
+            elif isinstance(told, Report):
                 heard.append(Heard(at_s, told))
         await asyncio.to_thread(listener.join)
     finally:

@@ -29,7 +29,7 @@ later than under fair sharing, and most finish much earlier (selective pampering
 only, and F with them. While the agent is *forming* (none of its tasks released yet) Ĉ is renewed with each arrival,
 since a fan-out reaches a server as single requests. When the work that has arrived outgrows Ĉ, Ĉ is predicted anew.
 And S moves with V while the agent has nothing to do, neither here nor in the reference: who waits for a tool is
-neither aged nor charged.
+neither aged nor charged. The engine is told: what it has already is ordered by the new tag from then on.
 
 **Tenants** share first, and agents within their tenant: the same reference, nested. A tenant's agents are its packets. It
 goes first if it would first have been given the work of its next agent. With one tenant this level vanishes.

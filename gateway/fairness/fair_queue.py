@@ -44,6 +44,7 @@ class FairQueue:
         self._agents: dict[AgentId, Agent] = {}
         self._tasks: dict[TaskId, Agent] = {}
         self._forecast = Forecast()
+        self._revised: set[AgentId] = set()  # whose tasks in flight may have another rank now
         self._next_seq = 0
 
     # What can be seen
@@ -138,7 +139,9 @@ class FairQueue:
             self._agents[agent.id] = agent
         elif not agent.busy:
             self._count_idleness(agent)
-        agent.tenant.weight = tenant_weight
+        if tenant_weight != agent.tenant.weight:
+            agent.tenant.weight = tenant_weight
+            self._revised.update(other.id for other in self._agents.values() if other.tenant is agent.tenant)
         self._reference.arrive(agent.tenant.id, agent.id, task.cost, agent.weight, tenant_weight)
         if not agent.waiting:
             first = agent.tenant.order.first()
@@ -156,10 +159,12 @@ class FairQueue:
             assert task is not None
             if self.in_flight and not self._fits(now, task, engine_waiting):
                 break
-            releases.append(Release(task, self._rank(agent)))
+            rank = self._rank(agent)
+            releases.append(Release(task, rank))
             del agent.waiting[task.id]
             agent.order.remove(task.id)
-            agent.in_flight[task.id] = Flight(task, task.prompt_tokens)
+            tag = agent.tenant.start_tag
+            agent.in_flight[task.id] = Flight(task, rank, tag, agent.released, task.prompt_tokens)
             self._forecast.add(now, task)
             agent.prompt_tokens += task.prompt_tokens
             agent.forming = False
@@ -184,6 +189,20 @@ class FairQueue:
             self._count_progress(agent, flight, max(done, flight.attained), flight.prompt_tokens, output_tokens)
             if self._policy.by_progress and agent.waiting:
                 self._place(agent)
+
+    def revise(self) -> list[Release]:
+        """The tasks in flight that the engine is to order otherwise than it was told, as more is known of their agents now."""
+        revised: list[Release] = []
+        for agent_id in self._revised:
+            agent = self._agents.get(agent_id)
+            for flight in agent.in_flight.values() if agent is not None else ():
+                assert agent is not None
+                rank = self._rank_in_flight(agent, flight)
+                if rank != flight.rank:
+                    flight.rank = rank
+                    revised.append(Release(flight.task, rank))
+        self._revised.clear()
+        return revised
 
     def calibrate(self, now: Iterations, held_tokens: float) -> None:
         """The engine says how much of its KV cache is taken by all that is in flight, in tokens."""
@@ -257,6 +276,7 @@ class FairQueue:
             if len(self._tenants) == 2:  # until now there was no order among them
                 for known in self._tenants.values():
                     self._place_tenant(known)
+                self._revised.update(self._agents)
         return tenant
 
     def _fits(self, now: Iterations, task: Task, engine_waiting: int) -> bool:
@@ -324,6 +344,8 @@ class FairQueue:
             agent.predicted = KvTokenIterations(max(agent_cost, agent.arrived))
         whole = VirtualTime(agent.start_tag + agent.predicted / agent.weight)
         agent.finish_tag = max(whole, self._reference.backlog_tag(agent.tenant.id, agent.id))
+        if self._policy.revised and agent.in_flight:
+            self._revised.add(agent.id)
         self._place(agent)
 
     def _count_idleness(self, agent: Agent) -> None:
@@ -361,6 +383,14 @@ class FairQueue:
         """What the engine is to order by: tags of one level, the outermost that counts."""
         level = self._order.place(agent.tenant.id) if len(self._tenants) > 1 else agent.tenant.order.place(agent.id)
         return level[0]
+
+    def _rank_in_flight(self, agent: Agent, flight: Flight) -> float:
+        """The rank that it would have been released with, had all been known then that is known now."""
+        if not self._policy.revised:
+            return flight.rank
+        if len(self._tenants) == 1:
+            return self._policy.rank(agent, flight.task)
+        return flight.tenant_tag + max(0.0, agent.predicted - flight.agent_released) / agent.tenant.weight
 
 
 def _left_to_release(agent: Agent) -> float:

@@ -81,6 +81,9 @@ class Flight:
     """A task at the engine, with what has been counted for it so far."""
 
     task: Task
+    rank: float  # as the engine knows it
+    tenant_tag: VirtualTime  # S of its tenant when it was released
+    agent_released: KvTokenIterations  # of its agent's work, before it
     prompt_tokens: float
     output_tokens: float = 0.0
     attained: KvTokenIterations = KvTokenIterations(0.0)

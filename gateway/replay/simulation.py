@@ -153,7 +153,7 @@ class _Simulation:
                 self._count_victims(step)
             self._last = step
             self._observe(step)
-            for key, _, cached_tokens in step.ended:
+            for key, _, cached_tokens, _ in step.ended:
                 self._complete(key, cached_tokens)
         self._note_virtual_time()
 
@@ -215,7 +215,7 @@ class _Simulation:
                 queue.observe(self._now, TaskId(key), kv_tokens + 1, output_tokens)
         if tasks and tasks == queue.in_flight:  # else what the queue reckons with is not there yet, or not any more
             queue.calibrate(self._now, engine.held_tokens)
-        ended = sum(self._tasks[key][1].prompt_tokens + output for key, output, _ in step.ended)
+        ended = sum(self._tasks[key][1].prompt_tokens + output for key, output, *_ in step.ended)
         shared = max(0, decoding - engine.held_tokens)  # blocks that tasks share are held once
         waits = queue.waiting > 0
         self._record.stepped(

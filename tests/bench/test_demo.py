@@ -105,7 +105,7 @@ def heard(*reports: Report, outstanding: int) -> EngineWatch:
 
 
 def at(iteration: int, free: int, running: int = 5, preempted: int = 0) -> Report:
-    return Report("e", iteration, free, running, 0, preempted, {})
+    return Report(engine_id="e", iteration=iteration, free_blocks=free, running=running, waiting=0, preempted=preempted)
 
 
 def test_a_watch_weighs_reports_by_iterations() -> None:

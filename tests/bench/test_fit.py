@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from engine.link import PROTOCOL, Hello, Holding, Report
+from engine.link import PROTOCOL, Hello, Report
 from engine.profile import load_profile
 from gateway.bench import fit
 from gateway.bench.client import TaskResult
@@ -20,8 +20,18 @@ CONSTANT_S, PREFILL_S, DECODE_S, KV_S = 4e-3, 15e-6, 80e-6, 0.5e-6
 
 
 def heard(at_s: float, iteration: int, held: dict[int, tuple[int, int]], preempted: int = 0, life: str = "e") -> Heard:
-    holdings = {task: Holding(*holding) for task, holding in held.items()}
-    return Heard(at_s, Report(life, iteration, 100, len(held), 0, preempted, holdings))
+    report = Report(
+        engine_id=life,
+        iteration=iteration,
+        free_blocks=100,
+        running=len(held),
+        waiting=0,
+        preempted=preempted,
+        tasks=list(held),
+        kv_tokens=[kv_tokens for kv_tokens, _ in held.values()],
+        output_tokens=[output_tokens for _, output_tokens in held.values()],
+    )
+    return Heard(at_s, report)
 
 
 def made_up(count: int, *, noise: float = 0.0, outliers: float = 0.0, kv_s: float = KV_S) -> list[Iteration]:

@@ -40,7 +40,7 @@ class Clockwork:
         blocks: int,
         max_num_seqs: int = 16,
         in_flight: int = 1,
-        justitia: dict[str, str] | None = None,
+        justitia: dict[str, Any] | None = None,
         data_parallel_index: int = 0,
     ) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

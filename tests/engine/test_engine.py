@@ -13,7 +13,7 @@ import pytest
 from engine.forced_length import KEY_XARG
 from engine.hints import INT64_MAX, INT64_MIN, Hints, to_fields
 from engine.launcher import EngineState
-from engine.link import Hello, LinkSubscriber, Report
+from engine.link import GatewayLink, Hello, Report
 from tests.conftest import LiveEngine
 
 pytestmark = pytest.mark.engine
@@ -65,7 +65,7 @@ class Gateway:
     """Listens on the link, and keeps what a gateway would."""
 
     def __init__(self, address: str) -> None:
-        self._link = LinkSubscriber(address)
+        self._link = GatewayLink(address)
         self._came = asyncio.Event()
         self.hello: Hello | None = None
         self.reports: list[Report] = []

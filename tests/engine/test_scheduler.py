@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import vllm
 import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,8 +24,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from engine.hints import Hints
-from engine.link import Hello, Holding, Report, parse
-from engine.scheduler import JustitiaScheduler, link_address, victims_last
+from engine.link import PROTOCOL, Ended, Hello, Holding, Report, parse
+from engine.scheduler import JustitiaScheduler, settings_of, victims_last
 from engine.waiting_queue import hints_of
 from tests.engine.clockwork import BLOCK_SIZE, Clockwork
 
@@ -267,7 +268,7 @@ def test_a_gateway_is_told_of_steps_and_of_aborts(
     clock = Clockwork(JustitiaScheduler, tiny_model_dir, blocks=8, max_num_seqs=2, justitia={"link": address})
     try:
         hello = parse(subscriber.recv())
-        assert hello == Hello(1, ours(clock).engine_id, "0.32.0", 8, BLOCK_SIZE, 2, 2048)
+        assert hello == Hello(PROTOCOL, ours(clock).engine_id, vllm.__version__, 8, BLOCK_SIZE, 2, 2048)
         assert isinstance(hello, Hello)
         assert hello.capacity_tokens == 8 * BLOCK_SIZE
         assert parse(subscriber.recv()) == ours(clock)
@@ -276,6 +277,8 @@ def test_a_gateway_is_told_of_steps_and_of_aborts(
         assert parse(subscriber.recv()) == ours(clock)
         assert ours(clock).held
         clock.abort("one")
+        # One iteration: the prompt was computed, and the first token sampled.
+        assert parse(subscriber.recv()) == Ended(ours(clock).engine_id, {7: 40.0})
         assert parse(subscriber.recv()) == ours(clock)
         assert (ours(clock).running, ours(clock).free_blocks) == (0, 8)
     finally:
@@ -303,4 +306,4 @@ def test_only_the_first_data_parallel_rank_binds(tiny_model_dir: Path, address: 
 
 @pytest.mark.parametrize("config", [None, {}, {"justitia": None}, {"justitia": {}}, {"other": {"link": "x"}}, "text"])
 def test_no_address_no_link(config: Any) -> None:
-    assert link_address(config) is None
+    assert not settings_of(config).get("link")

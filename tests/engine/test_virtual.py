@@ -44,7 +44,8 @@ def run(engine: VirtualEngine, limit: int = 10_000) -> list[Step]:
 
 
 def ended(steps: list[Step]) -> list[Ended]:
-    return [end for step in steps for end in step.ended]
+    """What was held is tested by hand, and against the ledger's oracle."""
+    return [end._replace(held=None) for step in steps for end in step.ended]
 
 
 # The clock
@@ -68,7 +69,7 @@ def test_a_lone_task_by_hand(shortcuts: bool) -> None:
         [Running(7, 103, 4)],
         [],
     ]
-    assert ended(steps) == [Ended(7, 5, 0)]
+    assert steps[-1].ended == [Ended(7, 5, 0, 64 + 100 + 101 + 102 + 103 + 104)]
 
 
 def test_prefill_and_decode_share_an_iteration() -> None:

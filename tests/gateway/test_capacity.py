@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from engine.link import PROTOCOL, Hello, Holding, Report
+from engine.link import PROTOCOL, Hello, Report
 from gateway.capacity import CAPACITY_ENOUGH, CAPACITY_HORIZON, EngineView, ServedCapacity
 
 
@@ -13,7 +13,17 @@ def hello(life: str = "one") -> Hello:
 
 
 def report(iteration: int, life: str = "one", preempted: int = 0) -> Report:
-    return Report(life, iteration, free_blocks=100, running=2, waiting=1, preempted=preempted, held={7: Holding(50, 3)})
+    return Report(
+        engine_id=life,
+        iteration=iteration,
+        free_blocks=100,
+        running=2,
+        waiting=1,
+        preempted=preempted,
+        tasks=[7, -1],
+        kv_tokens=[50, 8],
+        output_tokens=[3, 1],
+    )
 
 
 def test_a_report_before_hello_is_not_counted() -> None:
@@ -47,7 +57,7 @@ def test_the_clock_goes_on_over_restarts_and_never_back() -> None:
     view.hear(hello("two"), 0)
     view.hear(report(101, "one"), 0)  # of the engine that is gone
     view.hear(report(10, "two", preempted=1), 0)
-    assert (view.now, view.preempted, view.restarts) == (110, 5, 1)
+    assert (view.now, view.counters.preempted, view.restarts) == (110, 5, 1)
 
 
 def test_what_the_settings_declare_goes_over_what_the_engine_says() -> None:
@@ -76,7 +86,7 @@ def test_a_stock_engine_is_read_from_its_metrics() -> None:
     view.read_metrics(METRICS.format(iterations=40), 0)
     view.read_metrics(METRICS.format(iterations=50), 0)
     assert view.capacity_tokens == 459 * 16
-    assert (view.now, view.running, view.waiting, view.preempted) == (10, 3, 2, 0)
+    assert (view.now, view.running, view.waiting, view.counters.preempted) == (10, 3, 2, 0)
     assert view.held_tokens == 459 * 16 / 2
     view.read_metrics(METRICS.format(iterations=8), 0)
     assert (view.now, view.restarts) == (18, 1)

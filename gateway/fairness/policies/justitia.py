@@ -11,6 +11,7 @@ from gateway.fairness.types import Agent, Task
 
 class Justitia(Policy):
     nested = True
+    revised = True
 
     def rank(self, agent: Agent, head: Task) -> float:
         return agent.finish_tag

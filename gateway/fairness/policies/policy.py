@@ -11,10 +11,13 @@ class Policy:
 
     nested: tenants share first, and agents within their tenant. Otherwise tenants do not count.
     by_progress: the rank changes with what the engine produces, token by token.
+    revised: tasks that the engine has are given the rank anew when their agent's changes. Where it changes with all that
+        happens, they keep that of their release.
     """
 
     nested = False
     by_progress = False
+    revised = False
 
     def rank(self, agent: Agent, head: Task) -> float:
         raise NotImplementedError

@@ -1,0 +1,141 @@
+"""The free blocks, of which some are kept for agents that wait for their tools.
+
+vLLM's free blocks remember what was computed in them until another request takes them, the least recently freed first. Here
+they are in two parts: first all others, in vLLM's order, then the kept ones, by agent: that with the largest tag is the
+first to lose its own, and of them the end before the beginning. So nothing is withheld from anybody: a kept block is as free
+as any other, every admission finds it, and no one can wait for it. It is only taken last.
+
+A keeping ends by itself when its time is over, when the agent comes back, or when it is let go.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Sequence
+
+from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
+
+
+class _Keeping:
+    """blocks: by id, the first to be taken first."""
+
+    __slots__ = ("agent", "blocks", "tag", "until")
+
+    def __init__(self, agent: str, tag: int, until: int) -> None:
+        self.agent, self.tag, self.until = agent, tag, until
+        self.blocks: dict[int, KVCacheBlock] = {}
+
+    def __lt__(self, other: _Keeping) -> bool:
+        return (-self.tag, self.agent) < (-other.tag, other.agent)
+
+
+class KeptBlocks(FreeKVCacheBlockQueue):  # type: ignore[misc, unused-ignore]  # Any, where mypy skips vLLM
+    """Takes the place of a pool's queue, with the blocks that are free in it now."""
+
+    def __init__(self, blocks: list[KVCacheBlock]) -> None:
+        super().__init__(blocks)
+        self._keepings: list[_Keeping] = []  # none is empty; the first to be taken first
+        self._keeping_of: dict[int, _Keeping] = {}  # by block
+        self.next_end = 0  # the first iteration in which a keeping may be over; 0 for none
+
+    @property
+    def num_kept_blocks(self) -> int:
+        return len(self._keeping_of)
+
+    def keep(self, agent: str, tag: int, blocks: Sequence[KVCacheBlock], until: int) -> None:
+        """These free blocks, and what is kept for the agent already, until the iteration `until`. blocks: the first to be
+        taken first."""
+        keeping = _Keeping(agent, tag, until)
+        for block in (*self._take(agent), *blocks):
+            # One that is kept for another agent too stays there.
+            if block.block_id not in self._keeping_of and block.block_id not in keeping.blocks:
+                self._unlink(block)
+                keeping.blocks[block.block_id] = block
+        if not keeping.blocks:
+            return
+        insort(self._keepings, keeping)
+        place = self._keepings.index(keeping) + 1
+        after = self._first_of(self._keepings[place]) if place < len(self._keepings) else self.fake_free_list_tail
+        self._insert(keeping.blocks.values(), after)
+        self._keeping_of |= dict.fromkeys(keeping.blocks, keeping)
+        self.next_end = min(self.next_end or until, until)
+
+    def retag(self, agent: str, tag: int) -> None:
+        keeping = next((one for one in self._keepings if one.agent == agent), None)
+        if keeping is not None and keeping.tag != tag:
+            self.keep(agent, tag, (), keeping.until)
+
+    def let_go(self, agent: str) -> None:
+        """What is kept for the agent is as free as any other from now on, and the last of them to be taken."""
+        self._free_again(self._take(agent))
+
+    def end_keepings(self, iteration: int) -> None:
+        """Those whose time is over."""
+        for agent in [one.agent for one in self._keepings if one.until <= iteration]:
+            self.let_go(agent)
+        self.next_end = min((one.until for one in self._keepings), default=0)
+
+    # vLLM's own
+
+    def popleft(self) -> KVCacheBlock:
+        block = super().popleft()
+        self._forget(block)
+        return block
+
+    def popleft_n(self, n: int) -> list[KVCacheBlock]:
+        blocks: list[KVCacheBlock] = super().popleft_n(n)
+        if self._keeping_of:
+            for block in blocks:
+                self._forget(block)
+        return blocks
+
+    def remove(self, block: KVCacheBlock) -> None:
+        super().remove(block)
+        self._forget(block)
+
+    def append(self, block: KVCacheBlock) -> None:
+        self.append_n([block])
+
+    def append_n(self, blocks: list[KVCacheBlock]) -> None:
+        if self._keepings:
+            self._insert(blocks, self._first_of(self._keepings[0]))
+        else:
+            super().append_n(blocks)
+
+    def _take(self, agent: str) -> list[KVCacheBlock]:
+        """What was kept for the agent, and is not any more; it still stands where it stood."""
+        for keeping in self._keepings:
+            if keeping.agent == agent:
+                self._keepings.remove(keeping)
+                for block_id in keeping.blocks:
+                    del self._keeping_of[block_id]
+                return list(keeping.blocks.values())
+        return []
+
+    def _free_again(self, blocks: list[KVCacheBlock]) -> None:
+        for block in blocks:
+            self._unlink(block)
+        self.append_n(blocks)
+
+    def _forget(self, block: KVCacheBlock) -> None:
+        keeping = self._keeping_of.pop(block.block_id, None)
+        if keeping is not None:
+            del keeping.blocks[block.block_id]
+            if not keeping.blocks:
+                self._keepings.remove(keeping)
+
+    def _unlink(self, block: KVCacheBlock) -> None:
+        super().remove(block)
+
+    def _first_of(self, keeping: _Keeping) -> KVCacheBlock:
+        return next(iter(keeping.blocks.values()))
+
+    def _insert(self, blocks: Iterable[KVCacheBlock], after: KVCacheBlock) -> None:
+        """Before the block `after`, which is in the list."""
+        last = after.prev_free_block
+        assert last is not None  # at least the list's own head
+        for block in blocks:
+            last.next_free_block, block.prev_free_block = block, last
+            last = block
+            self.num_free_blocks += 1
+        last.next_free_block, after.prev_free_block = after, last
