@@ -43,4 +43,5 @@ def from_fields(priority: int, xargs: Mapping[str, Any] | None) -> Hints:
     if not xargs:
         return Hints(priority, "", -1)
     task = xargs.get(TASK_XARG, -1)
-    return Hints(priority, str(xargs.get(AGENT_XARG, "")), task if isinstance(task, int) else -1)
+    numbered = type(task) is int and 0 <= task <= INT64_MAX
+    return Hints(priority, str(xargs.get(AGENT_XARG, "")), task if numbered else -1)

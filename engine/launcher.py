@@ -25,6 +25,7 @@ import httpx
 
 from engine import compat
 from engine.cores import keep_apart
+from engine.link import inbox
 
 # Bytes of a Unix socket's path that every Linux takes (108 with the closing zero).
 SOCKET_PATH_BYTES = 107
@@ -102,6 +103,7 @@ class EngineSpec:
     kv_cache_gib: float | None = None
     forced_lengths: Path | None = None  # the table of `engine.forced_length`
     scheduler: Literal["justitia", "stock"] = "justitia"
+    displace_margin: float | None = None  # of our scheduler: see there
     extra_args: tuple[str, ...] = ()  # vLLM's own, after ours: the last one counts
 
     def __post_init__(self) -> None:
@@ -109,7 +111,7 @@ class EngineSpec:
         object.__setattr__(self, "runtime_dir", self.runtime_dir.absolute())
         if self.forced_lengths is not None:
             object.__setattr__(self, "forced_lengths", self.forced_lengths.absolute())
-        for socket in (self.socket, self.runtime_dir / "link.sock"):
+        for socket in (self.socket, Path(inbox(self.link_address).removeprefix("ipc://"))):
             length = len(os.fsencode(socket))
             if length > SOCKET_PATH_BYTES:
                 raise ValueError(
@@ -152,10 +154,12 @@ class EngineSpec:
         command += ["--scheduling-policy", "priority"]
         # The gateway asks for usage itself: vLLM's flag that forces it would show it to clients in every chunk.
         command += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
-        justitia: dict[str, str] = {}
+        justitia: dict[str, str | float] = {}
         if self.scheduler == "justitia":
             command += ["--scheduler-cls", "engine.scheduler.JustitiaScheduler"]
             justitia["link"] = self.link_address
+            if self.displace_margin is not None:
+                justitia["displace_margin"] = self.displace_margin
         if self.forced_lengths is not None:
             command += ["--logits-processors", "engine.forced_length:ForcedLength"]
             justitia["forced_lengths"] = str(self.forced_lengths)

@@ -33,7 +33,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from itertools import islice
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 import zmq
@@ -52,6 +52,8 @@ GATEWAYS = 8
 # Bytes of the entries of one change (which has some more), and of an entry beside its name. A gateway's own name is short.
 CHANGE_BYTES, ENTRY_BYTES = 48 * 2**10, 24
 LONGEST_NAME = 256
+# What a report can tell: beyond it, one greeting would keep all further reports from being encoded.
+Number = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 RESEND_S = 1.0
 # While the scheduler has nothing to tell, newcomers are greeted this often, and the last report is repeated each tenth time.
 IDLE_INTERVAL_S = 0.1
@@ -74,6 +76,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello", forbid_unknown_fields=Fals
     block_size: int  # tokens
     max_num_seqs: int  # tasks that run at once
     max_model_len: int  # tokens
+    prefix_caching: bool = False
+    displace_margin: float | None = None  # see `JustitiaScheduler`; None: it displaces nobody
 
     @property
     def capacity_tokens(self) -> int:
@@ -105,6 +109,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report", omit_defau
     recomputed_tokens: int = 0  # computed, lost by preemption, and to be computed again
     displaced: int = 0  # of the preempted: those that gave way to a more urgent task
     displaced_tokens: int = 0  # of the recomputed
+    prefill_iterations: float = 0.0  # that a token of a prompt takes, on average; 0: not known
     kept_blocks: int = 0  # of the free ones: those that hold the KV of agents who wait for their tools
     tasks: list[int] = []
     kv_tokens: list[int] = []
@@ -138,7 +143,7 @@ class Greeting(msgspec.Struct, frozen=True, tag="greeting", forbid_unknown_field
 
     protocol: int
     gateway: str
-    number: int
+    number: Number
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, tag="change", omit_defaults=True, forbid_unknown_fields=False):
@@ -146,7 +151,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True, tag="change", omit_defau
     kept; 0 lets it go."""
 
     gateway: str
-    number: int
+    number: Number
     tags: dict[int, int] = {}
     keep: dict[str, int] = {}
 
@@ -181,16 +186,18 @@ class EngineLink:
         self._hello = _encode(hello)
         self._latest: Report | None = None
         self._sent: Report | None = None
-        self._ended: deque[bytes] = deque(maxlen=SEND_HIGH_WATER_MARK)
+        self._ended: deque[Ended] = deque(maxlen=SEND_HIGH_WATER_MARK)
         self._changes: deque[Change] = deque()
         self.heard: dict[str, int] = {}  # the last number of each gateway, the one that greeted last comes first
         self.refused = 0
-        self.snapshot_wanted = False
+        self.snapshot_wanted = False  # until the scheduler's next report
+        self._repeat_wanted = False  # by whom the scheduler has nothing new to tell
         # A context of our own: no one else's `term` can wait for these sockets, nor these for theirs.
         self._context = zmq.Context()
         self._out: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
         self._out.setsockopt(zmq.XPUB_VERBOSE, 1)  # hear of every subscriber, not only of the first
         self._out.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
+        self._out.setsockopt(zmq.MAXMSGSIZE, LONGEST_NAME)  # of a subscription
         self._in: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         self._in.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
         self._in.setsockopt(zmq.MAXMSGSIZE, LARGEST_CHANGE)
@@ -215,7 +222,7 @@ class EngineLink:
 
     def ended(self, ended: Ended) -> None:
         """Goes out with the next report."""
-        self._ended.append(_encode(ended))
+        self._ended.append(ended)
 
     def changes(self) -> Iterator[Change]:
         """What gateways ask for, in the order in which it came."""
@@ -253,24 +260,29 @@ class EngineLink:
             unchanged += 1
             with self._lock:
                 self._listen()
-                self._tell(repeat=self.snapshot_wanted or unchanged % REPEAT_AFTER == 0)
-                self.snapshot_wanted = False
+                self._tell(repeat=self._repeat_wanted or unchanged % REPEAT_AFTER == 0)
 
     def _tell(self, repeat: bool = False) -> None:
         """Greet who is new, and send the latest report to all if it was not sent yet. The caller holds the lock."""
         try:
             newcomers = False
             # Of what XPUB has to read, 1 begins a subscription and 0 ends one.
-            while int(self._out.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            for _ in range(READ_MESSAGES):
+                if not int(self._out.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                    break
                 newcomers |= self._out.recv(zmq.NOBLOCK)[:1] == b"\x01"
             # All hear the greeting of one. A send never blocks: XPUB drops what a full subscriber cannot take.
             if newcomers:
                 self._out.send(self._hello, zmq.NOBLOCK)
             while self._ended:
-                self._out.send(self._ended.popleft(), zmq.NOBLOCK)
+                self._out.send(_encode(self._ended.popleft()), zmq.NOBLOCK)
             latest = self._latest
             if latest is not None and (newcomers or repeat or latest is not self._sent):
-                self._sent = latest  # also when it cannot be encoded: once is enough
+                if latest is self._sent:  # since then more may have been heard
+                    latest = msgspec.structs.replace(latest, heard=self.heard, refused=self.refused)
+                else:
+                    self._sent = latest  # also when it cannot be encoded: once is enough
+                self._repeat_wanted = False
                 self._out.send(_encode(latest), zmq.NOBLOCK)
         except Exception:
             # The engine serves on without this report.
@@ -300,7 +312,7 @@ class EngineLink:
             others = ((name, number) for name, number in self.heard.items() if name != request.gateway)
             self.heard = {request.gateway: request.number - 1, **dict(islice(others, GATEWAYS - 1))}
         elif isinstance(request, Snapshot):
-            self.snapshot_wanted = True
+            self.snapshot_wanted = self._repeat_wanted = True
         elif request.number - 1 == self.heard.get(request.gateway):
             self.heard[request.gateway] = request.number
             self._changes.append(request)
@@ -322,6 +334,7 @@ class GatewayLink:
         self._engine: str | None = None
         self._number = 0
         self._unheard: dict[int, tuple[Change, float]] = {}  # by number, with when it was sent
+        addresses = address, inbox(address)
         context = zmq.asyncio.Context.instance()
         self._socket: zmq.asyncio.Socket = context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -329,8 +342,8 @@ class GatewayLink:
         self._out: zmq.Socket[bytes] = zmq.Socket(context, zmq.PUSH)  # which never waits
         self._out.setsockopt(zmq.LINGER, 0)
         self._out.setsockopt(zmq.SNDHWM, RECEIVE_HIGH_WATER_MARK)
-        self._socket.connect(address)
-        self._out.connect(inbox(address))
+        for socket, at in zip((self._socket, self._out), addresses, strict=True):
+            socket.connect(at)
 
     async def messages(self) -> AsyncIterator[Message]:
         """Of the reports that came while the caller was busy only the newest. Never ends by itself.

@@ -48,6 +48,7 @@ from engine.hints import to_tag
 from engine.kept import KeptBlocks
 from engine.ledger import Ledger
 from engine.link import PROTOCOL, Ended, EngineLink, Hello, LinkError, Report
+from engine.step_times import StepTimes
 from engine.waiting_queue import WaitingQueue, hints_of, place_of, retag
 
 logger = init_logger(__name__)
@@ -108,6 +109,7 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         self._gone: dict[str, Request] = {}  # preempted, and not back yet
         self._costs: dict[int, float] = defaultdict(float)  # by task; of sequences that ended and were not reported
         self._steady = False
+        self._times = StepTimes()
         self._computed_tokens = 0
         self._engine_id = uuid.uuid4().hex
         self._iteration = 0
@@ -144,7 +146,8 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:  # else more of a streaming session
             self.ledger.open(request)
-            self._by_task[hints_of(request).task].append(request)
+            if hints_of(request).task >= 0:
+                self._by_task[hints_of(request).task].append(request)
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -197,12 +200,13 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         hints = hints_of(request)
         held = self.ledger.leave(request)
-        if hints.task >= 0 and self._link is not None:
-            self._costs[hints.task] += held
-        others = self._by_task[hints.task]
-        others.remove(request)
-        if not others:
-            del self._by_task[hints.task]
+        if hints.task >= 0:
+            others = self._by_task[hints.task]
+            others.remove(request)
+            if not others:
+                del self._by_task[hints.task]
+            if self._link is not None:
+                self._costs[hints.task] += held
         self._gone.pop(request.request_id, None)
         if self._kept is not None and hints.agent:
             self._remember(request)
@@ -229,6 +233,7 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
             recomputed_tokens=self.recomputed_tokens,
             displaced=self.displaced,
             displaced_tokens=self.displaced_tokens,
+            prefill_iterations=self._times.prefill_iterations,
             kept_blocks=self._kept.num_kept_blocks // self._groups if self._kept is not None else 0,
             tasks=[request.justitia_hints.task for request in running],
             kv_tokens=[request.num_computed_tokens for request in running],
@@ -269,6 +274,9 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         if total > 0:
             self._computed_tokens += total
             self.ledger.step(self.running)
+            self._times.step(time.perf_counter(), total - len(scheduled) if total > len(scheduled) else 0)
+        else:
+            self._times.pause()
         # Each of them decodes, one token, and none was cut short. So it is in the next step, but for those admitted there.
         self._steady = (
             total == len(scheduled) == len(self.running)
@@ -298,6 +306,17 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         )
         blocks -= self.kv_cache_manager.block_pool.get_num_free_blocks()
         slots = len(self.running) + 1 - self.max_num_running_reqs
+        # Those that stay are scheduled first, and take what they need.
+        next_blocks, tokens = {}, 0
+        for request in self.running:
+            ahead = request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
+            tokens += ahead
+            upto = request.num_computed_tokens + min(ahead, self.max_num_scheduled_tokens)
+            taken = self._groups * (math.ceil(upto / self.block_size) - len(self._blocks_of(request)))
+            next_blocks[request.request_id] = max(0, taken)
+        if tokens >= self.max_num_scheduled_tokens:
+            return []  # nobody is admitted in this step
+        blocks += sum(next_blocks.values())
         victims: list[Request] = []
         lost = self.displaced_tokens
         self.running.sort(key=victims_last)
@@ -318,6 +337,7 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
             victims.append(request)
             lost += request.num_computed_tokens
             slots -= 1
+            blocks -= next_blocks[request.request_id]
             blocks -= self._groups * sum(block.ref_cnt == 1 for block in self._blocks_of(request))
         if slots > 0 or blocks > 0:
             return []
@@ -373,6 +393,8 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
             block_size=self.block_size,
             max_num_seqs=self.max_num_running_reqs,
             max_model_len=self.max_model_len,
+            prefix_caching=self._kept is not None,
+            displace_margin=self._displace_margin,
         )
         try:
             link = EngineLink(str(address), hello)

@@ -82,7 +82,8 @@ class VirtualTask(NamedTuple):
     """prefix: the beginnings that it shares, outermost first, each with the token where it stops.
 
     `(("class-3", 100), ("agent-7", 400))`: tokens 0 to 99 are those of class-3, 100 to 399 those of agent-7, and nobody
-    else has the rest. A prompt that is shorter than a beginning lies within it.
+    else has the rest. A prompt that is shorter than a beginning lies within it, and so does the output if it ends there too:
+    the next turn of a conversation begins with both.
     """
 
     key: int
@@ -162,6 +163,10 @@ class _Modelless(AsyncScheduler):  # type: ignore[misc, unused-ignore]  # Any, w
         self.lost_tokens += request.num_computed_tokens
         super()._preempt_request(request, *args, **kwargs)
 
+    def decides(self) -> bool:
+        """Whether it has to be asked in the next iteration, though every running request finds its block."""
+        return False
+
     def lulled(self) -> None:
         """An iteration in which it was not asked."""
 
@@ -180,8 +185,13 @@ class _ModellessJustitia(_Modelless, JustitiaScheduler):
         super().__init__(*args, **kwargs)
         self.costs: dict[str, float] = {}
 
+    def decides(self) -> bool:
+        ending = self._kept is not None and 0 < self._kept.next_end <= self.ledger.iteration
+        return ending or (self._displace_margin is not None and bool(self.waiting))
+
     def lulled(self) -> None:
         self.ledger.iteration += 1
+        self._computed_tokens += len(self.running)
 
     def decoded(self, request: Request, count: int) -> None:
         self.ledger.decoded(request, count)
@@ -221,6 +231,8 @@ class _Lull:
 
     def advance(self) -> list[Request] | None:
         """One iteration: who had the last token in it. None, and nothing has changed, if there is something to decide."""
+        if self._scheduler.decides():
+            return None
         memory = self._scheduler.kv_cache_manager
         turn = self.at % len(self._needing)
         needing, filling = self._needing[turn], self._filling[turn]
@@ -359,6 +371,8 @@ class VirtualEngine:
         prompt = [token] * task.prompt_tokens if self._hasher is None else self._prompt(task, token)
         priority, xargs = to_fields(task.hints)
         self._arrivals += 1
+        if task.prefix and task.prefix[-1][1] >= length:
+            token = self._beginnings.setdefault(task.prefix[-1][0], -1 - len(self._beginnings))
         self._tokens[name] = token
         self._rouse()
         self._scheduler.add_request(

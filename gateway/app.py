@@ -26,6 +26,7 @@ from gateway.release import Dispatcher
 from gateway.routes import task_routes
 from gateway.settings import GatewaySettings
 from gateway.state import Store, open_store
+from gateway.tool_waits import ToolWaits
 from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health
 from predictor.ladder import Ladder
 from predictor.types import Predictor
@@ -50,13 +51,15 @@ async def create_app(
     metrics = Metrics(CollectorRegistry(), version=version, policy=settings.policy)
     predictor = predictor or Ladder()
     store = store or open_store(settings.state)
+    waits = ToolWaits()
+    dispatcher = Dispatcher(queue, engine, max_waiting=settings.max_waiting, waits=waits if settings.keep_kv else None)
     parts = Parts(
         queue=queue,
-        dispatcher=Dispatcher(queue, engine, max_waiting=settings.max_waiting),
+        dispatcher=dispatcher,
         engine=engine,
         client=client or EngineClient(settings.engine),
         predictor=predictor,
-        feedback=Feedback(queue, predictor, store, metrics, now=lambda: engine.now),
+        feedback=Feedback(queue, predictor, store, metrics, now=lambda: engine.now, waits=waits, keep=dispatcher.keep),
         metrics=metrics,
         suspect=asyncio.Event(),
         max_queue_s=settings.max_queue_s,

@@ -79,6 +79,9 @@ class EngineView:
     engine_capacity_tokens: float = 0.0
     engine_max_num_seqs: int | None = None
     max_model_len: int | None = None  # tokens of the longest sequence
+    displace_margin: float | None = None  # see `ReleaseLimits`
+    prefix_caching: bool = False  # what one task has computed, the next can begin with
+    prefill_iterations: float = 0.0  # that a token of a prompt takes; 0: not known
     running: int = 0
     waiting: int = 0
     held_tokens: float = 0.0
@@ -103,6 +106,11 @@ class EngineView:
         """M. 0 when neither the settings nor the engine have said it."""
         return self.declared_capacity_tokens or self.engine_capacity_tokens
 
+    @property
+    def refill_iterations(self) -> float:
+        """What it takes to compute again as much as the whole cache holds; 0 while that is not known, or of no use."""
+        return self.prefill_iterations * self.capacity_tokens if self.prefix_caching else 0.0
+
     def answered(self) -> None:
         self.up, self.suspect = True, False
 
@@ -126,7 +134,8 @@ class EngineView:
             self.reporting = True
             self.engine_capacity_tokens = message.capacity_tokens
             self.engine_max_num_seqs = message.max_num_seqs
-            self.max_model_len = message.max_model_len
+            self.max_model_len, self.prefix_caching = message.max_model_len, message.prefix_caching
+            self.displace_margin = message.displace_margin
             self._blocks, self._block_size = message.total_blocks, message.block_size
         elif message.engine_id == self._life:
             self.reporting = True
@@ -167,6 +176,7 @@ class EngineView:
         self._count(report.iteration, counters)
         self.running, self.waiting, self.held = report.running, report.waiting, report.held
         self.held_tokens = (self._blocks - report.free_blocks) * self._block_size
+        self.prefill_iterations = report.prefill_iterations
         self.kept_tokens = report.kept_blocks * self._block_size
         if report.agents or not report.running:
             self.agents = report.agents

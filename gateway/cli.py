@@ -109,6 +109,7 @@ async def _serve(settings: ServeSettings) -> int:
                 max_num_seqs=settings.max_num_seqs,
                 max_model_len=settings.max_model_len,
                 scheduler=settings.engine_scheduler,
+                displace_margin=settings.displace_margin,
                 extra_args=_engine_args(settings),
             )
         except ValueError as error:

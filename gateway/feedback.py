@@ -17,6 +17,7 @@ from gateway.fairness import AgentId, FairQueue, Iterations
 from gateway.identify import Identity
 from gateway.metrics import Metrics
 from gateway.state import StateError, Store
+from gateway.tool_waits import ToolWaits
 from predictor.types import AgentProgress, FinishedAgent, FinishedTask, Predictor
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class AgentRecord:
-    """Times in seconds of a monotonic clock."""
+    """Times in seconds of a monotonic clock, but for `idle_since`: iterations of the service clock."""
 
     id: AgentId
     source: str
@@ -36,6 +37,7 @@ class AgentRecord:
     final: bool = False
     whole: bool = True  # every task so far was answered: only then its cost says what such an agent costs
     predicted: float | None = None  # Ĉ at its first release
+    idle_since: Iterations | None = None  # it waits for its tool, or has ended
     tasks: list[FinishedTask] = field(default_factory=list)
 
     def progress(self, cost_arrived: float) -> AgentProgress:
@@ -43,7 +45,8 @@ class AgentRecord:
 
 
 class Feedback:
-    """clock: seconds, monotonic. now: the service clock τ."""
+    """clock: seconds, monotonic. now: the service clock τ. keep: told of an agent that waits for its tool, with the KV tokens
+    of its last task, and its class."""
 
     def __init__(
         self,
@@ -53,11 +56,14 @@ class Feedback:
         metrics: Metrics,
         *,
         now: Callable[[], Iterations],
+        waits: ToolWaits,
+        keep: Callable[[AgentId, float, str | None], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.records: dict[AgentId, AgentRecord] = {}
         self._queue, self._predictor, self._store, self._metrics = queue, predictor, store, metrics
         self._now, self._clock = now, clock
+        self._waits, self._keep = waits, keep
         self._writes: set[asyncio.Task[None]] = set()
 
     async def recall(self) -> int:
@@ -85,6 +91,9 @@ class Feedback:
     def accepted(self, record: AgentRecord, *, final: bool) -> None:
         """That task is in the queue."""
         record.final = record.final or final
+        if record.idle_since is not None:
+            self._waits.came_back(record.agent_class, self._now() - record.idle_since)
+            record.idle_since = None
 
     def withdrawn(self, record: AgentRecord) -> None:
         """That task was refused before it was enqueued."""
@@ -106,8 +115,13 @@ class Feedback:
             self._metrics.task_charged(
                 record.agent_class, finished.prompt_tokens, finished.decode_tokens, finished.cost
             )
-        if record.final and not self._is_busy(record.id):
+        if self._is_busy(record.id):
+            return
+        if record.final:
             self._end(record)
+        elif finished is not None:
+            record.idle_since = self._now()
+            self._keep(record.id, finished.prompt_tokens + finished.decode_tokens, record.agent_class)
 
     def sweep(self, idle_s: float) -> None:
         """End the agents that have been silent for `idle_s` seconds."""
@@ -126,6 +140,8 @@ class Feedback:
 
     def _end(self, record: AgentRecord) -> None:
         del self.records[record.id]
+        if record.idle_since is not None:
+            self._waits.ended(record.agent_class)
         if record.id in self._queue.agents:
             self._queue.evict(self._now(), record.id)
         if not record.whole or not record.tasks:

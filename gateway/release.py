@@ -10,13 +10,15 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Protocol
 
 from engine.hints import to_tag
 from gateway.capacity import CAPACITY_ITERATIONS, EngineView, ServedCapacity
 from gateway.errors import GatewayError, NoEngine, QueueFull, ShuttingDown, WaitedTooLong
-from gateway.fairness import FairQueue, KvTokenIterations, Release, Spent, Task, TaskId
+from gateway.fairness import AgentId, FairQueue, KvTokenIterations, Release, Spent, Task, TaskId
+from gateway.tool_waits import ToolWaits
 
 MAX_RETRY_AFTER_S = 30
 # Tasks over whose completions the drain rate is taken.
@@ -24,6 +26,12 @@ DRAIN_WINDOW = 64
 # Tasks at an engine that has not said how much memory it has; at one that has, but not how many tasks it runs at once.
 SLOTS_WITHOUT_CAPACITY = 8
 SLOTS_OF_STOCK = 256
+
+
+class Tell(Protocol):
+    """`GatewayLink.change`: new tags by task; by agent, the iterations for which to keep its KV."""
+
+    def __call__(self, tags: Mapping[int, int] | None = None, keep: Mapping[str, int] | None = None) -> None: ...
 
 
 class Turn:
@@ -81,17 +89,26 @@ class Turn:
 
 
 class Dispatcher:
-    """queue: the fair queue; engine: what is known of the engine. Make it inside a running event loop."""
+    """queue: the fair queue; engine: what is known of the engine; waits: for how long to keep the KV of an agent that waits for
+    its tool, None for not at all. Make it inside a running event loop."""
 
-    def __init__(self, queue: FairQueue, engine: EngineView, *, max_waiting: int) -> None:
+    def __init__(
+        self,
+        queue: FairQueue,
+        engine: EngineView,
+        *,
+        max_waiting: int,
+        waits: ToolWaits | None = None,
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.queue = queue
         self.engine = engine
         self.draining = False
-        self.tell: Callable[[Mapping[int, int]], None] | None = None  # the engine, over the link: new tags by task
+        self.tell: Tell | None = None  # the engine, if it listens
         self._served = ServedCapacity()
         self._heard_at = self._capacity_at = engine.now
         self._max_waiting = max_waiting
+        self._waits = waits
         self._turns: dict[TaskId, Turn] = {}
         self._ends: deque[float] = deque(maxlen=DRAIN_WINDOW)
         self._all_ended = asyncio.Event()
@@ -117,9 +134,16 @@ class Dispatcher:
             return
         for release in self.queue.release(self.engine.now, self.engine.waiting):
             self._turns[release.task.id].grant(release)
-        revised = self.queue.revise()
-        if revised and self.tell is not None:
-            self.tell({release.task.id: to_tag(release.rank) for release in revised})
+        if self.tell is not None and (revised := self.queue.revise()):
+            self.tell(tags={release.task.id: to_tag(release.rank) for release in revised})
+
+    def keep(self, agent_id: AgentId, kv_tokens: float, agent_class: str | None) -> None:
+        """An agent waits for its tool: its KV stays at the engine for as long as it is worth it."""
+        if self.tell is None or self._waits is None or not self.engine.prefix_caching:
+            return
+        self.tell(keep={agent_id: self._waits.worth_keeping(agent_class)})
+        iterations = self._waits.worth_reserving(agent_class, self.engine.refill_iterations)
+        self.queue.reserve(self.engine.now, agent_id, kv_tokens, iterations)
 
     def engine_spoke(self) -> None:
         """The engine has reported: take over what its tasks hold, and what it can hold."""
@@ -147,9 +171,9 @@ class Dispatcher:
             self._capacity_at = engine.now
             served_tokens = self._served.tokens(engine.capacity_tokens)
             self.queue.set_capacity(engine.now, engine.capacity_tokens, served_tokens)
-        slots = self._slots()
-        if slots != self.queue.limits.in_flight:
-            self.queue.limits = replace(self.queue.limits, in_flight=slots)
+        limits = replace(self.queue.limits, in_flight=self._slots(), displace_margin=engine.displace_margin)
+        if limits != self.queue.limits:
+            self.queue.limits = limits
         self.pump()
 
     def _slots(self) -> int:

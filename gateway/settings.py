@@ -77,6 +77,9 @@ class GatewaySettings(BaseSettings):
     max_engine_waiting: int = Field(
         4, ge=0, description="Tasks in the engine's own queue above which none is released."
     )
+    keep_kv: bool = Field(
+        True, description="Keep the KV of an agent that waits for its tool for as long as it is worth it (own engine)."
+    )
     max_in_flight: int | None = Field(
         None, ge=1, description="Tasks at the engine at once; default: what the engine says."
     )
@@ -142,6 +145,12 @@ class ServeSettings(GatewaySettings):
     max_model_len: int | None = Field(None, ge=1, description="Longest sequence in tokens; default: the model's.")
     engine_scheduler: Literal["justitia", "stock"] = Field(
         "justitia", description="The engine's scheduler: ours, or vLLM's own with `priority` alone."
+    )
+    displace_margin: float | None = Field(
+        None,
+        ge=0,
+        description="Let an urgent task that finds no room displace tasks of agents whose finish tag is larger by more than"
+        " this, in token·iterations; default: no task is displaced.",
     )
     engine_args: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
         (), description="Further arguments for vLLM, as one string."

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
-from engine.link import GatewayLink, Report
+from engine.link import GatewayLink, Hello, Report
 from gateway.engine_client import EngineUnreachable, Health
 from gateway.parts import Parts
 
@@ -70,13 +70,14 @@ async def watch_health(parts: Parts) -> None:
 async def follow_link(parts: Parts, address: str) -> None:
     """Hear what the engine's scheduler reports. Raises `LinkError`."""
     link = GatewayLink(address)
-    parts.dispatcher.tell = link.change
     lost = 0
     try:
         async for message in link.messages():
             with _hearing(parts):
                 parts.engine.hear(message, time.monotonic())
-            if isinstance(message, Report):
+            if isinstance(message, Hello):
+                parts.dispatcher.tell = link.change
+            elif isinstance(message, Report):
                 parts.metrics.link_reported()
             if link.resent + link.dropped > lost:
                 parts.metrics.link_lost(link.resent + link.dropped - lost)

@@ -24,6 +24,7 @@ from gateway.fairness.types import (
     QueueError,
     Release,
     ReleaseLimits,
+    Reservation,
     Spent,
     Task,
     TaskId,
@@ -44,6 +45,7 @@ class FairQueue:
         self._agents: dict[AgentId, Agent] = {}
         self._tasks: dict[TaskId, Agent] = {}
         self._forecast = Forecast()
+        self._reserved: dict[AgentId, Reservation] = {}
         self._revised: set[AgentId] = set()  # whose tasks in flight may have another rank now
         self._next_seq = 0
 
@@ -141,7 +143,8 @@ class FairQueue:
             self._count_idleness(agent)
         if tenant_weight != agent.tenant.weight:
             agent.tenant.weight = tenant_weight
-            self._revised.update(other.id for other in self._agents.values() if other.tenant is agent.tenant)
+            if self._policy.revised and len(self._tenants) > 1:
+                self._revised.update(other.id for other in self._agents.values() if other.tenant is agent.tenant)
         self._reference.arrive(agent.tenant.id, agent.id, task.cost, agent.weight, tenant_weight)
         if not agent.waiting:
             first = agent.tenant.order.first()
@@ -166,6 +169,7 @@ class FairQueue:
             tag = agent.tenant.start_tag
             agent.in_flight[task.id] = Flight(task, rank, tag, agent.released, task.prompt_tokens)
             self._forecast.add(now, task)
+            self._reserved.pop(agent.id, None)
             agent.prompt_tokens += task.prompt_tokens
             agent.forming = False
             self._count_release(agent, task.cost)
@@ -189,6 +193,19 @@ class FairQueue:
             self._count_progress(agent, flight, max(done, flight.attained), flight.prompt_tokens, output_tokens)
             if self._policy.by_progress and agent.waiting:
                 self._place(agent)
+
+    def reserve(self, now: Iterations, agent_id: AgentId, tokens: float, iterations: float) -> None:
+        """An agent that is idle now, as it waits for its tool, has so much KV at the engine, and it is worth keeping for so
+        long: later agents of its tenant do not get that memory. It ends when the agent's next task is released."""
+        self._reference.advance(now)
+        agent = self._agents.get(agent_id)
+        if agent is None or agent.busy:
+            raise QueueError(f"agent {agent_id!r} is " + ("not known" if agent is None else "not idle"))
+        if not (0 <= tokens < math.inf and 0 <= iterations < math.inf):
+            raise QueueError(
+                f"a reservation is at least 0, and finite, not {tokens} tokens for {iterations} iterations"
+            )
+        self._reserved[agent_id] = Reservation(agent, tokens, Iterations(now + iterations))
 
     def revise(self) -> list[Release]:
         """The tasks in flight that the engine is to order otherwise than it was told, as more is known of their agents now."""
@@ -257,6 +274,8 @@ class FairQueue:
         if agent is None or agent.busy:
             raise QueueError(f"agent {agent_id!r} is " + ("not known" if agent is None else "not idle"))
         del self._agents[agent_id]
+        self._reserved.pop(agent_id, None)
+        self._revised.discard(agent_id)
         self._reference.forget(agent.tenant.id, agent_id)
 
     # How they work
@@ -289,7 +308,29 @@ class FairQueue:
         room = limits.beta * self._capacity_tokens or math.inf
         if not limits.foresight:
             return self._forecast.held(now) + task.prompt_tokens <= room
-        return self._forecast.fits(now, task, room)
+        fits = self._forecast.fits(now, task, room)
+        if fits and self._reserved:
+            fits = self._forecast.fits(now, task, room - self._kept_from(now, task))
+        return fits or (limits.displace_margin is not None and self._displaces(task, limits.displace_margin))
+
+    def _displaces(self, task: Task, margin: float) -> bool:
+        """Whether the engine has somebody who is to make room for it."""
+        rank = self._rank(self._agents[task.agent_id]) + margin
+        return any(flight.rank > rank for agent in self._agents.values() for flight in agent.in_flight.values())
+
+    def _kept_from(self, now: Iterations, task: Task) -> float:
+        """Tokens of KV that are kept for earlier agents of its tenant."""
+        agent = self._agents[task.agent_id]
+        over = [agent_id for agent_id, reservation in self._reserved.items() if reservation.until <= now]
+        for agent_id in over:
+            del self._reserved[agent_id]
+        return sum(
+            reservation.tokens
+            for reservation in self._reserved.values()
+            if reservation.agent.tenant is agent.tenant
+            and reservation.agent is not agent
+            and reservation.agent.finish_tag < agent.finish_tag
+        )
 
     def _wait(self, agent: Agent, task: Task) -> None:
         tenant = agent.tenant

@@ -60,12 +60,15 @@ class ReleaseLimits:
         held now, which is how an engine admits that knows no lengths.
     engine_waiting: tasks in the engine's own queue above which none is released; None for no limit.
     in_flight: tasks at the engine at once (its `max_num_seqs`); None for no limit.
+    displace_margin: by how much a task at the engine has to come later for a more urgent one to be sent though it does not
+        fit, since the engine will displace the other; None if it does not displace. In units of rank.
     """
 
     beta: float = 1.0
     foresight: bool = True
     engine_waiting: int | None = 4
     in_flight: int | None = None
+    displace_margin: float | None = None
 
     def __post_init__(self) -> None:
         if not (
@@ -131,3 +134,12 @@ class Agent:
         """The task of this agent that goes next."""
         first = self.order.first()
         return None if first is None else self.waiting[first]
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """The KV of an agent that waits for its tool, kept for it."""
+
+    agent: Agent
+    tokens: float
+    until: Iterations

@@ -44,6 +44,8 @@ class AgentType:
     output_sigma: float
     fewest: int = 2
     most: int = 400
+    observation: float = 60  # what the world or a tool adds to the next prompt
+    longest: int = 3_000  # prompt and output of a task together
 
 
 # fmt: off
@@ -64,6 +66,11 @@ TOOL_TYPES = (
     AgentType("coding",                "code",  "medium", "tool chain",   9, 0.40,  450, 0.10,   75, 0.12, 5, 15),
     AgentType("plan-and-execute",      "pe",    "medium", "tool plan",    6, 0.50,  500, 0.10,  130, 0.12),
 )
+# A conversation with tools, as long as such are: what is common to the class, and then a story that grows.
+CODING = AgentType(
+    "coding", "code", "large", "tool chain", 12, 0.40, 6_000, 0.20, 180, 0.30, 5, 30, observation=500, longest=30_000
+)
+CODING_PREFIX = 3_200
 # One that is worth some seven of those that come by meanwhile.
 ELEPHANT = AgentType("map-reduce-summary", "mrs", "large", "reduce",     15, 0.00,  900, 0.00,  105, 0.00)
 MICE = (
@@ -78,8 +85,6 @@ TASK_SIGMA = 0.3
 KV_TOKENS = 459 * 16
 KV_IN_USE = 0.8
 ITERATION_S = 0.02
-# Prompt and output of a task together; a context of 4,096 tokens leaves room.
-MAX_TASK_TOKENS = 3_000
 MAX_OUTPUT = 1_000
 MIN_PROMPT = 48
 MIN_OUTPUT = 4
@@ -87,8 +92,6 @@ MIN_OUTPUT = 4
 # ALFWorld's answers come from a simulator; a coding agent's from tools: log-normal, by median and σ.
 WORLD_THINK_S = (0.05, 0.5)
 TOOL_THINK_S, TOOL_THINK_SIGMA = 2.0, 1.0
-# What the world or a tool adds to the next prompt.
-OBSERVATION = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,8 @@ def draw_tasks(kind: AgentType, rng: Random, mix: Mix = PAPER_MIX) -> tuple[Task
         min(max(round(count), kind.fewest), kind.most),
         _log_normal(rng, kind.prompt * mix.lengths, kind.prompt_sigma, tail),
         _log_normal(rng, kind.output * mix.lengths, kind.output_sigma, tail),
+        kind.observation,
+        kind.longest,
     )
     return tuple(_shaped(kind.shape, of_agent))
 
@@ -148,6 +153,8 @@ class _Agent:
     count: int
     prompt: float
     output: float
+    observation: float
+    longest: int
 
     def task(
         self,
@@ -163,7 +170,7 @@ class _Agent:
             prompt = _log_normal(self.rng, self.prompt, TASK_SIGMA)
         output = _log_normal(self.rng, outputs * self.output, TASK_SIGMA)
         output_tokens = min(max(round(output), MIN_OUTPUT), MAX_OUTPUT)
-        prompt_tokens = min(max(round(prompt), MIN_PROMPT), MAX_TASK_TOKENS - output_tokens)
+        prompt_tokens = min(max(round(prompt), MIN_PROMPT), self.longest - output_tokens)
         return TaskTrace(name, prompt_tokens, output_tokens, after, round(think_s, 3))
 
 
@@ -208,7 +215,7 @@ def _turns(agent: _Agent, think_s: Callable[[Random], float]) -> list[TaskTrace]
     turns = [agent.task("turn-0", prompt=agent.prompt)]
     for i in range(1, agent.count):
         before = turns[-1]
-        story = before.prompt_tokens + before.output_tokens + _log_normal(agent.rng, OBSERVATION, TASK_SIGMA)
+        story = before.prompt_tokens + before.output_tokens + _log_normal(agent.rng, agent.observation, TASK_SIGMA)
         turns.append(agent.task(f"turn-{i}", (before.id,), prompt=story, think_s=think_s(agent.rng)))
     return turns
 

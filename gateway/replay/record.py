@@ -31,6 +31,7 @@ class Journey:
     finish_s: float = 0.0
     finish_iteration: int = 0
     preemptions: int = 0
+    held: float = 0.0  # KV token·iterations, as the engine's scheduler counts them
     finished: list[FinishedTask] = field(default_factory=list)
 
 

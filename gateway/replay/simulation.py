@@ -33,11 +33,12 @@ from gateway.fairness import (
 from gateway.replay.predictors import Beliefs, Cost, Progress, finished_task
 from gateway.replay.record import MEMORY_EVERY, Journey, Record
 from gateway.replay.results import ReleaseName, Run
+from gateway.tool_waits import ToolWaits
 from gateway.trace import AgentTrace, Prefix, TaskTrace, TraceError
 from predictor.cost import task_cost
 
 if TYPE_CHECKING:
-    from engine.virtual import Step, VirtualEngine
+    from engine.virtual import Ended, Step, VirtualEngine
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
@@ -62,6 +63,10 @@ class Setup:
     cost: Cost = task_cost
     capacity: Literal["blocks", "served"] = "served"
     prefix_caching: bool = False
+    # Of our scheduler: KV of agents that wait for tools, and who may push others aside; and what a task is charged.
+    keep: bool = True
+    displace_margin: float | None = None
+    charge: Literal["formula", "held"] = "formula"
     timings: bool = False
     memory_over_time: bool = False
 
@@ -113,6 +118,7 @@ class _Simulation:
             block_size=setup.block_size,
             max_num_seqs=setup.max_num_seqs,
             prefix_caching=setup.prefix_caching,
+            displace_margin=setup.displace_margin,
         )
         slots = setup.max_num_seqs or setup.profile.max_num_seqs
         self._queue = FairQueue(POLICIES[policy](), release_limits(release, setup.beta, slots))
@@ -131,6 +137,12 @@ class _Simulation:
         self._places = {agent.agent_id: place for place, agent in enumerate(agents)}
         self._last: Step | None = None
         self._done = 0
+        # Who takes what the engine has room for does not ask for more.
+        self._keep = (
+            setup.keep and setup.prefix_caching and setup.engine_scheduler == "justitia" and release == "memory"
+        )
+        self._waits = ToolWaits()
+        self._idle_since: dict[AgentId, Iterations] = {}
         self._record = Record()
         self._served = ServedCapacity()
         # Where costs are not tokens held, capacity is what the same engine does of them.
@@ -153,8 +165,8 @@ class _Simulation:
                 self._count_victims(step)
             self._last = step
             self._observe(step)
-            for key, _, cached_tokens, _ in step.ended:
-                self._complete(key, cached_tokens)
+            for ended in step.ended:
+                self._complete(ended)
         self._note_virtual_time()
 
     def result(self, policy: str, predictor: str, release: str) -> Run:
@@ -188,6 +200,9 @@ class _Simulation:
             total = self._agent_cost(journey, cost + (known.arrived if known else 0.0))
             predicted = Task(TaskId(key), AgentId(agent.agent_id), cost, belief.memory_tokens, belief.prompt_tokens)
             tenant = TenantId(agent.tenant)
+            idle_since = self._idle_since.pop(AgentId(agent.agent_id), None)
+            if idle_since is not None:
+                self._waits.came_back(agent.agent_class, self._now - idle_since)
             self._ask(self._queue.enqueue, self._now, predicted, total, weight=agent.weight, tenant=tenant)
 
     def _release(self) -> None:
@@ -235,11 +250,16 @@ class _Simulation:
                 held[self._tasks[key][0].trace.agent_id] += kv_tokens
             self._record.memory(held)
 
-    def _complete(self, key: int, cached_tokens: int) -> None:
+    def _complete(self, ended: Ended) -> None:
+        key, cached_tokens = ended.key, ended.cached_tokens
         journey, task = self._tasks.pop(key)
         agent_id = AgentId(journey.trace.agent_id)
         agent = self._queue.agents[agent_id]
         cost = KvTokenIterations(self._setup.cost(task.prompt_tokens, task.output_tokens, cached_tokens))
+        if ended.held is not None:
+            journey.held += ended.held
+            if self._setup.charge == "held":
+                cost = KvTokenIterations(ended.held)
         believed = agent.in_flight[TaskId(key)].task.cost
         total = self._agent_cost(journey, max(0.0, agent.arrived - believed + cost))
         spent = Spent(cost, task.prompt_tokens, task.output_tokens)
@@ -255,10 +275,19 @@ class _Simulation:
                 self._will_arrive(self._engine.now_s + successor.think_s, place, successor)
         if not journey.left:
             self._finish(journey, agent_id)
+        elif not agent.busy:
+            self._idle_since[agent_id] = self._now
+            if self._keep:
+                engine, agent_class = self._engine, journey.trace.agent_class
+                refill_s = engine.capacity_tokens * self._setup.profile.per_prefill_token_s
+                reserve = self._waits.worth_reserving(agent_class, refill_s * engine.iterations / engine.now_s)
+                engine.keep(agent_id, self._waits.worth_keeping(agent_class))
+                self._queue.reserve(self._now, agent_id, task.prompt_tokens + task.output_tokens, reserve)
 
     def _finish(self, journey: Journey, agent_id: AgentId) -> None:
         journey.finish_s, journey.finish_iteration = self._engine.now_s, self._record.iteration
         journey.backlog_tag = self._queue.backlog_tag(agent_id)
+        self._waits.ended(journey.trace.agent_class)
         self._queue.evict(self._now, agent_id)
         self._beliefs.learn(journey.trace, journey.finished)
         self._done += 1

@@ -1,7 +1,7 @@
 """The built-in traces. Each follows from its spec alone: the same words give the same agents on every machine.
 
-    paper:SEED:LOAD[:MIX]     elephant:MICE[:SEED]     tools:SEED     prefix:SEED     tenants:SEED
-    public:PATH:SEED[:LOAD]
+    paper:SEED:LOAD[:MIX]     elephant:MICE[:SEED]     tools:SEED[:stories]     coding:SEED
+    prefix:SEED               tenants:SEED             public:PATH:SEED[:LOAD]
 
 Arrivals are bursty like production's: a Poisson process whose rate is drawn anew for each of 18 minutes (log-normal,
 σ = 0.5), given that so many agents arrive; a load of 2 squeezes the 18 minutes into 9. The load moves arrivals only: one
@@ -26,6 +26,8 @@ from typing import Any
 import msgspec
 
 from gateway.replay.agent_types import (
+    CODING,
+    CODING_PREFIX,
     ELEPHANT,
     ITERATION_S,
     KV_IN_USE,
@@ -49,7 +51,11 @@ BUILT_IN = {
         "MIX: paper (default), light or heavy"
     ),
     "elephant": "elephant:MICE[:SEED] – a large agent, and MICE small ones that together ask for more than the engine can do",
-    "tools": "tools:SEED – 300 agents at about load 2, two thirds of which wait for tools between their tasks",
+    "tools": (
+        "tools:SEED[:stories] – 300 agents at about load 2, two thirds of which wait for tools between their tasks; "
+        "stories: the prompts of a chain begin with those before them"
+    ),
+    "coding": "coding:SEED – 300 coding agents with long stories and waits for tools, for --profile llama-3-8b-a100",
     "prefix": "prefix:SEED – paper:SEED:3 whose prompts begin alike within a class, and further within an agent",
     "tenants": "tenants:SEED – two tenants with the same work, one of which has cut each agent into ten",
     "public": "public:PATH:SEED[:LOAD] – the paper's agents on the arrivals of a public trace (CSV), LOAD 1 unless told",
@@ -65,6 +71,7 @@ MICE_SHARE, MOUSE_COST = 1.05, 335_000
 # Parts of the mean prompt of a class, and of an agent.
 CLASS_PREFIX, AGENT_PREFIX = 0.1, 0.4
 # Some 300 s of the engine for each tenant, arriving within two minutes.
+CODING_AGENTS, CODING_WINDOW_S = 300, 6 * 60.0
 TENANT_JOBS, TENANT_WINDOW_S, PIECES = 40, 120.0, 10
 
 
@@ -97,14 +104,26 @@ def elephant(mice: int, seed: int = 0) -> list[AgentTrace]:
     return agents
 
 
-def tools(seed: int) -> list[AgentTrace]:
+def tools(seed: int, stories: bool = False) -> list[AgentTrace]:
     rng = _rng("tools", seed)
     without = [kind for kind in PAPER_TYPES if kind.shape not in ("plan", "chain")]
     third = AGENTS // 3
     kinds = [*(TOOL_TYPES * third), *types_for(PAPER_MIX, AGENTS - 2 * third, rng, without)]
     rng.shuffle(kinds)
     drawn = [(kind, draw_tasks(kind, rng)) for kind in kinds]
-    return _on(arrivals(_rng("arrivals", seed), AGENTS, WINDOW_S / 2), drawn, "tools", seed)
+    agents = _on(arrivals(_rng("arrivals", seed), AGENTS, WINDOW_S / 2), drawn, "tools", seed)
+    if not stories:
+        return agents
+    chains = {kind.name for kind in TOOL_TYPES if kind.shape == "tool chain"}
+    return [_telling_a_story(agent) if agent.agent_class in chains else agent for agent in agents]
+
+
+def coding(seed: int) -> list[AgentTrace]:
+    """Each prompt is the one before, its answer, and what the tool said; all begin with the same 3,200 tokens."""
+    rng = _rng("coding", seed)
+    drawn = [(CODING, draw_tasks(CODING, rng)) for _ in range(CODING_AGENTS)]
+    agents = _on(arrivals(_rng("arrivals", seed), CODING_AGENTS, CODING_WINDOW_S), drawn, "coding", seed)
+    return [_telling_a_story(agent, Prefix("class:coding", CODING_PREFIX)) for agent in agents]
 
 
 def prefix(seed: int) -> list[AgentTrace]:
@@ -216,6 +235,10 @@ def _parse(name: str, rest: str) -> list[AgentTrace]:
     if name == "elephant":
         _expect(words, 1, 2)
         return elephant(_whole("MICE", words[0]), _whole("SEED", words[1]) if len(words) == 2 else 0)
+    if name == "tools" and len(words) == 2:
+        if words[1] != "stories":
+            raise _BadSpec(f"after the seed there may be `stories`, not {words[1]!r}")
+        return tools(_whole("SEED", words[0]), stories=True)
     if name == "public":
         # A path may hold colons.
         parts = re.fullmatch(r"(?P<path>.+?):(?P<seed>[0-9]+)(?::(?P<load>[^:/]*))?", rest)
@@ -227,7 +250,12 @@ def _parse(name: str, rest: str) -> list[AgentTrace]:
     return _BY_SEED[name](_whole("SEED", words[0]))
 
 
-_BY_SEED: dict[str, Callable[[int], list[AgentTrace]]] = {"tools": tools, "prefix": prefix, "tenants": tenants}
+_BY_SEED: dict[str, Callable[[int], list[AgentTrace]]] = {
+    "tools": tools,
+    "coding": coding,
+    "prefix": prefix,
+    "tenants": tenants,
+}
 
 
 def _expect(words: list[str], least: int, most: int) -> None:
@@ -288,6 +316,16 @@ def _with_prefixes(agent: AgentTrace, of_class: Prefix) -> AgentTrace:
     for task in agent.tasks:
         longest = next((shared for shared in (of_agent, of_class) if shared.tokens < task.prompt_tokens), None)
         tasks.append(msgspec.structs.replace(task, prefix=longest))
+    return msgspec.structs.replace(agent, tasks=tuple(tasks))
+
+
+def _telling_a_story(agent: AgentTrace, of_class: Prefix | None = None) -> AgentTrace:
+    """Each prompt, and its answer, is a beginning of the next."""
+    tasks = []
+    for task in agent.tasks:
+        prompt_tokens = max(task.prompt_tokens, of_class.tokens + 1 if of_class is not None else 0)
+        story = Prefix(f"agent:{agent.agent_id}", prompt_tokens + task.output_tokens, of_class)
+        tasks.append(msgspec.structs.replace(task, prompt_tokens=prompt_tokens, prefix=story))
     return msgspec.structs.replace(agent, tasks=tuple(tasks))
 
 

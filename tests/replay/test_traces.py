@@ -18,7 +18,6 @@ from gateway.replay.agent_types import (
     ITERATION_S,
     KV_IN_USE,
     KV_TOKENS,
-    MAX_TASK_TOKENS,
     MIXES,
     PAPER_TYPES,
     TOOL_TYPES,
@@ -68,12 +67,12 @@ def test_the_same_words_give_the_same_sorted_agents_that_fit_and_can_be_read_bac
     agents = made(spec)
     assert agents == made(spec)
     assert [agent.arrival_s for agent in agents] == sorted(agent.arrival_s for agent in agents)
-    assert all(task.prompt_tokens + task.output_tokens <= MAX_TASK_TOKENS for task in all_tasks(agents))
+    assert all(task.prompt_tokens + task.output_tokens <= PAPER_TYPES[0].longest for task in all_tasks(agents))
     write_trace(agents, tmp_path / "trace.jsonl")
     assert read_trace(tmp_path / "trace.jsonl") == agents
 
 
-@pytest.mark.parametrize("spec", ["paper:{}:3", "elephant:40:{}", "tools:{}", "prefix:{}", "tenants:{}"])
+@pytest.mark.parametrize("spec", ["paper:{}:3", "elephant:40:{}", "tools:{}", "coding:{}", "prefix:{}", "tenants:{}"])
 def test_another_seed_gives_other_agents(spec: str) -> None:
     def sizes(seed: int) -> list[int]:
         return [agent.cost for agent in made(spec.format(seed))]
@@ -139,7 +138,7 @@ def test_arrivals_are_burstier_than_a_steady_stream() -> None:
 
 def test_lengths_are_clipped_where_the_tail_is_long() -> None:
     tasks = all_tasks(made("paper:1:3:heavy"))
-    assert max(task.prompt_tokens + task.output_tokens for task in tasks) == MAX_TASK_TOKENS
+    assert max(task.prompt_tokens + task.output_tokens for task in tasks) == PAPER_TYPES[0].longest
 
 
 # --- structure ---
@@ -195,6 +194,23 @@ def test_more_mice_are_a_longer_stream_of_the_same_rate() -> None:
     assert all(6 <= len(mouse.tasks) <= 12 for mouse in mice)
     work_s = sum(mouse.cost for mouse in mice) / TOKENS_PER_S
     assert work_s / mice[-1].arrival_s == pytest.approx(MICE_SHARE, rel=0.08)
+
+
+# --- stories ---
+
+
+@pytest.mark.parametrize(("spec", "classes"), [("tools:1:stories", {"coding"}), ("coding:1", {"coding"})])
+def test_a_story_goes_on(spec: str, classes: set[str]) -> None:
+    """Each prompt begins with the one before and its answer: they lie in one beginning, and none is longer than it."""
+    agents = made(spec)
+    assert {agent.agent_class for agent in agents if agent.tasks[0].prefix is not None} == classes
+    for agent in agents:
+        if agent.agent_class not in classes:
+            continue
+        for before, task in pairwise(agent.tasks):
+            assert before.prefix is not None and task.prefix is not None
+            assert before.prefix.id == task.prefix.id
+            assert before.prefix.tokens == before.prompt_tokens + before.output_tokens <= task.prompt_tokens
 
 
 # --- tools ---
@@ -337,7 +353,7 @@ def test_what_begins_with_no_name_is_a_path(spec: str) -> None:
         ("elephant:many", "MICE is a whole number"),
         ("elephant:1:x", "SEED is a whole number"),
         ("tools:", "one value is needed after the name, not 0"),
-        ("tools:0:3", "not 2"),
+        ("tools:0:3", "there may be `stories`, not '3'"),
         ("prefix:a", "SEED is a whole number"),
         ("tenants:1.5", "SEED is a whole number"),
         ("public:", "it needs a path"),
@@ -354,7 +370,7 @@ def test_a_spec_that_is_written_wrongly_is_refused_in_words(spec: str, told: str
 
 
 def test_every_name_has_a_line_with_its_grammar() -> None:
-    assert set(BUILT_IN) == {"paper", "elephant", "tools", "prefix", "tenants", "public"}
+    assert set(BUILT_IN) == {"paper", "elephant", "tools", "coding", "prefix", "tenants", "public"}
     assert all(line.startswith(f"{name}:") and "\n" not in line for name, line in BUILT_IN.items())
 
 
