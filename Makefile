@@ -1,6 +1,7 @@
 # make serve | test | demo each do all of the set-up they need, once.
 #
 # HOST, PORT, MODEL: where to serve, and what. TRACE: what to replay. KIND: cpu or gpu; found out by itself.
+# VLLMS: the releases that `make contracts` looks at besides the installed one, and ARGS more of them.
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -9,6 +10,7 @@ KIND ?= $(shell test -e /dev/nvidiactl && echo gpu || echo cpu)
 PYTHON ?= python3
 ARGS ?=
 TRACE ?= paper:0:3
+VLLMS ?= 0.27.0 0.33.0
 
 # PyTorch's CPU builds are on the configured package indexes on some machines, on PyTorch's own everywhere.
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
@@ -17,7 +19,7 @@ BIN = .venv/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 READY = .venv/.ready-$(KIND)
 
-.PHONY: setup check test serve demo replay report bench lock clean
+.PHONY: setup check test contracts serve demo replay report bench gpu-check lock clean
 
 setup: $(READY)
 
@@ -42,6 +44,10 @@ test: $(READY)
 	@sh tests/install-servers.sh
 	$(BIN)/python -m pytest $(ARGS)
 
+# The oldest and the newest vLLM that we support, without their engines: see engine/compat.py.
+contracts: $(READY)
+	@sh tests/contracts/run.sh $(VLLMS) $(ARGS)
+
 serve: $(READY)
 	@exec $(BIN)/justitia serve --host $(HOST) --port $(PORT) --model $(MODEL) $(ARGS)
 
@@ -58,6 +64,10 @@ bench: $(READY)
 	$(BIN)/python -m gateway.bench.overhead $(ARGS)
 	$(BIN)/python -m gateway.bench.queue_speed
 
+# On a machine with an NVIDIA GPU: our scheduler against vLLM's own, tokens and throughput, as one line of JSON.
+gpu-check: $(READY)
+	@exec $(BIN)/python -m gateway.bench.engine_check --gpu $(ARGS)
+
 lock:
 	$(BIN)/python requirements/lock.py cpu
 	$(BIN)/python requirements/lock.py gpu
@@ -65,4 +75,4 @@ lock:
 	$(BIN)/python requirements/lock.py dev
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-results bench-results dist
+	rm -rf .venv .vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis demo-results bench-results dist

@@ -31,6 +31,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import vllm
@@ -44,6 +45,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from engine import compat
 from engine.hints import to_tag
 from engine.kept import KeptBlocks
 from engine.ledger import Ledger
@@ -84,6 +86,8 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if findings := _misfits():
+            raise RuntimeError("; ".join((*findings, "vLLM's own scheduler can be chosen: --engine-scheduler stock")))
         super().__init__(*args, **kwargs)
         self.waiting: WaitingQueue = WaitingQueue()
         self._passed_over = WaitingQueue()
@@ -199,7 +203,8 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         hints = hints_of(request)
-        held = self.ledger.leave(request)
+        # The token that a step samples counts as held in it, as in the formula of a cost.
+        held = vars(request)["justitia_cost"] = self.ledger.leave(request) + request.num_output_tokens
         if hints.task >= 0:
             others = self._by_task[hints.task]
             others.remove(request)
@@ -404,6 +409,12 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         self._link = link
         link.publish(self.report())
         return link
+
+
+@cache
+def _misfits() -> tuple[str, ...]:
+    """What we miss in this vLLM; read once, since it takes some reading."""
+    return tuple(compat.check())
 
 
 def settings_of(additional_config: Any) -> dict[str, Any]:

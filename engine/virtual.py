@@ -199,7 +199,7 @@ class _ModellessJustitia(_Modelless, JustitiaScheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)
-        self.costs[request.request_id] = vars(request)["justitia_held"]
+        self.costs[request.request_id] = vars(request)["justitia_cost"]
         return freed
 
 

@@ -92,7 +92,7 @@ class Metrics:
         )
         self._held_ratio = histogram(
             "held_cost_ratio",
-            "KV that a task held, as the engine counts it, over its observed cost.",
+            "KV that a task held, as the engine counts it, over what the formula says without what was cached.",
             buckets=(0.25, 0.5, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0),
         )
         self._state_errors = counter("state_errors_total", "Failed reads and writes of the state store.")
@@ -173,10 +173,10 @@ class Metrics:
     def link_lost(self, count: int) -> None:
         self._link_lost.inc(count)
 
-    def task_held(self, held: float, cost: float) -> None:
-        """Both in KV token·iterations."""
-        if cost > 0:
-            self._held_ratio.observe(held / cost)
+    def task_held(self, held: float | None, net_cost: float) -> None:
+        """What the engine said, if it did, and the formula's value, in KV token·iterations."""
+        if held is not None and net_cost > 0:
+            self._held_ratio.observe(held / net_cost)
 
     def state_failed(self) -> None:
         self._state_errors.inc()

@@ -233,10 +233,8 @@ class TaskResponse(Response):
         finished = None
         try:
             if self._usage is not None and self._outcome is Outcome.COMPLETED:
-                finished = finished_task(self._usage, request.body)
-                held = parts.engine.held_by(request.id)
-                if held is not None:
-                    parts.metrics.task_held(held, finished.cost)
+                finished = finished_task(self._usage, request.body, parts.engine.held_by(request.id))
+                parts.metrics.task_held(finished.held, finished.net_cost)
                 arrived = max(0.0, agent.arrived - request.estimate.cost + finished.cost)
                 spent = Spent(KvTokenIterations(finished.cost), finished.prompt_tokens, finished.decode_tokens)
                 self._turn.complete(spent, estimate_agent(parts.predictor, request.record.progress(arrived)))

@@ -50,8 +50,8 @@ def parse_usage(answer: bytes) -> Usage | None:
     return Usage(usage.prompt_tokens, usage.completion_tokens or 0, max(0, min(cached, usage.prompt_tokens)))
 
 
-def finished_task(usage: Usage, body: Body) -> FinishedTask:
-    """A row for the predictor; its `.cost` is the true cost of the task."""
+def finished_task(usage: Usage, body: Body, held: float | None = None) -> FinishedTask:
+    """A row for the predictor; its `.cost` is the true cost of the task. held: KV token·iterations, by the engine's word."""
     return FinishedTask(
         prompt_bytes=body.prompt_bytes,
         prompt_tokens=usage.prompt_tokens,
@@ -59,4 +59,5 @@ def finished_task(usage: Usage, body: Body) -> FinishedTask:
         decode_tokens=usage.completion_tokens,
         prompts=body.prompts,
         sequences=body.sequences,
+        held=held,
     )

@@ -49,7 +49,8 @@ class AgentProgress:
 
 
 class FinishedTask(msgspec.Struct, frozen=True, array_like=True):
-    """A task as the engine's usage told it: tokens summed over its sequences (prompts × n)."""
+    """A task as the engine's usage told it: tokens summed over its sequences (prompts × n). held: what its scheduler counted,
+    in KV token·iterations, if it said so."""
 
     prompt_bytes: int
     prompt_tokens: int
@@ -57,10 +58,16 @@ class FinishedTask(msgspec.Struct, frozen=True, array_like=True):
     decode_tokens: int
     prompts: int = 1
     sequences: int = 1
+    held: float | None = None
 
     @property
     def cost(self) -> float:
-        """Net cost in token·iterations, as if its sequences were equally long."""
+        """In token·iterations: what was held, where it is known."""
+        return self.net_cost if self.held is None else self.held
+
+    @property
+    def net_cost(self) -> float:
+        """By the formula, without what was cached, as if its sequences were equally long."""
         prompt_tokens, cached_tokens = self.prompt_tokens / self.prompts, self.cached_tokens / self.prompts
         return self.sequences * task_cost(prompt_tokens, self.decode_tokens / self.sequences, cached_tokens)
 

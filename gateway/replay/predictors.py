@@ -96,8 +96,8 @@ class Learned:
         self._ladder.learn(FinishedAgent(agent.agent_class or None, agent.tenant, list(finished)))
 
 
-def finished_task(task: TaskTrace, cached_tokens: int) -> FinishedTask:
-    return FinishedTask(_prompt_bytes(task), task.prompt_tokens, cached_tokens, task.output_tokens)
+def finished_task(task: TaskTrace, cached_tokens: int, held: float | None = None) -> FinishedTask:
+    return FinishedTask(_prompt_bytes(task), task.prompt_tokens, cached_tokens, task.output_tokens, held=held)
 
 
 def compute_cost(prompt_tokens: float, decode_tokens: float, cached_tokens: float = 0.0) -> float:

@@ -12,7 +12,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 from engine.hints import Hints, to_tag
@@ -66,7 +66,7 @@ class Setup:
     # Of our scheduler: KV of agents that wait for tools, and who may push others aside; and what a task is charged.
     keep: bool = True
     displace_margin: float | None = None
-    charge: Literal["formula", "held"] = "formula"
+    charge: Literal["held", "formula"] = "held"
     timings: bool = False
     memory_over_time: bool = False
 
@@ -121,7 +121,8 @@ class _Simulation:
             displace_margin=setup.displace_margin,
         )
         slots = setup.max_num_seqs or setup.profile.max_num_seqs
-        self._queue = FairQueue(POLICIES[policy](), release_limits(release, setup.beta, slots))
+        limits = replace(release_limits(release, setup.beta, slots), displace_margin=setup.displace_margin)
+        self._queue = FairQueue(POLICIES[policy](), limits)
         self._refuse_too_long(agents)
         self._journeys = [_journey(agent) for agent in agents]
         self._tenants = sorted({agent.tenant for agent in agents})
@@ -137,6 +138,7 @@ class _Simulation:
         self._places = {agent.agent_id: place for place, agent in enumerate(agents)}
         self._last: Step | None = None
         self._done = 0
+        self._charge_held = setup.charge == "held" and setup.cost is task_cost
         # Who takes what the engine has room for does not ask for more.
         self._keep = (
             setup.keep and setup.prefix_caching and setup.engine_scheduler == "justitia" and release == "memory"
@@ -218,6 +220,9 @@ class _Simulation:
             self._engine.add(VirtualTask(key, task.prompt_tokens, task.output_tokens, hints, _beginnings(task.prefix)))
             true_cost = self._setup.cost(task.prompt_tokens, task.output_tokens, 0.0)
             self._record.bound.released(self._record.iteration, key, agent.id, true_cost, release.task.cost)
+        if self._setup.engine_scheduler == "justitia":
+            for revised in self._ask(self._queue.revise):
+                self._engine.change_tag(int(revised.task.id), to_tag(revised.rank))
 
     def _observe(self, step: Step) -> None:
         """What the engine's reports tell a gateway, and what is noted of the iteration."""
@@ -256,17 +261,17 @@ class _Simulation:
         agent_id = AgentId(journey.trace.agent_id)
         agent = self._queue.agents[agent_id]
         cost = KvTokenIterations(self._setup.cost(task.prompt_tokens, task.output_tokens, cached_tokens))
-        if ended.held is not None:
-            journey.held += ended.held
-            if self._setup.charge == "held":
-                cost = KvTokenIterations(ended.held)
+        held = ended.held if self._charge_held else None
+        journey.held += ended.held or 0.0
+        if held is not None:
+            cost = KvTokenIterations(held)
         believed = agent.in_flight[TaskId(key)].task.cost
         total = self._agent_cost(journey, max(0.0, agent.arrived - believed + cost))
         spent = Spent(cost, task.prompt_tokens, task.output_tokens)
         self._ask(self._queue.complete, self._now, TaskId(key), spent, total)
         self._record.bound.ended(self._record.iteration, key)
         journey.largest_tag = max(journey.largest_tag, agent.finish_tag)
-        journey.finished.append(finished_task(task, cached_tokens))
+        journey.finished.append(finished_task(task, cached_tokens, held))
         journey.left -= 1
         for successor in self._successors.get((agent_id, task.id), ()):
             journey.blocked_by[successor.id] -= 1

@@ -290,9 +290,9 @@ async def test_it_dies_with_us(runtime_dir: Path) -> None:
 
 
 async def test_a_wrong_vllm_is_told_before_the_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "distribution", lambda: ("vllm", "0.31.2"))
+    monkeypatch.setattr(compat, "distribution", lambda: ("vllm", "0.26.1"))
     process = make()
-    with pytest.raises(EngineFailed, match=r"vllm 0\.31\.2 is installed, and >=0\.32,<0\.33 is supported"):
+    with pytest.raises(EngineFailed, match=r"vllm 0\.26\.1 is installed, and >=0\.27,<0\.34 is supported"):
         await process.start()
     assert process.state is EngineState.FAILED
 

@@ -69,7 +69,7 @@ def test_a_lone_task_by_hand(shortcuts: bool) -> None:
         [Running(7, 103, 4)],
         [],
     ]
-    assert steps[-1].ended == [Ended(7, 5, 0, 64 + 100 + 101 + 102 + 103 + 104)]
+    assert steps[-1].ended == [Ended(7, 5, 0, 64 + 100 + 101 + 102 + 103 + 104 + 5)]
 
 
 def test_prefill_and_decode_share_an_iteration() -> None:
@@ -297,6 +297,78 @@ def test_the_same_calls_have_the_same_results(scheduler: Scheduler, prefix_cachi
     assert trace(3, scheduler, prefix_caching) == first
     assert trace(3, scheduler, prefix_caching, shortcuts=False) == first
     assert trace(4, scheduler, prefix_caching) != first
+
+
+def told(
+    seed: int, *, margin: float | None = None, keeping: bool = False, retagging: bool = False, shortcuts: bool = True
+) -> Trace:
+    """As `trace`, with our scheduler alone and a gateway that speaks to it."""
+    rng = random.Random(seed)
+    engine = VirtualEngine(
+        PROFILE, kv_blocks=24, max_num_seqs=4, prefix_caching=True, displace_margin=margin, shortcuts=shortcuts
+    )
+    tasks = [
+        task(
+            key,
+            rng.randint(2, 200),
+            rng.choice((2, rng.randint(3, 160))),
+            rng.randint(0, 9),
+            prefix=((f"agent-{key % 5}", rng.choice((48, 100))),),
+        )
+        for key in range(70)
+    ]
+    seen: Trace = []
+    while tasks or not engine.idle:
+        if tasks and rng.random() < 0.05:
+            engine.add(tasks.pop())
+        dice = rng.random(), rng.randrange(70), rng.randrange(10), rng.choice((3, 20, 300))
+        if retagging and dice[0] < 0.1:
+            engine.change_tag(dice[1], dice[2])
+        if keeping and dice[0] > 0.8:
+            engine.keep(f"agent-{dice[2]}", dice[3])
+        step = engine.step()
+        counts = (engine.held_tokens, engine.waiting, engine.preemptions, engine.recomputed_tokens)
+        seen.append((engine.now_s, *counts, sorted(step.ended), sorted(step.running)))
+        assert len(seen) < 50_000
+    return seen
+
+
+@pytest.mark.parametrize("retagging", [False, True])
+@pytest.mark.parametrize("keeping", [False, True])
+@pytest.mark.parametrize("margin", [None, 0.0])
+def test_the_shortcuts_change_nothing_of_what_a_gateway_asks_for(
+    margin: float | None, keeping: bool, retagging: bool
+) -> None:
+    """Tasks that are displaced, blocks whose keeping ends, and tags that change, also in the middle of a lull."""
+    consequences = 0
+    for seed in range(2):
+        first = told(seed, margin=margin, keeping=keeping, retagging=retagging)
+        second = told(seed, margin=margin, keeping=keeping, retagging=retagging, shortcuts=False)
+        differing = [at for at, both in enumerate(zip(first, second, strict=False)) if both[0] != both[1]]
+        assert (differing[:1], len(first)) == ([], len(second))
+        consequences += first != told(seed)
+    assert bool(consequences) is (retagging or keeping or margin is not None)
+
+
+@pytest.mark.parametrize("shortcuts", [True, False])
+def test_what_is_held_is_the_sum_of_what_was_seen_to_run(shortcuts: bool) -> None:
+    """Without shared blocks, and but for the last iteration, after which a task does not run: there it holds p + d - 1.
+
+    Each token that is sampled counts as one more, as in the cost model.
+    """
+    rng = random.Random(5)
+    engine = VirtualEngine(PROFILE, kv_blocks=24, shortcuts=shortcuts)
+    tasks = {key: task(key, rng.randint(2, 200), rng.randint(1, 120), rng.randint(0, 9)) for key in range(80)}
+    for each in tasks.values():
+        engine.add(each)
+    seen = dict.fromkeys(tasks, 0)
+    for step in run(engine):
+        for running in step.running:
+            seen[running.key] += running.kv_tokens
+        for end in step.ended:
+            prompt, output = tasks[end.key].prompt_tokens, tasks[end.key].output_tokens
+            assert end.held == seen[end.key] + (prompt + output - 1) + output
+    assert engine.preemptions > 5
 
 
 def test_all_end_with_the_tokens_that_they_were_to_have() -> None:

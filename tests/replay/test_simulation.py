@@ -216,7 +216,7 @@ def test_shared_beginnings_are_found_and_charged_net() -> None:
         agent("second", task("t", 100, 10, prefix=shared), at_s=1.0),
         agent("third", task("t", 100, 10, prefix=shared.parent), at_s=2.0),
     ]
-    cached = run(agents, prefix_caching=True)
+    cached = run(agents, prefix_caching=True, charge="formula")
     assert [each.cached_tokens for each in cached.agents] == [0, 64, 32]
     assert [each.cost for each in cached.agents] == [task_cost(100, 10, hit) for hit in (0, 64, 32)]
     assert cached.summary.prefix_hit_rate == pytest.approx(96 / 300)

@@ -1,0 +1,277 @@
+"""The comparison of engines, without engines: that it sees what differs, and says when it has shown nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import tiny_model
+from engine.launcher import on_cpu
+from gateway.bench import check_models, engine_check
+from gateway.bench.engine_check import (
+    EVERYDAY,
+    OURS,
+    STOCK,
+    TIE,
+    Answer,
+    Case,
+    CheckSettings,
+    Comparison,
+    Tally,
+    Token,
+)
+
+KINDS = (*EVERYDAY, "n > 1, sampled", "few tokens allowed", *engine_check.ADAPTED)
+
+
+def text(*ids: int, gap: float = 1.0) -> list[Token]:
+    return [Token(number, -1.0, gap) for number in ids]
+
+
+def tally(one: list[Token], other: list[Token], leave_after: int = 0) -> Tally:
+    counted = Tally()
+    counted.add(Case("plain", {}, leave_after=leave_after), Answer([one]), Answer([other]))
+    return counted
+
+
+# The requests
+
+
+def test_a_crowd_is_the_same_each_time() -> None:
+    assert engine_check.crowd(3, KINDS, 4) == engine_check.crowd(3, KINDS, 4)
+    assert engine_check.crowd(3, KINDS, 4) != engine_check.crowd(4, KINDS, 4)
+
+
+def test_a_crowd_has_what_it_is_asked_for() -> None:
+    cases = engine_check.crowd(0, KINDS, 6)
+    assert {kind: sum(case.kind == kind for case in cases) for kind in KINDS} == dict.fromkeys(KINDS, 6)
+    by_kind: dict[str, list[dict[str, Any]]] = {kind: [c.body for c in cases if c.kind == kind] for kind in KINDS}
+    assert all(len(body["prompt"]) > engine_check.BATCHED_TOKENS for body in by_kind["chunked prefill"])
+    assert len({tuple(body["prompt"][:192]) for body in by_kind["shared beginnings"]}) == 2
+    assert all(body["n"] == 3 for body in by_kind["n > 1"])
+    forms = [frozenset(body.get("structured_outputs", {"json": 0})) for body in by_kind["structured output"]]
+    assert set(forms) == {frozenset({"json"}), frozenset({"regex"}), frozenset({"choice"})}
+    assert len({body["model"] for kind in ("plain", "LoRA", "another LoRA") for body in by_kind[kind]}) == 3
+    # In other orders of tags than of arrivals, or both schedulers would do the same.
+    tags = [case.body["priority"] for case in cases]
+    assert tags != sorted(tags)
+
+
+def test_an_unknown_kind_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nonsense"):
+        engine_check.crowd(0, ["nonsense"], 1)
+
+
+def test_altered_requests_differ_in_the_first_token_only() -> None:
+    cases = engine_check.crowd(0, ["plain", "chunked prefill"], 3)
+    before = copy.deepcopy(cases)
+    for case, other in zip(cases, engine_check.altered(cases), strict=True):
+        assert case.body["prompt"][0] != other.body["prompt"][0]
+        assert case.body["prompt"][1:] == other.body["prompt"][1:]
+        assert case.body | {"prompt": 0} == other.body | {"prompt": 0}
+    assert cases == before
+
+
+# The comparison
+
+
+def test_equal_answers() -> None:
+    found = tally(text(1, 2, 3), text(1, 2, 3))
+    assert (found.tokens, found.differing, found.ties) == (3, 0, 0)
+
+
+def test_one_other_token_is_seen() -> None:
+    found = tally(text(1, 2, 3), text(1, 9, 3))
+    assert (found.tokens, found.differing, found.ties) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(("one", "other"), [((1, 2), (1, 2, 3)), ((1, 2, 3), (1, 2)), ((), (1,))])
+def test_another_length_is_seen(one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    assert tally(text(*one), text(*other)).differing == 1
+
+
+def test_another_number_of_choices_is_seen() -> None:
+    counted = Tally()
+    counted.add(Case("plain", {}), Answer([text(1), text(1)]), Answer([text(1)]))
+    assert counted.differing == 1
+
+
+def test_who_leaves_may_have_seen_more_of_one() -> None:
+    assert tally(text(1, 2), text(1, 2, 3), leave_after=2).differing == 0
+    assert tally(text(1, 2), text(1, 9, 3), leave_after=2).differing == 1
+
+
+def test_a_tie_is_one_on_both_sides_or_none() -> None:
+    tied = tally(text(1, 2, 3, gap=TIE / 2), text(1, 9, 9, gap=TIE / 2))
+    assert (tied.tokens, tied.ties, tied.differing, tied.tokens_after_ties) == (1, 1, 0, 2)
+    assert tally(text(1, 2, gap=TIE / 2), text(1, 9, gap=0.5)).differing == 1
+
+
+def test_rounding_and_the_smallest_gap_are_told() -> None:
+    found = tally([Token(1, -1.0, 0.5), Token(2, -2.0, 0.01)], [Token(1, -1.0, 0.5), Token(2, -2.25, 0.01)])
+    assert (found.rounding, found.smallest_gap) == (0.25, 0.01)
+    assert Tally().figures()["smallest_gap"] is None
+
+
+def test_what_moved_need_not_be_another_token() -> None:
+    one = Answer([text(1, 2)])
+    assert not engine_check.moved(one, Answer([text(1, 2)]))
+    assert engine_check.moved(one, Answer([text(1, 9)]))
+    assert engine_check.moved(one, Answer([[Token(1, -1.0, 1.0), Token(2, -1.001, 1.0)]]))
+
+
+def test_tokens_of_a_choice() -> None:
+    best: list[dict[str, float]] = [{"token_id:5": -0.5, "token_id:6": -0.75}, {"token_id:7": 0.0}]
+    choice = {"token_ids": [5, 7], "logprobs": {"token_logprobs": [-0.5, 0.0], "top_logprobs": best}}
+    assert engine_check._tokens(choice) == [Token(5, -0.5, 0.25), Token(7, 0.0, math.inf)]
+    assert engine_check._tokens({"token_ids": None, "logprobs": None}) == []
+    with pytest.raises(engine_check.CheckFailed, match="2 tokens"):
+        engine_check._tokens(choice | {"logprobs": {"token_logprobs": [-0.5], "top_logprobs": best}})
+
+
+# What it takes to have shown something
+
+
+def shown() -> dict[str, Any]:
+    compared = Comparison()
+    cases = [Case("plain", {}), Case("shared beginnings", {})]
+    compared.add(cases, [Answer([text(1, 2)])] * 2, [Answer([text(1, 2)])] * 2)
+    return {
+        "justitia": compared.figures(),
+        "preemptions": {STOCK: 3, OURS: 2},
+        "cached_tokens": {STOCK: 64, OURS: 64},
+        "accepted_tokens": {STOCK: 1, OURS: 1},
+        "control_stock_again": compared.figures(),
+        "control_other_prompts": {"choices": 10, "moved": 10, "differing": 9},
+    }
+
+
+def test_nothing_is_wrong_with_what_was_shown() -> None:
+    assert engine_check.equality_failures(shown()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("justitia", "differing"), 1, "differ"),
+        (("justitia", "tokens"), 0, "no token was compared"),
+        (("justitia", "kinds", "plain", "tokens"), 0, "of plain"),
+        (("justitia", "kinds", "plain", "ties"), 2, "too many"),
+        (("preemptions", OURS), 0, "preempted on justitia"),
+        (("preemptions", STOCK), 0, "preempted on stock"),
+        (("cached_tokens", OURS), 0, "prefix cache"),
+        (("accepted_tokens", OURS), 0, "draft"),
+        (("control_stock_again", "differing"), 1, "two stock engines"),
+        (("control_other_prompts", "differing"), 4, "show nothing"),
+        (("control_other_prompts", "moved"), 8, "show nothing"),
+    ],
+)
+def test_a_comparison_that_shows_nothing_fails(path: tuple[str, ...], value: int, says: str) -> None:
+    figures = shown()
+    inner = figures
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    assert any(says in failure for failure in engine_check.equality_failures(figures))
+
+
+# Throughput
+
+
+def test_the_spread_of_ratios() -> None:
+    figures = engine_check.spread([0.98, 1.0, 1.02, 0.99, 1.01])
+    assert (figures["median"], figures["min"], figures["max"]) == (1.0, 0.98, 1.02)
+    assert figures["quartile_low"] < 1.0 < figures["quartile_high"]
+    assert engine_check.spread([0.5])["median"] == 0.5
+
+
+@pytest.mark.parametrize(("rounds", "left_out"), [(1, 0), (5, 0), (6, 0), (9, 1), (12, 2), (40, 13)])
+def test_what_the_median_surely_lies_within(rounds: int, left_out: int) -> None:
+    """The ranks that tables of the sign test give for 95 %."""
+    figures = engine_check.spread([float(number) for number in range(rounds)])
+    assert (figures["sure_low"], figures["sure_high"]) == (left_out, rounds - 1 - left_out)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"), [(0.985, 1.01, "met"), (0.95, 0.97, "missed"), (0.97, 1.01, "undecided")]
+)
+def test_the_verdict(low: float, high: float, told: str) -> None:
+    assert engine_check.verdict({"sure_low": low, "sure_high": high}, 0.02) == told
+
+
+# The models
+
+
+def test_tensors_are_written_as_they_are_read(tmp_path: Path) -> None:
+    model = tiny_model.make(tmp_path / "tiny")
+    tensors = check_models.read_tensors(model / check_models.WEIGHTS)
+    check_models.write_tensors(tmp_path / "again", tensors)
+    assert check_models.read_tensors(tmp_path / "again") == tensors
+    safetensors = pytest.importorskip("safetensors.torch")
+    assert {name: list(tensor.shape) for name, tensor in safetensors.load_file(tmp_path / "again").items()} == {
+        name: shape for name, (shape, _) in tensors.items()
+    }
+
+
+def test_only_the_layers_of_the_lively_model_are_other(tmp_path: Path) -> None:
+    tiny = tiny_model.make(tmp_path / "tiny")
+    lively = check_models.lively(tmp_path / "lively", tiny, factor=2.0)
+    before = check_models.read_tensors(tiny / check_models.WEIGHTS)
+    after = check_models.read_tensors(lively / check_models.WEIGHTS)
+    for name, (shape, values) in before.items():
+        factor = 2.0 if ".layers." in name and len(shape) == 2 else 1.0
+        assert [factor * value for value in values] == list(after[name][1]), name
+    assert (lively / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+
+
+def test_a_size_has_a_configuration_and_no_weights(tmp_path: Path) -> None:
+    tiny = tiny_model.make(tmp_path / "tiny")
+    large = check_models.of_size(tmp_path / "7b", tiny, check_models.SIZE_7B)
+    config = json.loads((large / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]) == (4096, 32, 32000)
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert not (large / check_models.WEIGHTS).exists()
+
+
+# The command
+
+
+def test_the_gpu_check_asks_for_more_and_the_rehearsal_for_less() -> None:
+    def settings(*arguments: str) -> CheckSettings:
+        return engine_check.settings_of(engine_check.parse(arguments))
+
+    assert settings() == CheckSettings()
+    assert settings("--gpu").size == "7b"
+    assert settings("--gpu", "--requests", "64").requests == 64
+    assert settings("--gpu", "--rehearse").size == "rehearsal"
+    assert settings("--gpu", "--rehearse").rounds < CheckSettings().rounds
+    assert settings("--no-speed", "--seed", "5") == CheckSettings(speed=False, seed=5)
+
+
+@pytest.mark.skipif(not on_cpu(), reason="there is a GPU")
+def test_the_gpu_check_is_refused_without_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gateway.bench.engine_check", "--gpu", "--out", str(tmp_path / "out.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "there is no NVIDIA GPU here" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_plugin_is_found_while_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "before")
+    with engine_check.async_on_cpu(tmp_path):
+        assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(tmp_path), "before"]
+        (found,) = metadata.Distribution.discover(path=[str(tmp_path)])
+        (entry,) = found.entry_points
+        assert (entry.group, entry.value) == ("vllm.general_plugins", f"{engine_check.PLUGIN_NAME}:register")
+        compile((tmp_path / f"{engine_check.PLUGIN_NAME}.py").read_text(), "plugin", "exec")
+    assert os.environ["PYTHONPATH"] == "before"
