@@ -60,11 +60,6 @@ class KeptBlocks(FreeKVCacheBlockQueue):  # type: ignore[misc, unused-ignore]  #
         self._keeping_of |= dict.fromkeys(keeping.blocks, keeping)
         self.next_end = min(self.next_end or until, until)
 
-    def retag(self, agent: str, tag: int) -> None:
-        keeping = next((one for one in self._keepings if one.agent == agent), None)
-        if keeping is not None and keeping.tag != tag:
-            self.keep(agent, tag, (), keeping.until)
-
     def let_go(self, agent: str) -> None:
         """What is kept for the agent is as free as any other from now on, and the last of them to be taken."""
         self._free_again(self._take(agent))

@@ -103,7 +103,8 @@ class EngineSpec:
     kv_cache_gib: float | None = None
     forced_lengths: Path | None = None  # the table of `engine.forced_length`
     scheduler: Literal["justitia", "stock"] = "justitia"
-    displace_margin: float | None = None  # of our scheduler: see there
+    displace_margin: float | None = None  # of our scheduler, as is the next: see there
+    link_interval_s: float | None = None
     extra_args: tuple[str, ...] = ()  # vLLM's own, after ours: the last one counts
 
     def __post_init__(self) -> None:
@@ -158,8 +159,9 @@ class EngineSpec:
         if self.scheduler == "justitia":
             command += ["--scheduler-cls", "engine.scheduler.JustitiaScheduler"]
             justitia["link"] = self.link_address
-            if self.displace_margin is not None:
-                justitia["displace_margin"] = self.displace_margin
+            for name in ("displace_margin", "link_interval_s"):
+                if (value := getattr(self, name)) is not None:
+                    justitia[name] = value
         if self.forced_lengths is not None:
             command += ["--logits-processors", "engine.forced_length:ForcedLength"]
             justitia["forced_lengths"] = str(self.forced_lengths)

@@ -4,15 +4,16 @@ A request holds its computed tokens in each iteration. A block that it shares wi
 1/k for each of them, so that the costs of all add up to the memory that was taken. The prompt's formula (`predictor.cost`)
 knows nothing of chunks, preemption, or who shared what with whom when.
 
-An iteration costs one addition for each running request. Sharing costs something only where it begins or ends: a shared block
-has an account of what each of its holders has saved so far, Σ (1 - 1/k), and a request is credited with the difference
-between its end and its beginning.
+A request that decodes gains a token in each iteration, so what it has held since it was last looked at follows from what it
+holds now. Only a step that does something else looks at each. Sharing costs something only where it begins or ends: a
+shared block has an account of what each of its holders has saved so far, Σ (1 - 1/k), and a request is credited with the
+difference between its end and its beginning.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -49,9 +50,11 @@ class Ledger:
 
     def open(self, request: Request) -> None:
         request.justitia_held = 0
+        request.justitia_counted = self.iteration  # up to which `justitia_held` goes
 
     def admit(self, request: Request, cached_tokens: int) -> None:
         """It was admitted, or again after a preemption; so much of it was there already."""
+        request.justitia_counted = self.iteration
         for block in self._blocks_of(request)[: cached_tokens // self._block_size]:
             sharing = self._shared.get(block.block_id)
             if sharing is not None:
@@ -59,18 +62,25 @@ class Ledger:
             elif block.ref_cnt > 1:
                 self._shared[block.block_id] = _Sharing(block.ref_cnt, self.iteration)
 
-    def step(self, running: Iterable[Request]) -> None:
-        """An iteration: each of these holds what it has computed."""
+    def steady_step(self) -> None:
+        """An iteration in which every running request has computed one token."""
+        self.iteration += 1
+
+    def step(self, running: Iterable[Request], computed: Mapping[str, int]) -> None:
+        """An iteration: each of these holds what it has computed. computed: the tokens of this step, by request."""
         self.iteration += 1
         for request in running:
-            request.justitia_held += request.num_computed_tokens
-
-    def decoded(self, request: Request, count: int) -> None:
-        """As so many steps in which it decodes, of iterations that were counted."""
-        request.justitia_held += count * request.num_computed_tokens + count * (count + 1) // 2
+            tokens = request.num_computed_tokens
+            before = self.iteration - 1 - request.justitia_counted
+            if before:
+                request.justitia_held += _decoded(before, tokens - computed.get(request.request_id, 0))
+            request.justitia_held += tokens
+            request.justitia_counted = self.iteration
 
     def leave(self, request: Request) -> float:
         """It is about to give up its blocks: for good, or by preemption. What it has held so far, in token·iterations."""
+        request.justitia_held += self._decoded_since(request)
+        request.justitia_counted = self.iteration
         if self._shared:
             for block in self._blocks_of(request):
                 sharing = self._shared.get(block.block_id)
@@ -83,6 +93,11 @@ class Ledger:
         held: float = request.justitia_held
         return held
 
+    def _decoded_since(self, request: Request) -> int:
+        if not request.num_computed_tokens:
+            return 0  # it waits
+        return _decoded(self.iteration - request.justitia_counted, request.num_computed_tokens)
+
     def by_agent(self, running: Iterable[Request]) -> dict[str, float]:
         """KV tokens that each agent holds now."""
         held: dict[str, float] = defaultdict(float)
@@ -93,3 +108,8 @@ class Ledger:
                 tokens -= self._block_size * sum(1 - 1 / sharing.holders for sharing in holders if sharing is not None)
             held[hints_of(request).agent] += tokens
         return dict(held)
+
+
+def _decoded(iterations: int, tokens: int) -> int:
+    """Token·iterations held over so many of them, at one more token in each, with so many in the last."""
+    return iterations * tokens - iterations * (iterations - 1) // 2

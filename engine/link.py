@@ -163,7 +163,7 @@ class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", forbid_unknown_field
 Message = Hello | Report | Ended
 Request = Greeting | Change | Snapshot
 
-_encode = msgspec.msgpack.Encoder().encode
+encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode
 _decode_request = msgspec.msgpack.Decoder(Request).decode
 
@@ -183,7 +183,7 @@ class EngineLink:
 
     def __init__(self, address: str, hello: Hello) -> None:
         addresses = address, inbox(address)
-        self._hello = _encode(hello)
+        self._hello = encode(hello)
         self._latest: Report | None = None
         self._sent: Report | None = None
         self._ended: deque[Ended] = deque(maxlen=SEND_HIGH_WATER_MARK)
@@ -275,7 +275,7 @@ class EngineLink:
             if newcomers:
                 self._out.send(self._hello, zmq.NOBLOCK)
             while self._ended:
-                self._out.send(_encode(self._ended.popleft()), zmq.NOBLOCK)
+                self._out.send(encode(self._ended.popleft()), zmq.NOBLOCK)
             latest = self._latest
             if latest is not None and (newcomers or repeat or latest is not self._sent):
                 if latest is self._sent:  # since then more may have been heard
@@ -283,7 +283,7 @@ class EngineLink:
                 else:
                     self._sent = latest  # also when it cannot be encoded: once is enough
                 self._repeat_wanted = False
-                self._out.send(_encode(latest), zmq.NOBLOCK)
+                self._out.send(encode(latest), zmq.NOBLOCK)
         except Exception:
             # The engine serves on without this report.
             logger.exception("a report was lost on the link to the gateway")
@@ -431,7 +431,7 @@ class GatewayLink:
 
     def _send(self, request: Request) -> None:
         try:
-            self._out.send(_encode(request), zmq.NOBLOCK)
+            self._out.send(encode(request), zmq.NOBLOCK)
         except zmq.Again:
             self.dropped += 1
 

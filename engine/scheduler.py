@@ -57,9 +57,13 @@ logger = init_logger(__name__)
 
 # A report names the waiting tasks unless there are more, and says what each agent holds every so many iterations.
 NAMED_WAITING = 256
+# How often the gateway is heard, and told that tasks decode, while nothing else happens.
+LINK_INTERVAL_S = 0.01
 AGENTS_EVERY = 64
 # Agents whose last blocks are remembered, in case the gateway wants them kept.
 REMEMBERED_AGENTS = 1024
+# Tags that came before their tasks. A task's number never repeats, so what is left over does no harm.
+EARLY_TAGS = 4096
 # A task is displaced so often at most; and of all that the engine computes, this share at most is lost by displacing.
 DISPLACED_AT_MOST = 2
 DISPLACED_SHARE = 0.05
@@ -79,6 +83,8 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
     """Takes vLLM's arguments. `additional_config["justitia"]` may have
 
     link: the address of the link; without it nobody is told, and nobody obeyed.
+    link_interval_s: how often the gateway is heard, and told, while tasks run; default 0.01. Of what happens beside that they
+        decode, it is told at once.
     displace_margin: a waiting task that finds no room displaces running ones whose tags are larger by more than this, in
         token·iterations per unit of weight; without it none does.
 
@@ -109,6 +115,7 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         margin = settings.get("displace_margin")
         self._displace_margin = None if margin is None else float(margin)
         self._by_task: dict[int, list[Request]] = defaultdict(list)
+        self._early_tags: dict[int, int] = {}
         self._last_blocks: dict[str, tuple[int, dict[int, Any]]] = {}  # by agent: its tag, and hashes by block
         self._gone: dict[str, Request] = {}  # preempted, and not back yet
         self._costs: dict[int, float] = defaultdict(float)  # by task; of sequences that ended and were not reported
@@ -117,12 +124,19 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         self._computed_tokens = 0
         self._engine_id = uuid.uuid4().hex
         self._iteration = 0
+        self._link_interval_s = float(settings.get("link_interval_s", LINK_INTERVAL_S))
+        self._heard_s = 0.0
+        self._told, self._told_s, self._agents_told = (0, 0, 0), 0.0, 0
         self._link = self._open_link(settings.get("link"))
 
     # What the gateway may ask for
 
     def change_tag(self, task: int, tag: int) -> None:
-        """Of a task that waits or runs; one that is not here is passed over."""
+        """Of a task that waits or runs, or is still on its way here: the link is faster."""
+        if task not in self._by_task:
+            self._early_tags[task] = to_tag(tag)
+            while len(self._early_tags) > EARLY_TAGS:
+                del self._early_tags[next(iter(self._early_tags))]
         for request in self._by_task.get(task, ()):
             retag(request, to_tag(tag))
             for queue in (self.waiting, self._passed_over):
@@ -150,12 +164,15 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:  # else more of a streaming session
             self.ledger.open(request)
-            if hints_of(request).task >= 0:
-                self._by_task[hints_of(request).task].append(request)
+            task = hints_of(request).task
+            if task >= 0:
+                self._by_task[task].append(request)
+                if task in self._early_tags:  # which stays: the task may have several sequences
+                    retag(request, self._early_tags[task])
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        if self._link is not None:
+        if self._link is not None and time.perf_counter() >= self._heard_s + self._link_interval_s:
             self._obey(self._link)
         if self._kept is not None and 0 < self._kept.next_end <= self.ledger.iteration:
             self._kept.end_keepings(self.ledger.iteration)
@@ -175,7 +192,8 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         # vLLM also comes here with empty steps, which only tell the worker what ended. They are no iterations.
         if scheduler_output.total_num_scheduled_tokens > 0:
             self._iteration += 1
-        self._publish()
+        if self._link is not None and self._has_news(self._link):
+            self._publish()
         return outputs
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
@@ -244,12 +262,15 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
             kv_tokens=[request.num_computed_tokens for request in running],
             output_tokens=[request.num_output_tokens for request in running],
             waiting_tasks=[*self.waiting.tasks(), *self._passed_over.tasks()] if named else [],
-            agents=self.ledger.by_agent(running) if whole or self._iteration % AGENTS_EVERY == 0 else {},
+            agents=self.ledger.by_agent(running)
+            if whole or self._iteration >= self._agents_told + AGENTS_EVERY
+            else {},
             heard=self._link.heard if self._link is not None else {},
             refused=self._link.refused if self._link is not None else 0,
         )
 
     def _obey(self, link: EngineLink) -> None:
+        self._heard_s = time.perf_counter()
         for change in link.changes():
             for task, tag in change.tags.items():
                 self.change_tag(task, tag)
@@ -273,15 +294,12 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         for name in [n for n, request in self._gone.items() if request.status == RequestStatus.RUNNING]:
             admitted[name] = self._gone.pop(name)
         for name, request in admitted.items():
-            self._last_blocks.pop(hints_of(request).agent, None)
+            agent = hints_of(request).agent
+            self._last_blocks.pop(agent, None)
+            if self._kept is not None:
+                self._kept.let_go(agent)  # it is back
             self.ledger.admit(request, request.num_computed_tokens - scheduled[name])
         total = output.total_num_scheduled_tokens
-        if total > 0:
-            self._computed_tokens += total
-            self.ledger.step(self.running)
-            self._times.step(time.perf_counter(), total - len(scheduled) if total > len(scheduled) else 0)
-        else:
-            self._times.pause()
         # Each of them decodes, one token, and none was cut short. So it is in the next step, but for those admitted there.
         self._steady = (
             total == len(scheduled) == len(self.running)
@@ -289,6 +307,15 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
             and not self.num_spec_tokens
             and not self.num_lookahead_tokens
         )
+        if total > 0:
+            self._computed_tokens += total
+            if self._steady and not admitted:
+                self.ledger.steady_step()
+            else:
+                self.ledger.step(self.running, scheduled)
+            self._times.step(time.perf_counter(), total - len(scheduled) if total > len(scheduled) else 0)
+        else:
+            self._times.pause()
 
     def _displace(self) -> list[Request]:
         """Preempt the running tasks that have to make room for the first that waits, if they are enough; who they are.
@@ -373,14 +400,25 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         blocks: Sequence[KVCacheBlock] = self.kv_cache_manager.get_blocks(request.request_id).blocks[0]
         return blocks
 
+    def _has_news(self, link: EngineLink) -> bool:
+        """More than that each running task has a token more: that is told now and then."""
+        if self._costs or not self._steady or link.snapshot_wanted:
+            return True
+        state = len(self.running), len(self.waiting), self.preempted
+        return state != self._told or time.perf_counter() >= self._told_s + self._link_interval_s
+
     def _publish(self) -> None:
         if self._link is None:
             return
+        self._told, self._told_s = (len(self.running), len(self.waiting), self.preempted), time.perf_counter()
         if self._costs:
             self._link.ended(Ended(self._engine_id, dict(self._costs)))
             self._costs.clear()
         whole, self._link.snapshot_wanted = self._link.snapshot_wanted, False
-        self._link.publish(self.report(whole=whole))
+        report = self.report(whole=whole)
+        if report.agents:
+            self._agents_told = self._iteration
+        self._link.publish(report)
 
     def _open_link(self, address: Any) -> EngineLink | None:
         if not address:

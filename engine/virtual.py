@@ -24,10 +24,11 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from engine.hints import Hints, to_fields
 from engine.profile import StepProfile
@@ -76,6 +77,9 @@ with _alone():
     from vllm.v1.structured_output import StructuredOutputManager
 
     from engine.scheduler import JustitiaScheduler
+
+
+Made = TypeVar("Made")
 
 
 class VirtualTask(NamedTuple):
@@ -170,10 +174,6 @@ class _Modelless(AsyncScheduler):  # type: ignore[misc, unused-ignore]  # Any, w
     def lulled(self) -> None:
         """An iteration in which it was not asked."""
 
-    def decoded(self, request: Request, count: int) -> None:
-        """The request had so many tokens, one an iteration, in which the scheduler was not asked."""
-        request.num_computed_tokens += count
-
     def _make_cached_request_data(self, *args: Any, **kwargs: Any) -> CachedRequestData:
         return self._message
 
@@ -190,12 +190,8 @@ class _ModellessJustitia(_Modelless, JustitiaScheduler):
         return ending or (self._displace_margin is not None and bool(self.waiting))
 
     def lulled(self) -> None:
-        self.ledger.iteration += 1
+        self.ledger.steady_step()
         self._computed_tokens += len(self.running)
-
-    def decoded(self, request: Request, count: int) -> None:
-        self.ledger.decoded(request, count)
-        super().decoded(request, count)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)
@@ -259,7 +255,7 @@ class _Lull:
         name = request.request_id
         behind = self._start[name] + self.at - request.num_computed_tokens
         if behind:
-            self._scheduler.decoded(request, behind)
+            request.num_computed_tokens += behind
             request.append_output_token_ids([self._tokens[name]] * behind)
 
 
@@ -290,7 +286,9 @@ class VirtualEngine:
         self._block_size = profile.block_size if block_size is None else block_size
         if self._blocks < 1 or self._block_size < 1:
             raise ValueError(f"{self._blocks} blocks of {self._block_size} tokens hold nothing")
-        config = _configuration(
+        self._scheduler = scheduler_of(
+            partial(_ModellessJustitia if scheduler == "justitia" else _Modelless, shortcuts=shortcuts),
+            self._blocks,
             block_size=self._block_size,
             max_num_seqs=profile.max_num_seqs if max_num_seqs is None else max_num_seqs,
             max_num_batched_tokens=profile.max_num_batched_tokens,
@@ -298,16 +296,6 @@ class VirtualEngine:
             enable_prefix_caching=prefix_caching,
             scheduling_policy=stock_policy,
             additional_config={"justitia": {"displace_margin": displace_margin}},
-        )
-        config.cache_config.num_gpu_blocks = self._blocks + 1  # vLLM's null block
-        # Of the model, only the sizes of a token's keys and values; nothing follows from them.
-        spec = FullAttentionSpec(block_size=self._block_size, num_kv_heads=2, head_size=32, dtype=torch.float32)
-        self._scheduler = (_ModellessJustitia if scheduler == "justitia" else _Modelless)(
-            vllm_config=config,
-            kv_cache_config=KVCacheConfig(self._blocks + 1, [], [KVCacheGroupSpec(["layer"], spec)]),
-            structured_output_manager=StructuredOutputManager(config),
-            block_size=self._block_size,
-            shortcuts=shortcuts,
         )
         if prefix_caching:
             init_none_hash(sha256)
@@ -508,6 +496,21 @@ class VirtualEngine:
             token = self._beginnings.setdefault(name, -1 - len(self._beginnings))
             prompt += [token] * (min(end, task.prompt_tokens) - len(prompt))
         return prompt + [own] * (task.prompt_tokens - len(prompt))
+
+
+def scheduler_of(kind: Callable[..., Made], blocks: int, **arguments: Any) -> Made:
+    """A scheduler without an engine. arguments: vLLM's, `block_size` and `max_model_len` among them."""
+    config = _configuration(**arguments)
+    config.cache_config.num_gpu_blocks = blocks + 1  # vLLM's null block
+    block_size = arguments["block_size"]
+    # Of the model, only the sizes of a token's keys and values; nothing follows from them.
+    spec = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    return kind(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(blocks + 1, [], [KVCacheGroupSpec(["layer"], spec)]),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=block_size,
+    )
 
 
 def _configuration(**arguments: Any) -> VllmConfig:

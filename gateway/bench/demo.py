@@ -174,9 +174,14 @@ async def _demo(settings: DemoSettings, console: Console) -> int:
 
 @contextlib.asynccontextmanager
 async def started_engine(
-    settings: DemoSettings, model: Path, lengths: Path, runtime_dir: Path, console: Console
+    settings: DemoSettings,
+    model: Path,
+    lengths: Path,
+    runtime_dir: Path,
+    console: Console,
+    link_interval_s: float | None = None,
 ) -> AsyncIterator[EngineSpec]:
-    """A running engine. Raises `EngineFailed`."""
+    """A running engine. link_interval_s: see `JustitiaScheduler`. Raises `EngineFailed`."""
     spec = EngineSpec(
         model=str(model),
         runtime_dir=runtime_dir,
@@ -185,6 +190,7 @@ async def started_engine(
         max_num_seqs=settings.max_num_seqs,
         max_model_len=MAX_MODEL_LEN,
         forced_lengths=lengths,
+        link_interval_s=link_interval_s,
         # Without a prefix cache: the second replay would find beginnings of prompts that the first one left there.
         extra_args=("--served-model-name", MODEL, "--no-enable-prefix-caching"),
     )

@@ -399,7 +399,9 @@ async def stage(
     with tempfile.TemporaryDirectory(prefix="justitia-") as temporary:
         lengths = Path(temporary) / "lengths.json"
         lengths.write_text(json.dumps(length_table(traces, demo.length_salt(settings))))
-        async with demo.started_engine(settings, model, lengths, Path(temporary), console) as engine:
+        async with demo.started_engine(
+            settings, model, lengths, Path(temporary), console, link_interval_s=0.0
+        ) as engine:
             yield Stage(settings, engine, Path(temporary), console), traces
 
 

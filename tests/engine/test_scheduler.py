@@ -23,9 +23,17 @@ from hypothesis import strategies as st
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+import engine.scheduler
 from engine.hints import Hints
 from engine.link import PROTOCOL, Ended, Hello, Holding, Report, parse
-from engine.scheduler import JustitiaScheduler, settings_of, victims_last
+from engine.scheduler import (
+    DISPLACED_AT_MOST,
+    DISPLACED_SHARE,
+    EARLY_TAGS,
+    JustitiaScheduler,
+    settings_of,
+    victims_last,
+)
 from engine.waiting_queue import hints_of
 from tests.engine.clockwork import BLOCK_SIZE, Clockwork
 
@@ -188,6 +196,344 @@ def test_the_order_of_victims_is_total(tiny_model_dir: Path) -> None:
     assert victims_last(same[0]) < victims_last(same[1])  # the one that came last
 
 
+# Tags that change
+
+
+def ours_of(clock: Clockwork) -> JustitiaScheduler:
+    assert isinstance(clock.scheduler, JustitiaScheduler)
+    return clock.scheduler
+
+
+def test_a_waiting_task_whose_tag_changes_has_another_place(tiny_model_dir: Path) -> None:
+    clock = Clockwork(JustitiaScheduler, tiny_model_dir, blocks=32, max_num_seqs=1)
+    for number, name in enumerate("abcd"):
+        clock.add(name, Hints(10 * number, name, number), 10, 3)
+    ours_of(clock).change_tag(3, 5)
+    assert clock.waiting() == ["a", "d", "b", "c"]
+    ours_of(clock).change_tag(0, 99)
+    assert clock.waiting() == ["d", "b", "c", "a"]
+    ours_of(clock).change_tag(1, 5)
+    assert clock.waiting() == ["b", "d", "c", "a"], "among equals by agent, as ever"
+    for tag in (2**70, -(2**70)):
+        ours_of(clock).change_tag(2, tag)
+        assert clock.requests["c"].priority == hints_of(clock.requests["c"]).tag == max(min(tag, 2**63 - 1), -(2**63))
+    assert clock.run() == ["c", "b", "d", "a"]
+    assert len(ours_of(clock)._by_task) == 0
+
+
+@pytest.mark.parametrize("tag", [-5, 0, 3, 99])
+def test_a_task_that_is_not_here_is_passed_over(tiny_model_dir: Path, tag: int) -> None:
+    clock = Clockwork(JustitiaScheduler, tiny_model_dir, blocks=32, max_num_seqs=1)
+    for number, name in enumerate("abc"):
+        clock.add(name, Hints(number, name, number), 10, 3)
+    clock.step()
+    clock.abort("b")
+    before = ours(clock), clock.waiting(), [hints_of(request) for request in clock.requests.values()]
+    for task in (1, 77, 2**62):
+        ours_of(clock).change_tag(task, tag)
+    assert (ours(clock), clock.waiting(), [hints_of(request) for request in clock.requests.values()]) == before
+    clock.run()
+    ours_of(clock).change_tag(0, tag)  # has ended
+
+
+def test_tasks_that_are_not_the_gateways_cannot_be_told(tiny_model_dir: Path) -> None:
+    """They all have the number -1. A change for it would move every one of them."""
+    clock = Clockwork(JustitiaScheduler, tiny_model_dir, blocks=32, max_num_seqs=1)
+    clock.add("one", None, 10, 3)
+    clock.add("two", Hints(5, "b", 2), 10, 3)
+    ours_of(clock).change_tag(-1, 99)
+    assert clock.waiting() == ["one", "two"]
+
+
+@pytest.mark.parametrize(("retagged", "victim"), [(None, "small"), ((1, 9), "urgent"), ((2, 0), "large")])
+def test_a_running_task_becomes_the_victim_or_is_it_no_longer(
+    tiny_model_dir: Path, retagged: tuple[int, int] | None, victim: str
+) -> None:
+    """As `full_memory`: but one of the three has another tag by then."""
+    clock = Clockwork(JustitiaScheduler, tiny_model_dir, blocks=8)
+    clock.add("urgent", Hints(1, "a", 1), BLOCK_SIZE - 2, 40)
+    clock.add("small", Hints(2, "b", 2), 10, 40)
+    clock.add("large", Hints(2, "b", 3), 6 * BLOCK_SIZE - 15, 40)
+    clock.step()
+    if retagged is not None:
+        ours_of(clock).change_tag(*retagged)
+    clock.until(lambda: bool(clock.preempted))
+    assert clock.preempted == [victim]
+
+
+def test_a_preempted_task_whose_tag_changes_comes_back_in_another_place(tiny_model_dir: Path) -> None:
+    clock = preempted_all(JustitiaScheduler, tiny_model_dir)
+    ours_of(clock).change_tag(4, 1)
+    ours_of(clock).change_tag(1, 6)
+    assert clock.waiting() == ["b4", "a2", "a7", "b3", "b9", "a1"]
+    clock.run()
+
+
+def test_all_sequences_of_a_task_move(tiny_model_dir: Path) -> None:
+    clock = Clockwork(JustitiaScheduler, tiny_model_dir, blocks=32, max_num_seqs=2)
+    clock.add("x0", Hints(3, "x", 5), 10, 9)
+    clock.add("x1", Hints(3, "x", 5), 10, 9)
+    clock.add("x2", Hints(3, "x", 5), 10, 9)
+    clock.add("y", Hints(4, "y", 6), 10, 9)
+    clock.step()
+    assert clock.running() == {"x0", "x1"}
+    ours_of(clock).change_tag(5, 7)
+    assert clock.waiting() == ["y", "x2"]
+    assert [hints_of(clock.requests[name]).tag for name in ("x0", "x1", "x2")] == [7, 7, 7]
+    clock.abort("x1")
+    ours_of(clock).change_tag(5, 1)
+    assert clock.waiting() == ["x2", "y"]
+    clock.run()
+    assert ours_of(clock)._by_task == {}
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_a_thousand_changes_while_requests_run(tiny_model_dir: Path, in_flight: int) -> None:
+    """Whoever is admitted, nobody who waits then is ahead of him; and whoever is the victim, nobody who runs is behind."""
+    dice = random.Random(in_flight)
+    clock = Clockwork(JustitiaScheduler, tiny_model_dir, blocks=24, max_num_seqs=6, in_flight=in_flight)
+    scheduler = ours_of(clock)
+    preempt: Any = scheduler._preempt_request
+
+    def checked(request: Any, *args: Any, **kwargs: Any) -> None:
+        assert all(hints_of(other)[:2] <= hints_of(request)[:2] for other in scheduler.running)
+        preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = checked  # type: ignore[method-assign, unused-ignore]  # to listen in
+    number = changes = admitted_under_contention = 0
+    tags: dict[int, int] = {}
+    while changes < 1000:
+        while len(scheduler.waiting) < 8:
+            tags[number] = dice.randrange(100)
+            clock.add(
+                f"r{number}", Hints(tags[number], f"a{number % 7}", number), dice.randint(1, 200), dice.randint(1, 50)
+            )
+            number += 1
+        for _ in range(5):
+            task = dice.randrange(max(0, number - 30), number + 3)
+            tag = dice.randrange(100)
+            scheduler.change_tag(task, tag)
+            tags[task] = tag
+            changes += 1
+        before = set(clock.waiting())
+        clock.step()
+        waiting = set(clock.waiting())
+        admitted = before - waiting
+        places = {name: (tags[int(name[1:])], hints_of(clock.requests[name])[1:]) for name in before}
+        if admitted and before & waiting:
+            assert max(places[name] for name in admitted) <= min(places[name] for name in before & waiting)
+            admitted_under_contention += 1
+    assert admitted_under_contention > 20
+    assert len(clock.preempted) > 3
+    clock.run()
+    assert all(request.num_output_tokens == request.max_tokens for request in clock.requests.values())
+
+
+# Displacement
+
+
+def displacing(model: Path, margin: float | None = 0, *, before: int = 200, **more: Any) -> Clockwork:
+    """So many tokens are computed before: what may be lost is a share of them. The tag of `long` is 50."""
+    clock = Clockwork(JustitiaScheduler, model, justitia={"displace_margin": margin}, **{"blocks": 64, **more})
+    ours_of(clock)._computed_tokens = before * 20
+    return clock
+
+
+def test_by_default_nobody_is_displaced(tiny_model_dir: Path) -> None:
+    for clock in (
+        Clockwork(JustitiaScheduler, tiny_model_dir, blocks=64, max_num_seqs=1),
+        displacing(tiny_model_dir, None, max_num_seqs=1),
+    ):
+        clock.add("long", Hints(50, "l", 1), 40, 60)
+        clock.step()
+        clock.add("urgent", Hints(1, "u", 2), 40, 5)
+        for _ in range(10):
+            clock.step()
+        assert (clock.preempted, clock.running()) == ([], {"long"})
+        assert (ours(clock).displaced, ours(clock).displaced_tokens) == (0, 0)
+
+
+def test_a_task_is_displaced_for_a_slot_and_keeps_its_place(tiny_model_dir: Path) -> None:
+    clock = displacing(tiny_model_dir, max_num_seqs=1)
+    clock.add("long", Hints(50, "l", 1), 40, 60)
+    clock.step()
+    clock.step()
+    clock.add("between", Hints(20, "b", 3), 40, 5)
+    clock.add("late", Hints(60, "z", 4), 40, 5)
+    clock.add("urgent", Hints(1, "u", 2), 40, 5)
+    assert clock.step() == ["urgent"], "and the displaced is not resumed in the same step"
+    assert clock.preempted == ["long"]
+    assert clock.waiting() == ["between", "long", "late"]
+    report = ours(clock)
+    assert (report.displaced, report.preempted) == (1, 1)
+    assert report.displaced_tokens == report.recomputed_tokens == 41
+    assert clock.run() == ["urgent", "between", "long", "late"]
+    assert clock.requests["long"].num_output_tokens == 60
+
+
+@pytest.mark.parametrize("order", [("long", "wide"), ("wide", "long")])
+def test_tasks_are_displaced_for_memory_no_more_than_needed(tiny_model_dir: Path, order: tuple[str, str]) -> None:
+    clock = displacing(tiny_model_dir, before=2000, blocks=16)
+    prompts = {"long": (50, 4 * BLOCK_SIZE), "wide": (60, 8 * BLOCK_SIZE)}
+    for number, name in enumerate(order):
+        tag, prompt = prompts[name]
+        clock.add(name, Hints(tag, name, number), prompt - 5, 40)
+    clock.step()
+    clock.add("urgent", Hints(1, "u", 9), 10 * BLOCK_SIZE - 5, 3)
+    clock.step()
+    assert clock.preempted == ["wide"]
+    assert clock.running() == {"long", "urgent"}
+
+
+def test_nobody_is_displaced_if_that_would_not_be_enough(tiny_model_dir: Path) -> None:
+    clock = displacing(tiny_model_dir, before=2000, blocks=16)
+    clock.add("first", Hints(0, "f", 1), 6 * BLOCK_SIZE - 5, 40)
+    clock.add("long", Hints(50, "l", 2), 6 * BLOCK_SIZE - 5, 40)
+    clock.step()
+    clock.add("urgent", Hints(1, "u", 9), 12 * BLOCK_SIZE - 5, 3)
+    clock.step()
+    assert (clock.preempted, clock.running()) == ([], {"first", "long"})
+
+
+def test_what_the_running_need_in_the_same_step_is_not_room(tiny_model_dir: Path) -> None:
+    """The first is before the one that waits, and comes to a new block just then. To displace would be in vain."""
+    clock = displacing(tiny_model_dir, before=2000, blocks=16)
+    clock.add("first", Hints(0, "f", 1), 6 * BLOCK_SIZE, 40)
+    clock.add("long", Hints(50, "l", 2), 10 * BLOCK_SIZE - 5, 40)
+    clock.step()
+    clock.add("urgent", Hints(1, "u", 9), 10 * BLOCK_SIZE - 5, 3)
+    clock.step()
+    # The first takes its block from the long one, as always when memory is full: nobody else was pushed aside for that.
+    assert clock.preempted == ["long"]
+    assert ours(clock).displaced == 0
+
+
+@pytest.mark.parametrize(("margin", "displaced"), [(0, True), (48, True), (49, False), (1000, False)])
+def test_the_margin_is_respected(tiny_model_dir: Path, margin: float, displaced: bool) -> None:
+    clock = displacing(tiny_model_dir, margin, max_num_seqs=1)
+    clock.add("long", Hints(50, "l", 1), 40, 60)
+    clock.step()
+    clock.add("urgent", Hints(1, "u", 2), 40, 5)
+    clock.step()
+    assert clock.preempted == (["long"] if displaced else [])
+
+
+def test_equals_and_tasks_of_the_same_agent_are_not_displaced(tiny_model_dir: Path) -> None:
+    clock = displacing(tiny_model_dir, max_num_seqs=1)
+    clock.add("long", Hints(50, "l", 1), 40, 60)
+    clock.step()
+    clock.add("equal", Hints(50, "a", 0), 40, 5)
+    clock.step()
+    clock.abort("equal")
+    clock.add("own", Hints(1, "l", 2), 40, 5)
+    clock.step()
+    assert clock.preempted == []
+
+
+def test_an_agent_displaces_a_task_once_and_a_task_is_displaced_so_often(tiny_model_dir: Path) -> None:
+    clock = displacing(tiny_model_dir, before=10**6, max_num_seqs=1)
+    clock.add("long", Hints(50, "l", 0), 40, 200)
+    clock.step()
+    for number, agent in enumerate(["u", "u", "v", "w", "x"], start=1):
+        clock.add(f"{agent}{number}", Hints(1, agent, number), 10, 2)
+        clock.step()
+        if agent == "u" and number == 2:
+            assert clock.running() == {"long"}, "u has had its turn"
+            clock.abort("u2")
+        clock.until(lambda: clock.running() == {"long"})
+    assert clock.preempted == ["long"] * DISPLACED_AT_MOST
+    clock.run()
+    assert clock.requests["long"].num_output_tokens == 200
+
+
+def test_what_is_lost_stays_below_its_share(tiny_model_dir: Path) -> None:
+    clock = displacing(tiny_model_dir, before=0, max_num_seqs=1)
+    scheduler = ours_of(clock)
+    dice = random.Random(1)
+    for number in range(120):
+        long = number % 2 == 0
+        hints = Hints(90 if long else dice.randrange(50), f"a{number}", number)
+        clock.add(f"r{number}", hints, dice.randint(1, 100), 40 if long else 3)
+        for _ in range(dice.randrange(20)):
+            clock.step()
+            assert scheduler.displaced_tokens <= DISPLACED_SHARE * scheduler._computed_tokens
+    clock.run()
+    assert scheduler.displaced > 3
+    assert scheduler.displaced_tokens <= scheduler.recomputed_tokens
+    assert scheduler.displaced == scheduler.preempted == len(clock.preempted)
+
+
+def ping_pong(model: Path, exchanges: int) -> Clockwork:
+    """Two agents in one slot, whose tags take turns in being the smaller, as those of two that outgrow each other do."""
+    clock = displacing(model, before=10**6, max_num_seqs=1)
+    for number, agent in enumerate("ab"):
+        clock.add(agent, Hints(50, agent, number), 40, 20)
+    for exchange in range(exchanges):
+        clock.step()
+        runs = clock.scheduler.running
+        if not runs:
+            break
+        ours_of(clock).change_tag(hints_of(runs[0]).task, 100 + exchange)
+    return clock
+
+
+def test_two_agents_do_not_displace_each_other_for_ever(tiny_model_dir: Path) -> None:
+    clock = ping_pong(tiny_model_dir, 200)
+    assert sorted(clock.preempted) == ["a", "b"]
+    clock.run()
+    assert [clock.requests[name].num_output_tokens for name in "ab"] == [20, 20]
+
+
+def test_control_without_the_guards_they_do(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.scheduler, "DISPLACED_AT_MOST", 10**9)
+    monkeypatch.setattr(engine.scheduler, "vars", _without_memory, raising=False)
+    clock = ping_pong(tiny_model_dir, 40)
+    assert len(clock.preempted) >= 15
+    assert ours(clock).displaced == len(clock.preempted)
+
+
+def _without_memory(request: Any) -> dict[str, Any]:
+    fields = request.__dict__
+    fields.pop("justitia_displaced_by", None)
+    return dict(fields)
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32), blocks=st.integers(16, 40), seqs=st.integers(1, 8), margin=st.integers(0, 20))
+def test_displacing_loses_nothing(
+    tiny_model_dir: Path, in_flight: int, seed: int, blocks: int, seqs: int, margin: int
+) -> None:
+    dice = random.Random(seed)
+    clock = displacing(tiny_model_dir, margin, before=10**5, blocks=blocks, max_num_seqs=seqs, in_flight=in_flight)
+    scheduler = ours_of(clock)
+    for number in range(40):
+        agent = dice.randrange(6)
+        hints = Hints(dice.randrange(60), f"a{agent}", number) if dice.random() < 0.9 else None
+        clock.add(f"r{number}", hints, dice.randint(1, 300), dice.randint(1, 40))
+        for _ in range(dice.randrange(6)):
+            before, displaced = set(clock.running()), scheduler.displaced
+            victims = len(clock.preempted)
+            clock.step()
+            if scheduler.displaced > displaced:
+                gone = clock.preempted[victims : victims + scheduler.displaced - displaced]
+                assert set(gone) <= before
+                assert not set(gone) & clock.running(), "not resumed in the same step"
+                assert all(
+                    clock.requests[name] in scheduler.waiting or clock.requests[name].is_finished() for name in gone
+                )
+    clock.run()
+    for request in clock.requests.values():
+        assert request.is_finished()
+        assert request.num_output_tokens == request.max_tokens
+        assert len(vars(request).get("justitia_displaced_by", ())) <= DISPLACED_AT_MOST
+    report = ours(clock)
+    assert (report.free_blocks, report.running, report.waiting) == (blocks, 0, 0)
+    assert report.preempted == len(clock.preempted) >= report.displaced
+    assert report.recomputed_tokens >= report.displaced_tokens
+    assert scheduler._gone == {} and scheduler._by_task == {}
+
+
 # Reports
 
 
@@ -243,12 +589,27 @@ def test_cached_prefixes_are_free(tiny_model_dir: Path) -> None:
     assert ours(clock).free_blocks == 5
 
 
+def test_a_tag_that_comes_before_its_task_is_not_lost(tiny_model_dir: Path) -> None:
+    """The link is faster than HTTP, and a body with `n` = 2 is two requests."""
+    clock = Clockwork(JustitiaScheduler, tiny_model_dir, blocks=8)
+    assert isinstance(clock.scheduler, JustitiaScheduler)
+    clock.scheduler.change_tag(5, 10)
+    both = [clock.add(name, Hints(99, "a", 5), 10, 3) for name in "xy"]
+    assert [hints_of(request).tag for request in both] == [10, 10]
+    for task in range(100, 100 + 2 * EARLY_TAGS):
+        clock.scheduler.change_tag(task, 1)
+    assert len(clock.scheduler._early_tags) == EARLY_TAGS
+
+
 # The link
 
 
 @pytest.fixture
-def address(tmp_path: Path) -> str:
-    return f"ipc:///tmp/justitia-test-{uuid.uuid4().hex[:8]}.sock"
+def address() -> Iterator[str]:
+    path = Path(f"/tmp/justitia-test-{uuid.uuid4().hex[:8]}.sock")
+    yield f"ipc://{path}"
+    for left in (path, Path(f"{path}.in")):
+        left.unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -259,7 +620,6 @@ def subscriber(address: str) -> Iterator[zmq.Socket[bytes]]:
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(address)
         yield socket
-    Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def test_a_gateway_is_told_of_steps_and_of_aborts(
@@ -268,7 +628,7 @@ def test_a_gateway_is_told_of_steps_and_of_aborts(
     clock = Clockwork(JustitiaScheduler, tiny_model_dir, blocks=8, max_num_seqs=2, justitia={"link": address})
     try:
         hello = parse(subscriber.recv())
-        assert hello == Hello(PROTOCOL, ours(clock).engine_id, vllm.__version__, 8, BLOCK_SIZE, 2, 2048)
+        assert hello == Hello(PROTOCOL, ours(clock).engine_id, vllm.__version__, 8, BLOCK_SIZE, 2, 2048, True)
         assert isinstance(hello, Hello)
         assert hello.capacity_tokens == 8 * BLOCK_SIZE
         assert parse(subscriber.recv()) == ours(clock)
@@ -277,8 +637,8 @@ def test_a_gateway_is_told_of_steps_and_of_aborts(
         assert parse(subscriber.recv()) == ours(clock)
         assert ours(clock).held
         clock.abort("one")
-        # One iteration: the prompt was computed, and the first token sampled.
-        assert parse(subscriber.recv()) == Ended(ours(clock).engine_id, {7: 40.0})
+        # One iteration: the prompt was computed, and the first token sampled, which counts as in the cost model.
+        assert parse(subscriber.recv()) == Ended(ours(clock).engine_id, {7: 41.0})
         assert parse(subscriber.recv()) == ours(clock)
         assert (ours(clock).running, ours(clock).free_blocks) == (0, 8)
     finally:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.fairness import AgentId, Iterations, KvTokenIterations, QueueError, ReleaseLimits, Spent, Task, TaskId
+from gateway.fairness import (
+    POLICIES,
+    AgentId,
+    Iterations,
+    KvTokenIterations,
+    QueueError,
+    ReleaseLimits,
+    Spent,
+    Task,
+    TaskId,
+)
 from tests.fairness.driver import Driver, M
 
 
@@ -290,3 +300,150 @@ def test_a_flow_of_enormous_weight_leaves_the_sum_of_weights_right() -> None:
     queue.now = Iterations(0.5)
     queue.release()
     assert 0 < queue.queue.virtual_time() <= 50
+
+
+# Revisions
+
+
+def revised(queue: Driver) -> dict[int, float]:
+    """By task its new rank. No task is there twice."""
+    releases = queue.queue.revise()
+    ranks = {int(release.task.id): release.rank for release in releases}
+    assert len(ranks) == len(releases)
+    return ranks
+
+
+def test_what_is_in_flight_is_revised_once_per_change() -> None:
+    queue = Driver()
+    first, second = queue.enqueue("a", 100, total=150), queue.enqueue("a", 10, total=150)
+    other = queue.enqueue("b", 5)
+    assert [release.rank for release in queue.queue.release(queue.now)] == [5, 150, 150]
+    assert revised(queue) == {}, "they were just told"
+    queue.enqueue("a", 200, total=600)
+    assert revised(queue) == {first: 600, second: 600}
+    assert revised(queue) == {}
+    queue.enqueue("a", 1, total=99_999)
+    assert revised(queue) == {}, "the tag has not moved"
+    queue.complete(other, 5)
+    queue.complete(first, 1000, total=0)
+    assert revised(queue) == {second: 1211}, "the tag with the true cost, and not of what has ended"
+
+
+def test_a_change_that_is_taken_back_is_not_told() -> None:
+    queue = Driver()
+    queue.enqueue("a", 100, total=100)
+    task = queue.enqueue("a", 100, total=200)
+    queue.release()
+    more = queue.enqueue("a", 300, total=500)
+    agent = queue.queue.agents[AgentId("a")]
+    assert agent.finish_tag == 500
+    agent.finish_tag = type(agent.finish_tag)(200)
+    assert revised(queue) == {}
+    agent.finish_tag = type(agent.finish_tag)(500)
+    queue.cancel(more)
+    assert set(revised(queue)) == {1, task}
+
+
+def test_a_task_that_waits_again_is_not_revised_and_is_released_with_the_new_rank() -> None:
+    queue = Driver()
+    task = queue.enqueue("a", 100, total=100)
+    queue.release()
+    queue.enqueue("a", 400, total=700)
+    queue.queue.requeue(queue.now, task)
+    assert revised(queue) == {}
+    assert [release.rank for release in queue.queue.release(queue.now)] == [700, 700]
+    assert revised(queue) == {}
+
+
+def test_who_waits_for_a_tool_and_comes_back_moves_what_is_still_in_flight_of_nobody_else() -> None:
+    queue = Driver()
+    queue.enqueue("b", 10_000)
+    first = queue.enqueue("a", 100, total=300)
+    queue.release()
+    queue.complete(first, 100)
+    queue.now = Iterations(50)
+    again = queue.enqueue("a", 100)
+    queue.release()
+    assert revised(queue) == {}
+    queue.enqueue("a", 5000, total=9000)
+    assert set(revised(queue)) == {again}
+
+
+def test_a_second_tenant_revises_everything_and_the_rank_is_that_of_a_release() -> None:
+    queue = Driver(limits=ReleaseLimits(beta=100))
+    first = queue.enqueue("a", 100, total=150, tenant="x")
+    second = queue.enqueue("a", 20, total=150, tenant="x")
+    other = queue.enqueue("b", 300, total=300, tenant="x")
+    assert [release.rank for release in queue.queue.release(queue.now)] == [150, 150, 300]
+    queue.enqueue("c", 1, tenant="y")
+    # Packets of x: a with all of its 150; with the 50 that are left of it, after 100; and b after 120.
+    assert revised(queue) == {other: 420}
+    ranks = {task: flight.rank for agent in queue.queue.agents.values() for task, flight in agent.in_flight.items()}
+    assert ranks == {first: 150, second: 150, other: 420}, "booked as told"
+    assert revised(queue) == {}
+
+
+def test_with_several_tenants_the_new_rank_is_what_the_release_would_have_had() -> None:
+    """The same story twice: once the prediction is right from the beginning, once it is put right while the task runs."""
+    ranks = []
+    for predicted in (900, 150):
+        queue = Driver(limits=ReleaseLimits(beta=100))
+        queue.enqueue("z", 77, tenant="y")
+        before = queue.enqueue("early", 40, tenant="x", tenant_weight=2)
+        task = queue.enqueue("a", 100, total=predicted, tenant="x", tenant_weight=2)
+        released = {release.task.id: release.rank for release in queue.queue.release(queue.now)}
+        queue.enqueue("a", 100, total=900, tenant="x", tenant_weight=2)
+        queue.enqueue("a", 700, total=900, tenant="x", tenant_weight=2)
+        told = released | {TaskId(number): rank for number, rank in revised(queue).items()}
+        ranks.append((told[task], told[before]))
+    assert ranks[0] == ranks[1] == ((40 + 900) / 2, 40 / 2)
+
+
+def test_another_weight_of_a_tenant_revises_what_it_has_in_flight() -> None:
+    queue = Driver(limits=ReleaseLimits(beta=100))
+    theirs = queue.enqueue("z", 500, tenant="y")
+    first = queue.enqueue("a", 100, total=300, tenant="x", tenant_weight=1)
+    second = queue.enqueue("b", 100, total=400, tenant="x", tenant_weight=1)
+    told = {release.task.id: release.rank for release in queue.queue.release(queue.now)}
+    assert told == {first: 300, second: 500, theirs: 500}
+    queue.enqueue("c", 1, tenant="x", tenant_weight=4)
+    assert revised(queue) == {first: 300 / 4, second: 100 + 400 / 4}
+    assert revised(queue) == {}
+
+
+def test_another_weight_of_the_only_tenant_revises_nothing() -> None:
+    queue = Driver()
+    queue.enqueue("a", 100, total=300, tenant="x", tenant_weight=1)
+    queue.release()
+    queue.enqueue("c", 1, tenant="x", tenant_weight=4)
+    assert revised(queue) == {}
+
+
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"justitia"}))
+def test_no_other_policy_is_revised(policy: str) -> None:
+    queue = Driver(policy, limits=ReleaseLimits(beta=100))
+    for number in range(20):
+        tenant = "xy"[number % 2]
+        task = queue.enqueue(
+            f"{tenant}{number % 3}", 10 * number, total=7 * number, tenant=tenant, tenant_weight=1 + number
+        )
+        queue.release()
+        queue.observe(task, 10, number)
+        assert revised(queue) == {}
+        if number % 4 == 3:
+            queue.complete(task, 1000, total=5000)
+        assert revised(queue) == {}
+
+
+def test_agents_that_were_evicted_are_not_remembered_for_revision() -> None:
+    """Where nobody can be told, nobody asks for revisions."""
+    queue = Driver()
+    for number in range(100):
+        task = queue.enqueue(f"a{number}", 10)
+        queue.release()
+        more = queue.enqueue(f"a{number}", 100, total=200)
+        queue.cancel(more)
+        queue.complete(task, 500)
+        queue.queue.evict(queue.now, AgentId(f"a{number}"))
+    assert len(queue.queue._revised) <= 1
+    assert revised(queue) == {}

@@ -47,6 +47,9 @@ class QueueMachine(RuleBasedStateMachine):
         self.tenants = [TenantId(name) for name in ("x", "y", "z")[:tenants]]
         self.virtual_times = dict.fromkeys(self.tenants, 0.0)
         self.outer_virtual_time = 0.0
+        self.told: dict[TaskId, float] = {}
+        # By task in flight: S of its tenant, and the work of its agent that was released, before it was.
+        self.before: dict[TaskId, tuple[float, float]] = {}
 
     @rule(
         agent=agents,
@@ -83,7 +86,15 @@ class QueueMachine(RuleBasedStateMachine):
     def release(self, waiting: int) -> None:
         had_in_flight = len(self.in_flight)
         first = next(self.queue.in_order(), None)
+        starts = {agent.tenant.id: agent.tenant.start_tag for agent in self.queue.agents.values()}
+        released = {agent.id: agent.released for agent in self.queue.agents.values()}
         releases = self.queue.release(self.now, waiting)
+        for release in releases:
+            task, tenant = release.task, self.queue.agents[release.task.agent_id].tenant
+            self.told[task.id] = release.rank
+            self.before[task.id] = starts[tenant.id], released[task.agent_id]
+            starts[tenant.id] += task.cost / tenant.weight
+            released[task.agent_id] += task.cost
         if not had_in_flight and self.waiting:
             assert releases, "always at least one"
         if len(releases) > 1 or (releases and had_in_flight):
@@ -99,6 +110,24 @@ class QueueMachine(RuleBasedStateMachine):
                 assert self.slots is None or len(self.in_flight) < self.slots
                 assert waiting <= self.queue.limits.engine_waiting
             self.in_flight[release.task.id] = self.waiting.pop(release.task.id)
+
+    @rule()
+    def revise(self) -> None:
+        """What is in flight, and only that, is told its rank again if it is another one, and only then."""
+        expected = {}
+        for agent in self.queue.agents.values():
+            for task in agent.in_flight:
+                start, released = self.before[task]
+                rank: float = agent.finish_tag
+                if len(self.queue._tenants) > 1:
+                    rank = start + max(0.0, agent.predicted - released) / agent.tenant.weight
+                if self.policy == "justitia" and rank != self.told[task]:
+                    expected[task] = rank
+        revised = self.queue.revise()
+        assert {release.task.id: release.rank for release in revised} == expected
+        assert len(revised) == len(expected)
+        self.told |= expected
+        assert self.queue.revise() == []
 
     @rule(iterations=st.floats(0, 100))
     def time_passes(self, iterations: float) -> None:

@@ -2,10 +2,18 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 
-from engine.link import PROTOCOL, Hello, Report
-from gateway.capacity import CAPACITY_ENOUGH, CAPACITY_HORIZON, EngineView, ServedCapacity
+from engine.link import PROTOCOL, Ended, Hello, Report
+from gateway.capacity import (
+    CAPACITY_ENOUGH,
+    CAPACITY_HORIZON,
+    REMEMBERED_ENDS,
+    Counters,
+    EngineView,
+    ServedCapacity,
+)
 
 
 def hello(life: str = "one") -> Hello:
@@ -160,3 +168,85 @@ def test_a_clock_that_stands_still_says_nothing_of_capacity(iterations: float) -
     served.observe(1000, 600)
     served.observe(iterations, 0)
     assert served.tokens(1000) == 600
+
+
+# Counters over lives
+
+
+def counted(life: str, iteration: int, *counters: int) -> Report:
+    names = ("preempted", "recomputed_tokens", "displaced", "displaced_tokens", "refused")
+    return msgspec.structs.replace(report(iteration, life), **dict(zip(names, counters, strict=True)))
+
+
+def test_counters_go_on_over_the_lives_of_the_engine() -> None:
+    view = EngineView()
+    view.hear(hello("one"), 0)
+    view.hear(counted("one", 10, 5, 500, 2, 200, 7), 0)
+    assert view.counters == Counters(), "what was counted before we came"
+    view.hear(counted("one", 20, 6, 520, 3, 210, 7), 0)
+    assert view.counters == Counters(1, 20, 1, 10, 0)
+    view.hear(counted("one", 15, 1, 1, 1, 1, 1), 0)
+    assert view.counters == Counters(1, 20, 1, 10, 0), "an old word"
+    view.hear(counted("one", 20, 6, 520, 3, 210, 7), 0)
+    assert view.counters == Counters(1, 20, 1, 10, 0), "and the last one again"
+    view.hear(hello("one"), 0)  # for another subscriber
+    view.hear(counted("one", 30, 7, 530, 3, 210, 8), 0)
+    assert view.counters == Counters(2, 30, 1, 10, 1)
+    view.hear(hello("two"), 0)
+    view.hear(counted("two", 3, 4, 40, 1, 11, 2), 0)
+    assert (view.counters, view.restarts) == (Counters(6, 70, 2, 21, 3), 1)
+    view.hear(counted("one", 99, 99, 99, 99, 99, 99), 0)
+    assert view.counters == Counters(6, 70, 2, 21, 3), "of the engine that is gone"
+
+
+def test_what_is_kept_is_in_tokens() -> None:
+    view = EngineView()
+    view.hear(hello(), 0)
+    view.hear(msgspec.structs.replace(report(1), kept_blocks=5), 0)
+    assert view.kept_tokens == 5 * 32
+    view.lost()
+    assert view.kept_tokens == 0
+
+
+# What tasks held
+
+
+def test_what_a_task_held_is_the_sum_over_its_sequences_and_is_told_once() -> None:
+    view = EngineView()
+    view.hear(hello(), 0)
+    view.hear(Ended("one", {7: 100.0, 8: 5.0}), 0)
+    view.hear(Ended("one", {7: 20.5}), 0)
+    assert view.held_by(7) == 120.5
+    assert view.held_by(7) is None
+    assert view.held_by(99) is None
+    assert view.held_by(8) == 5.0
+    assert not view.ends
+
+
+def test_the_ends_of_another_engine_are_not_heard() -> None:
+    view = EngineView()
+    view.hear(Ended("one", {7: 100.0}), 0)
+    view.hear(hello("one"), 0)
+    view.hear(Ended("two", {8: 100.0}), 0)
+    assert (view.held_by(7), view.held_by(8)) == (None, None)
+
+
+def test_ends_that_nobody_asks_for_are_forgotten_the_oldest_first() -> None:
+    view = EngineView()
+    view.hear(hello(), 0)
+    for task in range(REMEMBERED_ENDS + 10):
+        view.hear(Ended("one", {task: 1.0}), 0)
+    assert len(view.ends) == REMEMBERED_ENDS
+    assert (view.held_by(9), view.held_by(10), view.held_by(REMEMBERED_ENDS + 9)) == (None, 1.0, 1.0)
+    view.hear(Ended("one", dict.fromkeys(range(10**5, 10**5 + 2 * REMEMBERED_ENDS), 2.0)), 0)
+    assert len(view.ends) == REMEMBERED_ENDS
+
+
+def test_what_agents_hold_stands_until_it_is_said_anew_or_nothing_runs() -> None:
+    view = EngineView()
+    view.hear(hello(), 0)
+    view.hear(msgspec.structs.replace(report(1), agents={"a": 12.5}), 0)
+    view.hear(report(2), 0)
+    assert view.agents == {"a": 12.5}
+    view.hear(msgspec.structs.replace(report(3), running=0, tasks=[], kv_tokens=[], output_tokens=[]), 0)
+    assert view.agents == {}

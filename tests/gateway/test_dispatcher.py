@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 import pytest
 
@@ -200,3 +201,81 @@ async def test_what_cannot_be_taken_is_refused_and_not_enqueued() -> None:
     with pytest.raises(ShuttingDown):
         to.submit(task(1), 1.0)
     assert (queue.waiting, queue.in_flight) == (0, 0)
+
+
+# What the engine is told
+
+
+class Listening:
+    """An engine that can be told."""
+
+    def __init__(self, to: Dispatcher) -> None:
+        self.tags: list[dict[int, int]] = []
+        to.tell = self.tell
+
+    def tell(self, tags: Mapping[int, int] | None = None, keep: Mapping[str, int] | None = None) -> None:
+        assert not keep
+        self.tags.append(dict(tags or {}))
+
+
+async def test_new_tags_of_tasks_in_flight_are_told() -> None:
+    to, _, _ = dispatcher(slots=2)
+    listening = Listening(to)
+    to.submit(task(1), 20_000.0)
+    to.submit(task(2, "b"), 30_000.0)
+    assert listening.tags == [], "a release carries its rank"
+    to.submit(task(3), 70_000.7)
+    assert listening.tags == [{1: 70_000}]
+    report(to, 1, {1: Holding(101, 1)})
+    to.pump()
+    assert len(listening.tags) == 1, "once"
+
+
+async def test_with_what_a_task_really_took_the_others_of_its_agent_move() -> None:
+    to, _, _ = dispatcher(slots=2)
+    listening = Listening(to)
+    first, second = to.submit(task(1), 30_100.0), to.submit(task(2), 30_100.0)
+    third = to.submit(task(3, "b"), 1e6)
+    for turn in (first, second):
+        await turn.wait(1)
+    first.complete(Spent(KvTokenIterations(100_000.0), 100, 400), 123_456.0)
+    assert listening.tags == [{2: 123_456}]
+    second.cancel(Spent(KvTokenIterations(0.0)))
+    third.cancel(Spent(KvTokenIterations(0.0)))
+    assert len(listening.tags) == 1
+
+
+async def test_a_tag_beyond_what_the_engine_can_hold_is_the_nearest() -> None:
+    to, _, _ = dispatcher()
+    listening = Listening(to)
+    to.submit(task(1), 20_000.0)
+    to.submit(task(2), 1e30)
+    assert listening.tags == [{1: 2**63 - 1}]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "vtc", "srjf"])
+async def test_other_policies_tell_nothing(policy: str) -> None:
+    to, _, _ = dispatcher(policy)
+    listening = Listening(to)
+    for number in range(1, 6):
+        to.submit(task(number, output=100 * number), 1e5 * number)
+        report(to, 1, {1: Holding(100 + number, number)})
+    assert listening.tags == []
+
+
+async def test_what_was_revised_while_nobody_could_be_told_is_told_later() -> None:
+    """The link may begin after the first task, or anew: what it missed is not lost."""
+    to, _, engine = dispatcher()
+    to.submit(task(1), 20_000.0)
+    to.submit(task(2, "b"), 20_001.0)
+    to.submit(task(3), 40_000.0)
+    to.submit(task(4), 60_000.0)
+    listening = Listening(to)
+    to.pump()
+    assert listening.tags == [{1: 60_000}], "the last one alone"
+    engine.suspect = True
+    to.submit(task(5), 90_000.0)
+    assert len(listening.tags) == 1, "not while it is not known whether the engine lives"
+    engine.answered()
+    to.engine_changed()
+    assert listening.tags[1:] == [{1: 90_000}]
