@@ -8,13 +8,12 @@ after the other. What fits follows from how vLLM admits:
 * Who runs is not put out for who comes later. So a running task takes a waiting one's room only if it *passed* it: it was
   admitted while the other waited, or was left when the other was preempted. What those hold that passed a task
   would be free for it, and the slots too.
-* Nobody is admitted in a step that preempts, nor when prompts took all of the step's tokens. So free memory that nobody takes is
-  held against the engine only in quiet iterations: nobody is preempted or admitted, and no prompt is left in pieces.
+* Nobody is admitted in a step that preempts, nor when prompts took all of the step's tokens. So free memory that nobody
+  takes is held against the engine only in quiet iterations: nobody is preempted or admitted, no prompt is left in pieces.
 
 In doubt for the engine: a change of tags that the engine may have heard of or not leaves a task with both tags, until two
-iterations after a report has said that it was heard. What the prefix cache might save is not reckoned with. Iterations that the log
-lacks are not quiet. Tasks are taken for such that can be admitted at any time: one that waits for a grammar or for
-remote KV is passed over by right.
+iterations after a report has said that it was heard. What the prefix cache might save is not reckoned with. Iterations
+that the log lacks are not quiet. Not known here: that a task waits for a grammar or for remote KV, and is passed over by right.
 
     python -m gateway.bench.inversions LOG
 """
@@ -34,8 +33,10 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import msgspec
+import zmq
+import zmq.asyncio
 
-from engine.link import GatewayLink, Hello, LinkError, Report
+from engine.link import GatewayLink, Hello, LinkError, Message, Report, parse
 
 # An inversion lasts longer than this, and a change that was heard holds from so much later, in iterations.
 PATIENCE = 2
@@ -72,7 +73,7 @@ class Inversion(NamedTuple):
 
 @dataclass(slots=True)
 class Judgement:
-    """judged: iterations of which a report told who waited; some waited and some ran. unjudged: not who, or of unknown tasks."""
+    """judged: iterations in which some waited and some ran. unjudged: reports that do not say who, or name unknown tasks."""
 
     inversions: list[Inversion] = field(default_factory=list)
     reports: int = 0
@@ -104,11 +105,6 @@ class _Task:
     @property
     def latest(self) -> Place:
         return max(self.tags), self.agent, self.number
-
-    def tokens(self, iteration: int) -> int:
-        """To be admitted with, at most, if it waits since some iteration after that in which it was last seen to run."""
-        unseen = iteration - self.seen_at if self.seen_at is not None else 0
-        return self.prompt + self.output + unseen
 
 
 class _Open(NamedTuple):
@@ -154,10 +150,13 @@ class _Judge:
     def __init__(self) -> None:
         self._found = Judgement()
         self._hello: Hello | None = None
+        self._tasks: dict[int, _Task] = {}
         self._begin_life()
 
     def _begin_life(self) -> None:
-        self._tasks: dict[int, _Task] = {}
+        """Another engine has none of the tasks. Those that are sent to it may have been released before it said hello."""
+        for task in self._tasks.values():
+            task.tags, task.output, task.seen_at, task.known = task.tags[-1:], 0, None, False
         self._open: list[_Open] = []
         self._before: _State | None = None
         self._passed: dict[int, set[int]] = {}  # by task that waits, those that passed it and run
@@ -167,10 +166,8 @@ class _Judge:
         if isinstance(record, Hello):
             if self._hello is None or record.engine_id != self._hello.engine_id:
                 self._end_streaks(())
-                first = self._hello is None
                 self._hello = record
-                if not first:
-                    self._begin_life()
+                self._begin_life()
         elif isinstance(record, Released):
             # What is sent again to a new engine is released again.
             self._tasks[record.task] = _Task(record.agent, record.task, record.tokens, [record.tag])
@@ -236,22 +233,26 @@ class _Judge:
             self._found.unjudged += 1
             return None
         in_pieces = len(held) < report.running  # of those that are not the gateway's it is not known
+        before, missed = self._before, 0
+        if before is not None and before.report.preempted != report.preempted:
+            missed = report.iteration - before.report.iteration - 1  # in which one that waits may have run
         waiting = {}
         for number in report.waiting_tasks:
             task = tasks[number]
             assert task is not None
             task.known = True
-            if number not in held:
-                waiting[number] = task.tokens(report.iteration)
-        if self._before is not None:
-            # It waits since it was first seen to wait: from then on it puts out nothing.
-            for number in waiting.keys() & self._before.waiting.keys():
-                waiting[number] = min(waiting[number], self._before.waiting[number])
+            if number in held:
+                continue  # one of its sequences runs
+            if before is not None and number in before.waiting:
+                waiting[number] = before.waiting[number] + missed
+            else:
+                unseen = missed if task.seen_at is None else report.iteration - task.seen_at
+                waiting[number] = task.prompt + task.output + unseen
         for number, holding in held.items():
             task = tasks[number]
             assert task is not None
             task.known, task.output, task.seen_at = True, holding.output_tokens, report.iteration
-            in_pieces |= holding.kv_tokens < task.prompt
+            in_pieces |= holding.kv_tokens < task.prompt + holding.output_tokens - 1
         return _State(report, {number: holding.kv_tokens for number, holding in held.items()}, waiting, in_pieces)
 
     def _note_passing(self, before: _State, now: _State) -> None:
@@ -319,8 +320,8 @@ class _Judge:
                 continue
             went_on.add(number)
             streak = self._streaks.get(number)
+            # In missing iterations it may have run and been preempted.
             if streak is None or (since > 1 and before.report.preempted != now.report.preempted):
-                # Over missing iterations it may have run and been preempted.
                 self._end_streaks(self._streaks.keys() - {number})
                 self._streaks[number] = _Streak(iteration, ran, iteration, min(since, 1))
             else:
@@ -346,17 +347,16 @@ class Recorder:
     def __init__(self, link: GatewayLink, sink: IO[bytes] | None = None) -> None:
         self.records: list[Record] = []
         self.changes = 0  # entries of tags
+        self.hello: Hello | None = None  # the newest, and the newest report
+        self.last: Report | None = None
         self._link = link
         self._sink = sink
         self._came = asyncio.Event()
 
     @property
-    def hello(self) -> Hello | None:
-        return next((one for one in reversed(self.records) if isinstance(one, Hello)), None)
-
-    @property
-    def last(self) -> Report | None:
-        return next((one for one in reversed(self.records) if isinstance(one, Report)), None)
+    def name(self) -> str:
+        """By which the engine knows this end of the link."""
+        return self._link.name
 
     @property
     def heard(self) -> bool:
@@ -374,12 +374,18 @@ class Recorder:
             self.changes += len(tags)
             self._keep(Changed(self._link.name, self._link._number, dict(tags)))
 
-    async def listen(self) -> None:
-        """Until it is cancelled. Raises `LinkError`."""
-        async for message in self._link.messages():
-            if isinstance(message, Hello | Report):
-                self._keep(message)
-            self._came.set()
+    def hear(self, message: Message) -> None:
+        if isinstance(message, Hello):
+            self.hello = message
+            self._keep(message)
+        elif isinstance(message, Report):
+            self.last = message
+            self._keep(message)
+        self._came.set()
+
+    def acknowledged(self) -> None:
+        """The engine may have heard of more changes."""
+        self._came.set()
 
     async def came(self) -> None:
         """Until the next message."""
@@ -396,16 +402,33 @@ class Recorder:
 async def recording(address: str, log: Path | None = None) -> AsyncIterator[Recorder]:
     """A recorder on an engine's link while the body runs. Raises `LinkError` for an engine of another protocol."""
     link = GatewayLink(address)
+    reports: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.SUB)
     with contextlib.ExitStack() as stack:
         stack.callback(link.close)
+        stack.enter_context(reports)
+        for name, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 0), (zmq.SUBSCRIBE, b"")):
+            reports.setsockopt(name, value)
+        reports.connect(address)
         recorder = Recorder(link, stack.enter_context(log.open("wb")) if log is not None else None)
-        listening = asyncio.create_task(recorder.listen())
+
+        async def follow() -> None:
+            async for _ in link.messages():
+                recorder.acknowledged()
+
+        async def listen() -> None:
+            # A gateway passes over reports that it comes too late for. Here each one counts.
+            while True:
+                recorder.hear(parse(await reports.recv()))
+
+        tasks = [asyncio.create_task(watch()) for watch in (follow, listen)]
         try:
             yield recorder
         finally:
-            listening.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await listening
+            for task in tasks:
+                task.cancel()
+            for task in tasks:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
 
 
 def write(log: Path, records: Iterable[Record]) -> None:

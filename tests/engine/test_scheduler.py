@@ -304,10 +304,9 @@ def test_a_thousand_changes_while_requests_run(tiny_model_dir: Path, in_flight: 
     tags: dict[int, int] = {}
     while changes < 1000:
         while len(scheduler.waiting) < 8:
-            tags[number] = dice.randrange(100)
-            clock.add(
-                f"r{number}", Hints(tags[number], f"a{number % 7}", number), dice.randint(1, 200), dice.randint(1, 50)
-            )
+            first = dice.randrange(100)
+            tags.setdefault(number, first)  # it may have been changed before it came
+            clock.add(f"r{number}", Hints(first, f"a{number % 7}", number), dice.randint(1, 200), dice.randint(1, 50))
             number += 1
         for _ in range(5):
             task = dice.randrange(max(0, number - 30), number + 3)
