@@ -65,6 +65,16 @@ class ReplaySettings(BaseSettings):
     prefix_caching: bool | None = Field(
         None, description="vLLM's prefix cache; default: on if the trace says that prompts begin alike."
     )
+    keep_kv: bool = Field(
+        True, description="Keep the KV of agents that wait for tools, as the gateway does (own release, own scheduler)."
+    )
+    charge: Literal["held", "formula"] = Field(
+        "held",
+        description="What tasks are charged: what the engine's scheduler says they held, or the formula's value.",
+    )
+    displace_margin: float | None = Field(
+        None, ge=0, description="Urgent tasks displace those whose tag is larger by more than this; default: none does."
+    )
     timings: bool = Field(False, description="Add how long decisions took; the output then differs from run to run.")
     out: Path | None = Field(None, description="File for the results, as JSON.")
     plot: Path | None = Field(None, description="Directory for pictures of the results. Needs the extra `demo`.")
@@ -157,7 +167,7 @@ def load_past(spec: str, learn_from: str) -> list[AgentTrace]:
     if learn_from:
         return [agent for each in learn_from.split(",") for agent in load_trace(each.strip())]
     name, *rest = spec.split(":")
-    place = {"paper": 0, "tools": 0, "prefix": 0, "tenants": 0, "elephant": 1}.get(name)
+    place = {"paper": 0, "tools": 0, "coding": 0, "prefix": 0, "tenants": 0, "elephant": 1}.get(name)
     if place is None:
         return []
     rest = [*rest, "0"] if len(rest) == place else rest
@@ -242,6 +252,9 @@ def _setup(settings: ReplaySettings, agents: Sequence[AgentTrace]) -> Setup:
         cost=COSTS[settings.cost],
         capacity=settings.capacity,
         prefix_caching=begin_alike(agents) if settings.prefix_caching is None else settings.prefix_caching,
+        keep=settings.keep_kv,
+        charge=settings.charge,
+        displace_margin=settings.displace_margin,
         timings=settings.timings,
         memory_over_time=settings.plot is not None,
     )

@@ -100,6 +100,8 @@ class Record:
             tasks=len(trace.tasks),
             preemptions=journey.preemptions,
             cached_tokens=sum(task.cached_tokens for task in journey.finished),
+            net_cost=sum(task.net_cost for task in journey.finished),
+            held=journey.held,
         )
 
     def tag_lateness(self, journey: Journey) -> int:

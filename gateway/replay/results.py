@@ -16,7 +16,8 @@ ReleaseName = Literal["memory", "engine", "all"]
 class AgentResult(msgspec.Struct, frozen=True):
     """One agent of one run.
 
-    cost: true, without what was cached. predicted_cost: Ĉ at its first release.
+    cost: what it was charged. net_cost: by the formula, without what was cached. held: as the engine's scheduler counts it;
+    0 with a stock one. predicted_cost: Ĉ at its first release.
     reference_finish_s: when ideal fair sharing, with the arrivals of this run and true costs, would have finished it.
     """
 
@@ -33,6 +34,8 @@ class AgentResult(msgspec.Struct, frozen=True):
     tasks: int
     preemptions: int
     cached_tokens: int
+    net_cost: float = 0.0
+    held: float = 0.0
 
 
 class Summary(msgspec.Struct, frozen=True, omit_defaults=True):
