@@ -118,7 +118,8 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         self._early_tags: dict[int, int] = {}
         self._last_blocks: dict[str, tuple[int, dict[int, Any]]] = {}  # by agent: its tag, and hashes by block
         self._gone: dict[str, Request] = {}  # preempted, and not back yet
-        self._costs: dict[int, float] = defaultdict(float)  # by task; of sequences that ended and were not reported
+        self._partial_costs: dict[int, float] = defaultdict(float)  # by task, of whose sequences some have ended
+        self._costs: dict[int, float] = defaultdict(float)  # by task that has ended and was not reported
         self._steady = False
         self._times = StepTimes()
         self._computed_tokens = 0
@@ -226,10 +227,12 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         if hints.task >= 0:
             others = self._by_task[hints.task]
             others.remove(request)
+            self._partial_costs[hints.task] += held
             if not others:
                 del self._by_task[hints.task]
-            if self._link is not None:
-                self._costs[hints.task] += held
+                cost = self._partial_costs.pop(hints.task)
+                if self._link is not None:
+                    self._costs[hints.task] += cost
         self._gone.pop(request.request_id, None)
         if self._kept is not None and hints.agent:
             self._remember(request)
