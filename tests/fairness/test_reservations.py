@@ -56,7 +56,7 @@ def test_an_earlier_agent_gets_it_and_so_does_the_agent_itself() -> None:
     queue = reserving()
     queue.enqueue(at(2), task(3, "earlier", 1, memory=30), KvTokenIterations(1))
     assert released(queue, 2) == [3]
-    queue.enqueue(at(3), task(4, "a", 10, memory=50), KvTokenIterations(400))
+    queue.enqueue(at(3), task(4, "a", 10, memory=40), KvTokenIterations(400))
     assert released(queue, 3) == [4]
     queue.complete(at(4), TaskId(4), Spent(KvTokenIterations(10)), KvTokenIterations(400))
     queue.enqueue(at(4), task(5, "b", 500, memory=30), KvTokenIterations(500))
