@@ -59,7 +59,7 @@ class Ledger:
             sharing = self._shared.get(block.block_id)
             if sharing is not None:
                 request.justitia_held += sharing.settle(self.iteration, block.ref_cnt) * self._block_size
-            elif block.ref_cnt > 1:
+            elif block.ref_cnt > 1 and not block.is_null:  # which stands for what is out of a window
                 self._shared[block.block_id] = _Sharing(block.ref_cnt, self.iteration)
 
     def steady_step(self) -> None:

@@ -60,8 +60,6 @@ NAMED_WAITING = 256
 # How often the gateway is heard, and told that tasks decode, while nothing else happens.
 LINK_INTERVAL_S = 0.01
 AGENTS_EVERY = 64
-# Agents whose last blocks are remembered, in case the gateway wants them kept.
-REMEMBERED_AGENTS = 1024
 # Tags that came before their tasks. A task's number never repeats, so what is left over does no harm.
 EARLY_TAGS = 4096
 # A task is displaced so often at most; and of all that the engine computes, this share at most is lost by displacing.
@@ -117,6 +115,7 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         self._by_task: dict[int, list[Request]] = defaultdict(list)
         self._early_tags: dict[int, int] = {}
         self._last_blocks: dict[str, tuple[int, dict[int, Any]]] = {}  # by agent: its tag, and hashes by block
+        self._remembered = 0  # blocks in them
         self._gone: dict[str, Request] = {}  # preempted, and not back yet
         self._partial_costs: dict[int, float] = defaultdict(float)  # by task, of whose sequences some have ended
         self._costs: dict[int, float] = defaultdict(float)  # by task that has ended and was not reported
@@ -298,7 +297,7 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
             admitted[name] = self._gone.pop(name)
         for name, request in admitted.items():
             agent = hints_of(request).agent
-            self._last_blocks.pop(agent, None)
+            self._recall(agent)
             if self._kept is not None:
                 self._kept.let_go(agent)  # it is back
             self.ledger.admit(request, request.num_computed_tokens - scheduled[name])
@@ -389,15 +388,22 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
     def _remember(self, request: Request) -> None:
         """The blocks that its agent's next task may begin with, the first to be taken first."""
         hints = hints_of(request)
-        _, hashes = self._last_blocks.pop(hints.agent, (0, {}))
+        hashes = self._recall(hints.agent)
         for group in self.kv_cache_manager.get_blocks(request.request_id).blocks:
             for block in reversed(group):
                 if block.block_hash is not None:
                     hashes.pop(block.block_id, None)  # what several of its tasks have is taken last
                     hashes[block.block_id] = block.block_hash
         self._last_blocks[hints.agent] = hints.tag, hashes
-        if len(self._last_blocks) > REMEMBERED_AGENTS:
-            del self._last_blocks[next(iter(self._last_blocks))]
+        self._remembered += len(hashes)
+        while self._remembered > self.kv_cache_manager.block_pool.num_gpu_blocks and len(self._last_blocks) > 1:
+            self._recall(next(iter(self._last_blocks)))
+
+    def _recall(self, agent: str) -> dict[int, Any]:
+        """What its last tasks have computed, the hash by block; it is then forgotten."""
+        _, hashes = self._last_blocks.pop(agent, (0, {}))
+        self._remembered -= len(hashes)
+        return hashes
 
     def _blocks_of(self, request: Request) -> Sequence[KVCacheBlock]:
         blocks: Sequence[KVCacheBlock] = self.kv_cache_manager.get_blocks(request.request_id).blocks[0]

@@ -13,7 +13,7 @@ after the other. What fits follows from how vLLM admits:
 
 In doubt for the engine: a change of tags that the engine may have heard of or not leaves a task with both tags, until two
 iterations after a report has said that it was heard. What the prefix cache might save is not reckoned with. Iterations
-that the log lacks are not quiet. Not known here: that a task waits for a grammar or for remote KV, and is passed over by right.
+that the log lacks are quiet only if the same tasks run before and after. Not known here: that a task waits for a grammar or for remote KV, and is passed over by right.
 
     python -m gateway.bench.inversions LOG
 """
@@ -278,8 +278,9 @@ class _Judge:
     def _judge_waiting(self, before: _State, now: _State, hello: Hello) -> None:
         size = hello.block_size
         iteration, since = now.report.iteration, now.report.iteration - before.report.iteration
+        # Where the same tasks run, those that decode take ever more: what fits at the end fitted all the while.
         quiet = (
-            since == 1
+            (since == 1 or now.running.keys() == before.running.keys())
             and before.report.preempted == now.report.preempted
             and not (now.running.keys() - before.running.keys())
             and not (before.in_pieces or now.in_pieces)

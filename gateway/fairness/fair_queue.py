@@ -205,7 +205,8 @@ class FairQueue:
             raise QueueError(
                 f"a reservation is at least 0, and finite, not {tokens} tokens for {iterations} iterations"
             )
-        self._reserved[agent_id] = Reservation(agent, tokens, Iterations(now + iterations))
+        if iterations > 0:
+            self._reserved[agent_id] = Reservation(agent, tokens, Iterations(now + iterations))
 
     def revise(self) -> list[Release]:
         """The tasks in flight that the engine is to order otherwise than it was told, as more is known of their agents now."""
@@ -310,7 +311,7 @@ class FairQueue:
             return self._forecast.held(now) + task.prompt_tokens <= room
         fits = self._forecast.fits(now, task, room)
         if fits and self._reserved:
-            fits = self._forecast.fits(now, task, room - self._kept_from(now, task))
+            fits = self._forecast.fits(now, task, room - self._kept_from(now, task, room))
         return fits or (limits.displace_margin is not None and self._displaces(task, limits.displace_margin))
 
     def _displaces(self, task: Task, margin: float) -> bool:
@@ -318,19 +319,19 @@ class FairQueue:
         rank = self._rank(self._agents[task.agent_id]) + margin
         return any(flight.rank > rank for agent in self._agents.values() for flight in agent.in_flight.values())
 
-    def _kept_from(self, now: Iterations, task: Task) -> float:
-        """Tokens of KV that are kept for earlier agents of its tenant."""
+    def _kept_from(self, now: Iterations, task: Task, room: float) -> float:
+        """Tokens of KV that are kept for earlier agents of its tenant; no more of them are looked at than fill the room."""
         agent = self._agents[task.agent_id]
-        over = [agent_id for agent_id, reservation in self._reserved.items() if reservation.until <= now]
-        for agent_id in over:
+        for agent_id in [name for name, reservation in self._reserved.items() if reservation.until <= now]:
             del self._reserved[agent_id]
-        return sum(
-            reservation.tokens
-            for reservation in self._reserved.values()
-            if reservation.agent.tenant is agent.tenant
-            and reservation.agent is not agent
-            and reservation.agent.finish_tag < agent.finish_tag
-        )
+        tokens = 0.0
+        for reservation in self._reserved.values():
+            other = reservation.agent
+            if other.tenant is agent.tenant and other is not agent and other.finish_tag < agent.finish_tag:
+                tokens += reservation.tokens
+                if tokens >= room:
+                    break
+        return tokens
 
     def _wait(self, agent: Agent, task: Task) -> None:
         tenant = agent.tenant
