@@ -13,7 +13,8 @@ after the other. What fits follows from how vLLM admits:
 
 In doubt for the engine: a change of tags that the engine may have heard of or not leaves a task with both tags, until two
 iterations after a report has said that it was heard. What the prefix cache might save is not reckoned with. Iterations
-that the log lacks are quiet only if the same tasks run before and after. Not known here: that a task waits for a grammar or for remote KV, and is passed over by right.
+that the log lacks are quiet only if the same tasks run before and after. Not known here: that a task waits for a grammar
+or for remote KV, and is passed over by right.
 
     python -m gateway.bench.inversions LOG
 """
