@@ -64,7 +64,7 @@ bench: $(READY)
 	$(BIN)/python -m gateway.bench.overhead $(ARGS)
 	$(BIN)/python -m gateway.bench.queue_speed
 
-# On a machine with an NVIDIA GPU: our scheduler against vLLM's own, tokens and throughput, as one line of JSON.
+# On a machine with an NVIDIA GPU: our scheduler against vLLM's own, tokens, throughput and a step's cost, as one line of JSON.
 gpu-check: $(READY)
 	@exec $(BIN)/python -m gateway.bench.engine_check --gpu $(ARGS)
 

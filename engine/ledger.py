@@ -90,8 +90,7 @@ class Ledger:
                 request.justitia_held -= sharing.settle(self.iteration, max(1, left)) * self._block_size
                 if left < 1:
                     del self._shared[block.block_id]
-        held: float = request.justitia_held
-        return held
+        return max(0.0, float(request.justitia_held))
 
     def _decoded_since(self, request: Request) -> int:
         if not request.num_computed_tokens:

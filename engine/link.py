@@ -97,7 +97,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report", omit_defau
 
     The columns `tasks`, `kv_tokens` and `output_tokens` are of the running sequences, by the gateway's number of their task
     (-1: it is not the gateway's). waiting_tasks: the tasks in the engine's own queue, unless they are many. agents: KV tokens
-    held by each agent, where a block that several sequences hold counts for each in part; now and then, else empty.
+    held by each agent, where a block that several sequences hold counts for each in part; in answer to a `Snapshot` only.
     """
 
     engine_id: str

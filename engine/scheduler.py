@@ -42,6 +42,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import RequestQueue, SchedulingPolicy
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -55,11 +56,10 @@ from engine.waiting_queue import WaitingQueue, hints_of, place_of, retag
 
 logger = init_logger(__name__)
 
-# A report names the waiting tasks unless there are more, and says what each agent holds every so many iterations.
+# A report names the waiting tasks unless there are more.
 NAMED_WAITING = 256
 # How often the gateway is heard, and told that tasks decode, while nothing else happens.
 LINK_INTERVAL_S = 0.01
-AGENTS_EVERY = 64
 # Tags that came before their tasks. A task's number never repeats, so what is left over does no harm.
 EARLY_TAGS = 4096
 # A task is displaced so often at most; and of all that the engine computes, this share at most is lost by displacing.
@@ -101,10 +101,14 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         )
         self.policy = SchedulingPolicy.FCFS
         self.preempted = self.recomputed_tokens = self.displaced = self.displaced_tokens = 0
-        self.ledger = Ledger(self.block_size, self._blocks_of)
         # A model with several kinds of attention keeps a block in each group for the same tokens. Reports count such
-        # sets.
-        self._groups = max(1, len(self.kv_cache_config.kv_cache_groups))
+        # sets. In a group with full attention a request has the blocks of all its tokens until it ends.
+        groups = self.kv_cache_config.kv_cache_groups
+        self._groups = max(1, len(groups))
+        self._whole_group = next(
+            (i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, FullAttentionSpec)), None
+        )
+        self.ledger = Ledger(self.block_size, self._blocks_of)
         pool = self.kv_cache_manager.block_pool
         self._kept: KeptBlocks | None = None
         if self.kv_cache_manager.enable_caching:
@@ -126,14 +130,14 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         self._iteration = 0
         self._link_interval_s = float(settings.get("link_interval_s", LINK_INTERVAL_S))
         self._heard_s = 0.0
-        self._told, self._told_s, self._agents_told = (0, 0, 0), 0.0, 0
+        self._told, self._told_s = (0, 0, 0), 0.0
         self._link = self._open_link(settings.get("link"))
 
     # What the gateway may ask for
 
     def change_tag(self, task: int, tag: int) -> None:
         """Of a task that waits or runs, or is still on its way here: the link is faster."""
-        if task not in self._by_task:
+        if task in self._early_tags or task not in self._by_task:
             self._early_tags[task] = to_tag(tag)
             while len(self._early_tags) > EARLY_TAGS:
                 del self._early_tags[next(iter(self._early_tags))]
@@ -264,9 +268,7 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
             kv_tokens=[request.num_computed_tokens for request in running],
             output_tokens=[request.num_output_tokens for request in running],
             waiting_tasks=[*self.waiting.tasks(), *self._passed_over.tasks()] if named else [],
-            agents=self.ledger.by_agent(running)
-            if whole or self._iteration >= self._agents_told + AGENTS_EVERY
-            else {},
+            agents=self.ledger.by_agent(running) if whole else {},
             heard=self._link.heard if self._link is not None else {},
             refused=self._link.refused if self._link is not None else 0,
         )
@@ -389,9 +391,11 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         """The blocks that its agent's next task may begin with, the first to be taken first."""
         hints = hints_of(request)
         hashes = self._recall(hints.agent)
+        pool = self.kv_cache_manager.block_pool.blocks
         for group in self.kv_cache_manager.get_blocks(request.request_id).blocks:
             for block in reversed(group):
-                if block.block_hash is not None:
+                # Not those of another pool.
+                if block.block_hash is not None and block.block_id < len(pool) and pool[block.block_id] is block:
                     hashes.pop(block.block_id, None)  # what several of its tasks have is taken last
                     hashes[block.block_id] = block.block_hash
         self._last_blocks[hints.agent] = hints.tag, hashes
@@ -406,7 +410,10 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         return hashes
 
     def _blocks_of(self, request: Request) -> Sequence[KVCacheBlock]:
-        blocks: Sequence[KVCacheBlock] = self.kv_cache_manager.get_blocks(request.request_id).blocks[0]
+        """In the order of its tokens, where there is a group that has them all."""
+        if self._whole_group is None:
+            return ()
+        blocks: Sequence[KVCacheBlock] = self.kv_cache_manager.get_blocks(request.request_id).blocks[self._whole_group]
         return blocks
 
     def _has_news(self, link: EngineLink) -> bool:
@@ -424,10 +431,7 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
             self._link.ended(Ended(self._engine_id, dict(self._costs)))
             self._costs.clear()
         whole, self._link.snapshot_wanted = self._link.snapshot_wanted, False
-        report = self.report(whole=whole)
-        if report.agents:
-            self._agents_told = self._iteration
-        self._link.publish(report)
+        self._link.publish(self.report(whole=whole))
 
     def _open_link(self, address: Any) -> EngineLink | None:
         if not address:

@@ -107,6 +107,11 @@ class EngineView:
         return self.declared_capacity_tokens or self.engine_capacity_tokens
 
     @property
+    def counts_held(self) -> bool:
+        """Whether it says of each task what it held."""
+        return self.linked and self.reporting
+
+    @property
     def refill_iterations(self) -> float:
         """What it takes to compute again as much as the whole cache holds; 0 while that is not known, or of no use."""
         return self.prefill_iterations * self.capacity_tokens if self.prefix_caching else 0.0

@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gateway.fairness import AgentId, FairQueue, Iterations
+import msgspec
+
+from gateway.fairness import AgentId, FairQueue, Iterations, TaskId
 from gateway.identify import Identity
 from gateway.metrics import Metrics
 from gateway.state import StateError, Store
@@ -37,6 +39,7 @@ class AgentRecord:
     final: bool = False
     whole: bool = True  # every task so far was answered: only then its cost says what such an agent costs
     predicted: float | None = None  # Ĉ at its first release
+    awaited: int = 0  # tasks that have ended, and of which the engine has not said yet what they held
     idle_since: Iterations | None = None  # it waits for its tool, or has ended
     tasks: list[FinishedTask] = field(default_factory=list)
 
@@ -46,7 +49,7 @@ class AgentRecord:
 
 class Feedback:
     """clock: seconds, monotonic. now: the service clock τ. keep: told of an agent that waits for its tool, with the KV tokens
-    of its last task, and its class."""
+    of its last task, and its class. correct: of one that was charged so much too little, in token·iterations."""
 
     def __init__(
         self,
@@ -58,12 +61,14 @@ class Feedback:
         now: Callable[[], Iterations],
         waits: ToolWaits,
         keep: Callable[[AgentId, float, str | None], None],
+        correct: Callable[[AgentId, float], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.records: dict[AgentId, AgentRecord] = {}
         self._queue, self._predictor, self._store, self._metrics = queue, predictor, store, metrics
         self._now, self._clock = now, clock
-        self._waits, self._keep = waits, keep
+        self._waits, self._keep, self._correct = waits, keep, correct
+        self.awaited: dict[TaskId, tuple[AgentRecord, int]] = {}  # with the place among the agent's tasks
         self._writes: set[asyncio.Task[None]] = set()
 
     async def recall(self) -> int:
@@ -105,28 +110,44 @@ class Feedback:
         if record.predicted is None:
             record.predicted = predicted
 
-    def ended(self, record: AgentRecord, finished: FinishedTask | None) -> None:
-        """A task of this agent is over: answered, with what it used, or not."""
+    def ended(self, record: AgentRecord, finished: FinishedTask | None, awaited: TaskId | None = None) -> None:
+        """A task of this agent is over: answered, with what it used, or not. awaited: the engine will say under this number
+        what the task held, if it has not yet."""
         record.last_end_s = self._clock()
         if finished is None:
             record.whole = False
         else:
             record.tasks.append(finished)
-            self._metrics.task_charged(
-                record.agent_class, finished.prompt_tokens, finished.decode_tokens, finished.cost
-            )
+            self._metrics.task_ended(record.agent_class, finished.prompt_tokens, finished.decode_tokens)
+            if finished.held is None and awaited is not None:
+                self.awaited[awaited] = record, len(record.tasks) - 1
+                record.awaited += 1
+            else:
+                self._metrics.task_charged(record.agent_class, finished)
         if self._is_busy(record.id):
             return
         if record.final:
-            self._end(record)
+            if not record.awaited:  # else the sweep will, or the engine's word
+                self._end(record)
         elif finished is not None:
             record.idle_since = self._now()
             self._keep(record.id, finished.prompt_tokens + finished.decode_tokens, record.agent_class)
 
+    def held(self, task_id: TaskId, cost: float) -> None:
+        """The engine says what a task held that had been charged by the formula: the answer was faster."""
+        record, place = self.awaited.pop(task_id)
+        record.awaited -= 1
+        charged = record.tasks[place]
+        finished = record.tasks[place] = msgspec.structs.replace(charged, held=cost)
+        self._metrics.task_charged(record.agent_class, finished)
+        self._correct(record.id, finished.cost - charged.cost)
+        if record.final and not record.awaited and not self._is_busy(record.id):
+            self._end(record)
+
     def sweep(self, idle_s: float) -> None:
-        """End the agents that have been silent for `idle_s` seconds."""
+        """End the agents that have been silent for `idle_s` seconds, or have said that they are done."""
         silent_since = self._clock() - idle_s
-        for record in [r for r in self.records.values() if r.last_end_s <= silent_since]:
+        for record in [r for r in self.records.values() if r.final or r.last_end_s <= silent_since]:
             if not self._is_busy(record.id):
                 self._end(record)
 
@@ -140,6 +161,10 @@ class Feedback:
 
     def _end(self, record: AgentRecord) -> None:
         del self.records[record.id]
+        if record.awaited:
+            for task_id in [task_id for task_id, (whose, _) in self.awaited.items() if whose is record]:
+                _, place = self.awaited.pop(task_id)
+                self._metrics.task_charged(record.agent_class, record.tasks[place])
         if record.idle_since is not None:
             self._waits.ended(record.agent_class)
         if record.id in self._queue.agents:

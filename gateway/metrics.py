@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from gateway.errors import Outcome
+from predictor.types import FinishedTask
 
 # Classes are the clients' words: after this many different ones, `other`.
 MAX_CLASSES = 1000
@@ -110,11 +111,16 @@ class Metrics:
     def first_token(self, seconds: float) -> None:
         self._first_token_s.observe(seconds)
 
-    def task_charged(self, agent_class: str | None, prompt_tokens: int, completion_tokens: int, cost: float) -> None:
+    def task_ended(self, agent_class: str | None, prompt_tokens: int, completion_tokens: int) -> None:
         label = self._class(agent_class)
         self._prompt_tokens.labels(label).inc(prompt_tokens)
         self._completion_tokens.labels(label).inc(completion_tokens)
-        self._observed_cost.labels(label).inc(cost)
+
+    def task_charged(self, agent_class: str | None, task: FinishedTask) -> None:
+        """Once for each task, when nothing more will be known of it."""
+        self._observed_cost.labels(self._class(agent_class)).inc(task.cost)
+        if task.held is not None and task.net_cost > 0:
+            self._held_ratio.observe(task.held / task.net_cost)
 
     def agent_finished(self, agent_class: str | None, jct_s: float, cost: float, predicted: float) -> None:
         label = self._class(agent_class)
@@ -172,11 +178,6 @@ class Metrics:
 
     def link_lost(self, count: int) -> None:
         self._link_lost.inc(count)
-
-    def task_held(self, held: float | None, net_cost: float) -> None:
-        """What the engine said, if it did, and the formula's value, in KV token·iterations."""
-        if held is not None and net_cost > 0:
-            self._held_ratio.observe(held / net_cost)
 
     def state_failed(self) -> None:
         self._state_errors.inc()

@@ -234,7 +234,6 @@ class TaskResponse(Response):
         try:
             if self._usage is not None and self._outcome is Outcome.COMPLETED:
                 finished = finished_task(self._usage, request.body, parts.engine.held_by(request.id))
-                parts.metrics.task_held(finished.held, finished.net_cost)
                 arrived = max(0.0, agent.arrived - request.estimate.cost + finished.cost)
                 spent = Spent(KvTokenIterations(finished.cost), finished.prompt_tokens, finished.decode_tokens)
                 self._turn.complete(spent, estimate_agent(parts.predictor, request.record.progress(arrived)))
@@ -242,7 +241,7 @@ class TaskResponse(Response):
                 self._turn.cancel(Spent(KvTokenIterations(self._cost_held())))
         finally:
             self._turn.cancel(Spent(KvTokenIterations(0.0)))  # does nothing, unless the lines above have failed
-            parts.feedback.ended(request.record, finished)
+            parts.feedback.ended(request.record, finished, request.id if parts.engine.counts_held else None)
         parts.metrics.left_queue(self._outcome, self._turn.queued_s)
         if self._outcome is Outcome.COMPLETED:
             parts.metrics.overhead(ended_s - self._turn.queued_s - self._engine_s)

@@ -69,8 +69,8 @@ class Turn:
     def complete(self, spent: Spent, agent_cost: float) -> None:
         """The task ended, with what it really took; its agent is now predicted to cost `agent_cost`."""
         if not self._settled:
-            self._settled = True
             self._dispatcher.complete(self, spent, agent_cost)
+            self._settled = True  # not if the queue has refused
 
     def cancel(self, spent: Spent) -> None:
         """The task was given up, with what it really took. Does nothing once the turn is settled."""
@@ -134,12 +134,12 @@ class Dispatcher:
             return
         for release in self.queue.release(self.engine.now, self.engine.waiting):
             self._turns[release.task.id].grant(release)
-        if self.tell is not None and (revised := self.queue.revise()):
+        if self.tell is not None and self.engine.reporting and (revised := self.queue.revise()):
             self.tell(tags={release.task.id: to_tag(release.rank) for release in revised})
 
     def keep(self, agent_id: AgentId, kv_tokens: float, agent_class: str | None) -> None:
         """An agent waits for its tool: its KV stays at the engine for as long as it is worth it."""
-        if self.tell is None or self._waits is None or not self.engine.prefix_caching:
+        if self.tell is None or self._waits is None or not (self.engine.reporting and self.engine.prefix_caching):
             return
         self.tell(keep={agent_id: self._waits.worth_keeping(agent_class)})
         iterations = self._waits.worth_reserving(agent_class, self.engine.refill_iterations)
@@ -164,6 +164,8 @@ class Dispatcher:
     def engine_changed(self) -> None:
         """Something else is known of the engine: take over M and its slots."""
         engine = self.engine
+        if not engine.reporting:
+            self.queue.unreserve()  # the clock stands still for us, and nobody knows what is kept
         if (
             engine.capacity_tokens != self.queue.capacity_tokens
             or engine.now - self._capacity_at >= CAPACITY_ITERATIONS
@@ -183,6 +185,10 @@ class Dispatcher:
         if not self.engine.capacity_tokens:
             return SLOTS_WITHOUT_CAPACITY
         return (self.engine.engine_max_num_seqs or SLOTS_OF_STOCK) + (self.queue.limits.engine_waiting or 0)
+
+    def correct(self, agent_id: AgentId, difference: float) -> None:
+        """A task of this agent that has ended held so much more than it was charged, in token·iterations."""
+        self.queue.correct(self.engine.now, agent_id, KvTokenIterations(difference))
 
     def requeue(self, turn: Turn) -> None:
         self.queue.requeue(self.engine.now, turn.task.id)
@@ -220,4 +226,5 @@ class Dispatcher:
         del self._turns[turn.task.id]
         if not self._turns:
             self._all_ended.set()
-        self.pump()
+        # Not at once: whoever settles the task may reserve the memory that it leaves for its agent's next one.
+        self.loop.call_soon(self.pump)

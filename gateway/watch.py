@@ -8,8 +8,9 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
-from engine.link import GatewayLink, Hello, Report
+from engine.link import Ended, GatewayLink, Hello
 from gateway.engine_client import EngineUnreachable, Health
+from gateway.fairness import TaskId
 from gateway.parts import Parts
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,8 @@ HEALTH_S = 0.5
 METRICS_S = 0.25
 SWEEP_S = 1.0
 RETRY_S = 2.0
+# How often the engine is asked what each agent holds, which takes it some milliseconds.
+SNAPSHOT_S = 5.0
 # Health checks without an answer, one after the other, after which the engine counts as down.
 UNSURE_CHECKS = 3
 # Seconds that an engine may serve without having said how much memory it has, before that is a warning.
@@ -70,15 +73,23 @@ async def watch_health(parts: Parts) -> None:
 async def follow_link(parts: Parts, address: str) -> None:
     """Hear what the engine's scheduler reports. Raises `LinkError`."""
     link = GatewayLink(address)
-    lost = 0
+    lost, asked_s = 0, 0.0
     try:
         async for message in link.messages():
+            if isinstance(message, Ended):
+                parts.engine.hear(message, time.monotonic())
+                for task in message.costs.keys() & parts.feedback.awaited.keys():
+                    parts.feedback.held(TaskId(task), parts.engine.held_by(task) or 0.0)
+                continue
             with _hearing(parts):
                 parts.engine.hear(message, time.monotonic())
             if isinstance(message, Hello):
                 parts.dispatcher.tell = link.change
-            elif isinstance(message, Report):
-                parts.metrics.link_reported()
+                continue
+            parts.metrics.link_reported()
+            if time.monotonic() >= asked_s + SNAPSHOT_S:
+                link.ask_for_snapshot()
+                asked_s = time.monotonic()
             if link.resent + link.dropped > lost:
                 parts.metrics.link_lost(link.resent + link.dropped - lost)
                 lost = link.resent + link.dropped

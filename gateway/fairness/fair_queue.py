@@ -157,11 +157,14 @@ class FairQueue:
         """The tasks to send to the engine now, in order. `engine_waiting`: tasks in the engine's own queue."""
         self._reference.advance(now)
         releases: list[Release] = []
+        displacing = engine_waiting > 0
         while (agent := self._first()) is not None:
             task = agent.head()
             assert task is not None
             if self.in_flight and not self._fits(now, task, engine_waiting):
-                break
+                if displacing or not self._displaces(agent):
+                    break
+                displacing = True  # one at a time: whom it has displaced, the engine will say
             rank = self._rank(agent)
             releases.append(Release(task, rank))
             del agent.waiting[task.id]
@@ -169,7 +172,7 @@ class FairQueue:
             tag = agent.tenant.start_tag
             agent.in_flight[task.id] = Flight(task, rank, tag, agent.released, task.prompt_tokens)
             self._forecast.add(now, task)
-            self._reserved.pop(agent.id, None)
+            self._charge_reservation(now, agent)
             agent.prompt_tokens += task.prompt_tokens
             agent.forming = False
             self._count_release(agent, task.cost)
@@ -196,7 +199,8 @@ class FairQueue:
 
     def reserve(self, now: Iterations, agent_id: AgentId, tokens: float, iterations: float) -> None:
         """An agent that is idle now, as it waits for its tool, has so much KV at the engine, and it is worth keeping for so
-        long: later agents of its tenant do not get that memory. It ends when the agent's next task is released."""
+        long: later agents of its tenant do not get that memory. It ends when the agent's next task is released, and is then
+        charged to it like memory held by a task."""
         self._reference.advance(now)
         agent = self._agents.get(agent_id)
         if agent is None or agent.busy:
@@ -206,7 +210,21 @@ class FairQueue:
                 f"a reservation is at least 0, and finite, not {tokens} tokens for {iterations} iterations"
             )
         if iterations > 0:
-            self._reserved[agent_id] = Reservation(agent, tokens, Iterations(now + iterations))
+            self._reserved[agent_id] = Reservation(agent, tokens, now, Iterations(now + iterations))
+
+    def unreserve(self) -> None:
+        """Nothing that was reserved is kept any more."""
+        self._reserved.clear()
+
+    def correct(self, now: Iterations, agent_id: AgentId, difference: KvTokenIterations) -> None:
+        """A task that has ended turns out to have cost more, or less, than it was charged. An agent that is not here any more
+        is passed over."""
+        if not math.isfinite(difference):
+            raise QueueError(f"a correction must be finite, not {difference}")
+        self._reference.advance(now)
+        agent = self._agents.get(agent_id)
+        if agent is not None:
+            self._count_extra(agent, difference)
 
     def revise(self) -> list[Release]:
         """The tasks in flight that the engine is to order otherwise than it was told, as more is known of their agents now."""
@@ -309,29 +327,49 @@ class FairQueue:
         room = limits.beta * self._capacity_tokens or math.inf
         if not limits.foresight:
             return self._forecast.held(now) + task.prompt_tokens <= room
-        fits = self._forecast.fits(now, task, room)
-        if fits and self._reserved:
-            fits = self._forecast.fits(now, task, room - self._kept_from(now, task, room))
-        return fits or (limits.displace_margin is not None and self._displaces(task, limits.displace_margin))
-
-    def _displaces(self, task: Task, margin: float) -> bool:
-        """Whether the engine has somebody who is to make room for it."""
-        rank = self._rank(self._agents[task.agent_id]) + margin
-        return any(flight.rank > rank for agent in self._agents.values() for flight in agent.in_flight.values())
+        if not self._forecast.fits(now, task, room):
+            return False
+        return not self._reserved or self._forecast.fits(now, task, room - self._kept_from(now, task, room))
 
     def _kept_from(self, now: Iterations, task: Task, room: float) -> float:
         """Tokens of KV that are kept for earlier agents of its tenant; no more of them are looked at than fill the room."""
         agent = self._agents[task.agent_id]
-        for agent_id in [name for name, reservation in self._reserved.items() if reservation.until <= now]:
-            del self._reserved[agent_id]
         tokens = 0.0
         for reservation in self._reserved.values():
             other = reservation.agent
-            if other.tenant is agent.tenant and other is not agent and other.finish_tag < agent.finish_tag:
+            if (
+                reservation.until > now
+                and other.tenant is agent.tenant
+                and other is not agent
+                and other.finish_tag < agent.finish_tag
+            ):
                 tokens += reservation.tokens
                 if tokens >= room:
                     break
         return tokens
+
+    def _charge_reservation(self, now: Iterations, agent: Agent) -> None:
+        """Its KV is in use again. That it was held back from others was not free of charge."""
+        reservation = self._reserved.pop(agent.id, None)
+        if reservation is not None:
+            iterations = min(now, reservation.until) - reservation.since
+            self._count_extra(agent, KvTokenIterations(reservation.tokens * max(0.0, iterations)))
+
+    def _count_extra(self, agent: Agent, cost: KvTokenIterations) -> None:
+        """Memory that the agent has had beyond what its tasks were charged."""
+        self._reference.correct(agent.tenant.id, agent.id, cost)
+        agent.arrived = KvTokenIterations(max(0.0, agent.arrived + cost))
+        agent.attained = KvTokenIterations(max(0.0, agent.attained + cost))
+        self._count_release(agent, cost)
+        self._settle_tag(agent, agent.predicted)
+
+    def _displaces(self, agent: Agent) -> bool:
+        """Whether the engine has somebody who is to make room for its next task."""
+        margin, slots = self.limits.displace_margin, self.limits.in_flight
+        if margin is None or (slots is not None and self.in_flight >= slots):
+            return False
+        rank = self._rank(agent) + margin
+        return any(flight.rank > rank for other in self._agents.values() for flight in other.in_flight.values())
 
     def _wait(self, agent: Agent, task: Task) -> None:
         tenant = agent.tenant

@@ -142,4 +142,5 @@ class Reservation:
 
     agent: Agent
     tokens: float
+    since: Iterations
     until: Iterations

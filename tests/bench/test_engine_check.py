@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import os
@@ -13,24 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from engine import tiny_model
 from engine.launcher import on_cpu
-from gateway.bench import check_models, engine_check
-from gateway.bench.engine_check import (
-    EVERYDAY,
-    OURS,
-    STOCK,
-    TIE,
-    Answer,
-    Case,
-    CheckSettings,
-    Comparison,
-    Tally,
-    Token,
-)
+from gateway.bench.engine_check import engines, models, without_engines
+from gateway.bench.engine_check.answers import Answer, CheckFailed, Token, tokens_of
+from gateway.bench.engine_check.comparison import TIE, Comparison, Tally, moved
+from gateway.bench.engine_check.engines import OURS, STOCK
+from gateway.bench.engine_check.equality import equality_failures
+from gateway.bench.engine_check.requests import ADAPTED, BATCHED_TOKENS, EVERYDAY, Case, altered, crowd
+from gateway.bench.engine_check.settings import CheckSettings, parse, settings_of
+from gateway.bench.engine_check.throughput import spread, verdict
 
-KINDS = (*EVERYDAY, "n > 1, sampled", "few tokens allowed", *engine_check.ADAPTED)
+KINDS = (*EVERYDAY, "n > 1, sampled", "few tokens allowed", *ADAPTED)
 
 
 def text(*ids: int, gap: float = 1.0) -> list[Token]:
@@ -47,15 +44,15 @@ def tally(one: list[Token], other: list[Token], leave_after: int = 0) -> Tally:
 
 
 def test_a_crowd_is_the_same_each_time() -> None:
-    assert engine_check.crowd(3, KINDS, 4) == engine_check.crowd(3, KINDS, 4)
-    assert engine_check.crowd(3, KINDS, 4) != engine_check.crowd(4, KINDS, 4)
+    assert crowd(3, KINDS, 4) == crowd(3, KINDS, 4)
+    assert crowd(3, KINDS, 4) != crowd(4, KINDS, 4)
 
 
 def test_a_crowd_has_what_it_is_asked_for() -> None:
-    cases = engine_check.crowd(0, KINDS, 6)
+    cases = crowd(0, KINDS, 6)
     assert {kind: sum(case.kind == kind for case in cases) for kind in KINDS} == dict.fromkeys(KINDS, 6)
     by_kind: dict[str, list[dict[str, Any]]] = {kind: [c.body for c in cases if c.kind == kind] for kind in KINDS}
-    assert all(len(body["prompt"]) > engine_check.BATCHED_TOKENS for body in by_kind["chunked prefill"])
+    assert all(len(body["prompt"]) > BATCHED_TOKENS for body in by_kind["chunked prefill"])
     assert len({tuple(body["prompt"][:192]) for body in by_kind["shared beginnings"]}) == 2
     assert all(body["n"] == 3 for body in by_kind["n > 1"])
     forms = [frozenset(body.get("structured_outputs", {"json": 0})) for body in by_kind["structured output"]]
@@ -68,13 +65,13 @@ def test_a_crowd_has_what_it_is_asked_for() -> None:
 
 def test_an_unknown_kind_is_an_error() -> None:
     with pytest.raises(ValueError, match="nonsense"):
-        engine_check.crowd(0, ["nonsense"], 1)
+        crowd(0, ["nonsense"], 1)
 
 
 def test_altered_requests_differ_in_the_first_token_only() -> None:
-    cases = engine_check.crowd(0, ["plain", "chunked prefill"], 3)
+    cases = crowd(0, ["plain", "chunked prefill"], 3)
     before = copy.deepcopy(cases)
-    for case, other in zip(cases, engine_check.altered(cases), strict=True):
+    for case, other in zip(cases, altered(cases), strict=True):
         assert case.body["prompt"][0] != other.body["prompt"][0]
         assert case.body["prompt"][1:] == other.body["prompt"][1:]
         assert case.body | {"prompt": 0} == other.body | {"prompt": 0}
@@ -124,18 +121,18 @@ def test_rounding_and_the_smallest_gap_are_told() -> None:
 
 def test_what_moved_need_not_be_another_token() -> None:
     one = Answer([text(1, 2)])
-    assert not engine_check.moved(one, Answer([text(1, 2)]))
-    assert engine_check.moved(one, Answer([text(1, 9)]))
-    assert engine_check.moved(one, Answer([[Token(1, -1.0, 1.0), Token(2, -1.001, 1.0)]]))
+    assert not moved(one, Answer([text(1, 2)]))
+    assert moved(one, Answer([text(1, 9)]))
+    assert moved(one, Answer([[Token(1, -1.0, 1.0), Token(2, -1.001, 1.0)]]))
 
 
 def test_tokens_of_a_choice() -> None:
     best: list[dict[str, float]] = [{"token_id:5": -0.5, "token_id:6": -0.75}, {"token_id:7": 0.0}]
     choice = {"token_ids": [5, 7], "logprobs": {"token_logprobs": [-0.5, 0.0], "top_logprobs": best}}
-    assert engine_check._tokens(choice) == [Token(5, -0.5, 0.25), Token(7, 0.0, math.inf)]
-    assert engine_check._tokens({"token_ids": None, "logprobs": None}) == []
-    with pytest.raises(engine_check.CheckFailed, match="2 tokens"):
-        engine_check._tokens(choice | {"logprobs": {"token_logprobs": [-0.5], "top_logprobs": best}})
+    assert tokens_of(choice) == [Token(5, -0.5, 0.25), Token(7, 0.0, math.inf)]
+    assert tokens_of({"token_ids": None, "logprobs": None}) == []
+    with pytest.raises(CheckFailed, match="2 tokens"):
+        tokens_of(choice | {"logprobs": {"token_logprobs": [-0.5], "top_logprobs": best}})
 
 
 # What it takes to have shown something
@@ -156,7 +153,7 @@ def shown() -> dict[str, Any]:
 
 
 def test_nothing_is_wrong_with_what_was_shown() -> None:
-    assert engine_check.equality_failures(shown()) == []
+    assert equality_failures(shown()) == []
 
 
 @pytest.mark.parametrize(
@@ -181,23 +178,23 @@ def test_a_comparison_that_shows_nothing_fails(path: tuple[str, ...], value: int
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = value
-    assert any(says in failure for failure in engine_check.equality_failures(figures))
+    assert any(says in failure for failure in equality_failures(figures))
 
 
 # Throughput
 
 
 def test_the_spread_of_ratios() -> None:
-    figures = engine_check.spread([0.98, 1.0, 1.02, 0.99, 1.01])
+    figures = spread([0.98, 1.0, 1.02, 0.99, 1.01])
     assert (figures["median"], figures["min"], figures["max"]) == (1.0, 0.98, 1.02)
     assert figures["quartile_low"] < 1.0 < figures["quartile_high"]
-    assert engine_check.spread([0.5])["median"] == 0.5
+    assert spread([0.5])["median"] == 0.5
 
 
 @pytest.mark.parametrize(("rounds", "left_out"), [(1, 0), (5, 0), (6, 0), (9, 1), (12, 2), (40, 13)])
 def test_what_the_median_surely_lies_within(rounds: int, left_out: int) -> None:
     """The ranks that tables of the sign test give for 95 %."""
-    figures = engine_check.spread([float(number) for number in range(rounds)])
+    figures = spread([float(number) for number in range(rounds)])
     assert (figures["sure_low"], figures["sure_high"]) == (left_out, rounds - 1 - left_out)
 
 
@@ -205,7 +202,7 @@ def test_what_the_median_surely_lies_within(rounds: int, left_out: int) -> None:
     ("low", "high", "told"), [(0.985, 1.01, "met"), (0.95, 0.97, "missed"), (0.97, 1.01, "undecided")]
 )
 def test_the_verdict(low: float, high: float, told: str) -> None:
-    assert engine_check.verdict({"sure_low": low, "sure_high": high}, 0.02) == told
+    assert verdict({"sure_low": low, "sure_high": high}, 0.02) == told
 
 
 # The models
@@ -213,9 +210,9 @@ def test_the_verdict(low: float, high: float, told: str) -> None:
 
 def test_tensors_are_written_as_they_are_read(tmp_path: Path) -> None:
     model = tiny_model.make(tmp_path / "tiny")
-    tensors = check_models.read_tensors(model / check_models.WEIGHTS)
-    check_models.write_tensors(tmp_path / "again", tensors)
-    assert check_models.read_tensors(tmp_path / "again") == tensors
+    tensors = models.read_tensors(model / models.WEIGHTS)
+    models.write_tensors(tmp_path / "again", tensors)
+    assert models.read_tensors(tmp_path / "again") == tensors
     safetensors = pytest.importorskip("safetensors.torch")
     assert {name: list(tensor.shape) for name, tensor in safetensors.load_file(tmp_path / "again").items()} == {
         name: shape for name, (shape, _) in tensors.items()
@@ -224,9 +221,9 @@ def test_tensors_are_written_as_they_are_read(tmp_path: Path) -> None:
 
 def test_only_the_layers_of_the_lively_model_are_other(tmp_path: Path) -> None:
     tiny = tiny_model.make(tmp_path / "tiny")
-    lively = check_models.lively(tmp_path / "lively", tiny, factor=2.0)
-    before = check_models.read_tensors(tiny / check_models.WEIGHTS)
-    after = check_models.read_tensors(lively / check_models.WEIGHTS)
+    lively = models.lively(tmp_path / "lively", tiny, factor=2.0)
+    before = models.read_tensors(tiny / models.WEIGHTS)
+    after = models.read_tensors(lively / models.WEIGHTS)
     for name, (shape, values) in before.items():
         factor = 2.0 if ".layers." in name and len(shape) == 2 else 1.0
         assert [factor * value for value in values] == list(after[name][1]), name
@@ -235,11 +232,11 @@ def test_only_the_layers_of_the_lively_model_are_other(tmp_path: Path) -> None:
 
 def test_a_size_has_a_configuration_and_no_weights(tmp_path: Path) -> None:
     tiny = tiny_model.make(tmp_path / "tiny")
-    large = check_models.of_size(tmp_path / "7b", tiny, check_models.SIZE_7B)
+    large = models.of_size(tmp_path / "7b", tiny, models.SIZE_7B)
     config = json.loads((large / "config.json").read_text())
     assert (config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]) == (4096, 32, 32000)
     assert config["architectures"] == ["LlamaForCausalLM"]
-    assert not (large / check_models.WEIGHTS).exists()
+    assert not (large / models.WEIGHTS).exists()
 
 
 # The command
@@ -247,7 +244,7 @@ def test_a_size_has_a_configuration_and_no_weights(tmp_path: Path) -> None:
 
 def test_the_gpu_check_asks_for_more_and_the_rehearsal_for_less() -> None:
     def settings(*arguments: str) -> CheckSettings:
-        return engine_check.settings_of(engine_check.parse(arguments))
+        return settings_of(parse(arguments))
 
     assert settings() == CheckSettings()
     assert settings("--gpu").size == "7b"
@@ -266,12 +263,30 @@ def test_the_gpu_check_is_refused_without_one(tmp_path: Path) -> None:
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("code", "out", "err", "told"),
+    [
+        (0, 'a log\n{"decoding": {"ratio": 1.01}}\n', "", {"decoding": {"ratio": 1.01}}),
+        (1, "a log\n", "Traceback\nImportError: vllm\n", {"exit_code": 1, "error": "ImportError: vllm"}),
+        (-9, "", "", {"exit_code": -9, "error": "no output"}),
+    ],
+)
+def test_the_cost_of_a_step_is_its_last_line(
+    code: int, out: str, err: str, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, code, out, err)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert without_engines.step_cost(Console(file=io.StringIO())) == told
+
+
 def test_the_plugin_is_found_while_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "before")
-    with engine_check.async_on_cpu(tmp_path):
+    with engines.async_on_cpu(tmp_path):
         assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(tmp_path), "before"]
         (found,) = metadata.Distribution.discover(path=[str(tmp_path)])
         (entry,) = found.entry_points
-        assert (entry.group, entry.value) == ("vllm.general_plugins", f"{engine_check.PLUGIN_NAME}:register")
-        compile((tmp_path / f"{engine_check.PLUGIN_NAME}.py").read_text(), "plugin", "exec")
+        assert (entry.group, entry.value) == ("vllm.general_plugins", f"{engines.PLUGIN_NAME}:register")
+        compile((tmp_path / f"{engines.PLUGIN_NAME}.py").read_text(), "plugin", "exec")
     assert os.environ["PYTHONPATH"] == "before"

@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gateway.bench import check_models, engine_check
-from gateway.bench.engine_check import EVERYDAY, OURS, STOCK, CheckSettings, Setup, Stage
+from gateway.bench.engine_check import models
+from gateway.bench.engine_check.engines import OURS, STOCK, Setup, Stage
+from gateway.bench.engine_check.equality import compare
+from gateway.bench.engine_check.requests import EVERYDAY
+from gateway.bench.engine_check.settings import CheckSettings
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(420)]
 
@@ -27,11 +30,11 @@ QUIET = ("n > 1, sampled",)
 def figures(session_dir: Path, tiny_model_dir: Path) -> dict[str, Any]:
     """What the comparison found."""
     directory = session_dir / "equality"
-    models = {"lively": check_models.lively(directory / "lively", tiny_model_dir)}
+    made = {"lively": models.lively(directory / "lively", tiny_model_dir)}
     setup = Setup("tests", ("--async-scheduling",), EVERYDAY, QUIET, overlapped=True)
     settings = CheckSettings(waves=1, crowd=4, control=False)
-    stage = Stage(settings, directory, models, Console(file=io.StringIO()))
-    return asyncio.run(engine_check.compare(stage, setup))
+    stage = Stage(settings, directory, made, Console(file=io.StringIO()))
+    return asyncio.run(compare(stage, setup))
 
 
 @pytest.mark.parametrize("kind", [*EVERYDAY, *QUIET])

@@ -212,6 +212,7 @@ class Listening:
     def __init__(self, to: Dispatcher) -> None:
         self.tags: list[dict[int, int]] = []
         to.tell = self.tell
+        to.engine.reporting = True
 
     def tell(self, tags: Mapping[int, int] | None = None, keep: Mapping[str, int] | None = None) -> None:
         assert not keep
@@ -239,6 +240,7 @@ async def test_with_what_a_task_really_took_the_others_of_its_agent_move() -> No
     for turn in (first, second):
         await turn.wait(1)
     first.complete(Spent(KvTokenIterations(100_000.0), 100, 400), 123_456.0)
+    await asyncio.sleep(0)
     assert listening.tags == [{2: 123_456}]
     second.cancel(Spent(KvTokenIterations(0.0)))
     third.cancel(Spent(KvTokenIterations(0.0)))

@@ -1,4 +1,4 @@
-"""The models of `gateway.bench.engine_check`, made on the spot from the tiny one, with the standard library alone.
+"""The models of the check, made on the spot from the tiny one, without torch: the client stays light.
 
 The tiny model's weights are so small that its next token follows from its last one, whatever came before: an engine that
 mixed up its cache would put out the same. With the matrices of its layers enlarged every earlier token counts.
@@ -11,8 +11,11 @@ import json
 import random
 import shutil
 import struct
+import sys
 from pathlib import Path
 from typing import Any
+
+from gateway.bench.processes import run_once
 
 # Attention and MLP then outweigh the embedding of the last token by far, and attention is neither flat nor a maximum.
 LAYER_FACTOR = 8.0
@@ -34,6 +37,21 @@ SIZE_REHEARSAL = {"vocab_size": 32000}
 WEIGHTS = "model.safetensors"
 
 Tensor = tuple[list[int], "array.array[float]"]  # shape and float32 values
+
+
+async def make_all(directory: Path) -> dict[str, Path]:
+    """By name: tiny, lively, adapter, another adapter, and those of `SIZES`. Raises `ServerFailed`."""
+    tiny = directory / "tiny"
+    command = [sys.executable, "-m", "engine.tiny_model", str(tiny)]
+    await run_once("making the tiny model", command, log=directory / "model.log")
+    return {
+        "tiny": tiny,
+        "lively": lively(directory / "lively", tiny),
+        "adapter": lora(directory / "adapter", tiny),
+        "another adapter": lora(directory / "another-adapter", tiny, seed=1),
+        "7b": of_size(directory / "7b", tiny, SIZE_7B),
+        "rehearsal": of_size(directory / "rehearsal", tiny, SIZE_REHEARSAL),
+    }
 
 
 def lively(directory: Path, tiny: Path, factor: float = LAYER_FACTOR) -> Path:

@@ -1,0 +1,120 @@
+"""The command: all of the check, and the one line that is written of it."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import os
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+from rich.console import Console
+
+from engine.launcher import EngineFailed, on_cpu
+from engine.link import LinkError
+from gateway.bench import environment
+from gateway.bench.engine_check.answers import CheckFailed
+from gateway.bench.engine_check.engines import Stage, setups
+from gateway.bench.engine_check.equality import compare
+from gateway.bench.engine_check.models import make_all
+from gateway.bench.engine_check.settings import CheckSettings, parse, settings_of
+from gateway.bench.engine_check.tables import equality_table, speed_table
+from gateway.bench.engine_check.throughput import throughput
+from gateway.bench.engine_check.without_engines import accelerators, run_tests, step_cost
+from gateway.bench.processes import ServerFailed
+
+NO_GPU = (
+    "there is no NVIDIA GPU here that vLLM could use: this check is for a machine with one, with vLLM's own build "
+    "installed. `--rehearse` runs all of it on the CPU, at a tiny size"
+)
+
+
+def main() -> None:
+    options = parse()
+    console = Console()
+    if options.rehearse and not options.gpu:
+        sys.exit("--rehearse goes with --gpu")
+    if options.gpu and not options.rehearse and (on_cpu() or not accelerators()):
+        sys.exit(f"gpu-check: {NO_GPU}")
+    name = "gpu-check" if options.gpu else "engine-check"
+    out: Path = options.out or Path("bench-results") / f"{name}.jsonl"
+    # What is measured are the defaults, and not what a user's own engine is told.
+    for variable in [variable for variable in os.environ if variable.startswith("JUSTITIA_")]:
+        del os.environ[variable]
+    try:
+        record = asyncio.run(check(settings_of(options), console, gpu=options.gpu, rehearsal=options.rehearse))
+    except (EngineFailed, CheckFailed, ServerFailed, LinkError, aiohttp.ClientError, TimeoutError) as error:
+        sys.exit(f"{name}: {error}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("ab") as file:
+        file.write(msgspec.json.encode(record) + b"\n")
+    for what, why in record["not_exercised"].items():
+        console.print(f"not exercised: {what}: {why}", markup=False)
+    for failure in record["failures"]:
+        console.print(f"failed: {failure}", style="bold red", markup=False)
+    console.print(f"{'passed' if record['passed'] else 'failed'}; one line appended to {out}")
+    sys.exit(0 if record["passed"] else 1)
+
+
+async def check(settings: CheckSettings, console: Console, *, gpu: bool, rehearsal: bool) -> dict[str, Any]:
+    """One run, as the record that is written. Raises `EngineFailed`, `CheckFailed`, `ServerFailed` and `LinkError`."""
+    failures: list[str] = []
+    tests = run_tests(console) if gpu else None
+    if tests is not None and tests["exit_code"]:
+        failures.append(f"the tests without an engine: {tests['summary']}")
+    step = step_cost(console) if gpu else None
+    if step is not None and "error" in step:
+        failures.append(f"the cost of a step: {step['error']}")
+    equality: list[dict[str, Any]] = []
+    unexercised: dict[str, str] = {}
+    speed: dict[str, Any] | None = None
+    # Sockets need a short path.
+    with tempfile.TemporaryDirectory(prefix="justitia-check-", dir="/tmp") as temporary:
+        directory = Path(temporary)
+        stage = Stage(settings, directory, await make_all(directory), console)
+        if settings.tokens:
+            for setup in setups(stage.models["adapter"], stage.models["another adapter"]):
+                try:
+                    figures = await compare(stage, setup)
+                except EngineFailed as error:
+                    unexercised[setup.name] = error.reason
+                    failures.append(f"{setup.name}: {error}")
+                    continue
+                equality.append(figures)
+                failures += [f"{setup.name}: {failure}" for failure in figures["failures"]]
+                console.print(equality_table(figures))
+        if on_cpu():
+            unexercised["async scheduling as shipped"] = "vLLM turns it off on a CPU; a plugin turned it on here"
+            mixed = "vLLM's CPU build applies the adapter to both"
+            unexercised["requests with and without an adapter in one step"] = mixed
+            unexercised["CUDA graphs, bfloat16, attention on a GPU"] = "there is no GPU"
+        if settings.speed:
+            speed = await throughput(stage)
+            console.print(speed_table(speed))
+            if speed["verdict"] == "missed":
+                failures.append(f"throughput is {speed['ratio']['median']:.3f} of the stock engine's")
+    return {
+        "benchmark": "gpu-check" if gpu else "engine-check",
+        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "passed": not failures,
+        "failures": failures,
+        "rehearsal": rehearsal,
+        "settings": asdict(settings),
+        "tests": tests,
+        "step_cost": step,
+        "equality": equality,
+        "not_exercised": unexercised,
+        "throughput": speed,
+        "versions": environment.versions(),
+        "machine": environment.machine(),
+        "accelerators": accelerators(),
+    }
+
+
+if __name__ == "__main__":
+    main()

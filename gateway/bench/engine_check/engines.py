@@ -1,0 +1,166 @@
+"""The engines that stand side by side, and the setups in which their tokens are compared."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from engine.launcher import EngineProcess, EngineSpec, on_cpu
+from gateway.bench.engine_check.answers import CheckFailed, Engine
+from gateway.bench.engine_check.models import LORA_RANK
+from gateway.bench.engine_check.requests import ADAPTED, ADAPTER, ANOTHER, EVERYDAY, MODEL
+from gateway.bench.engine_check.settings import CheckSettings
+from gateway.bench.engine_watch import watching
+from gateway.bench.processes import apart
+
+STOCK, AGAIN, OURS = "stock", "stock-again", "justitia"
+# Tokens in blocks: the least that vLLM's attention takes on a CPU, and its default on a GPU.
+BLOCK_SIZE_CPU, BLOCK_SIZE_GPU = 32, 16
+MAX_MODEL_LEN = 2048
+
+# vLLM's CPU platform turns async scheduling off. As a plugin of vLLM's this turns it on again, for the comparison only.
+PLUGIN = """
+import sys
+
+from vllm.platforms.cpu import CpuPlatform
+
+
+def register():
+    told = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls, vllm_config):
+        told(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+        sys.stderr.write("async scheduling is on, on a CPU\\n")
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+"""
+PLUGIN_SAYS = "async scheduling is on, on a CPU"
+PLUGIN_NAME = "justitia_async_on_cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Engines whose tokens are compared, and with which requests.
+
+    quiet: kinds that are asked for one at a time, after the crowd. On a CPU vLLM 0.32 does not survive a request with a
+    seed whose prompt is computed in parts.
+    """
+
+    name: str
+    args: tuple[str, ...]
+    kinds: tuple[str, ...]
+    quiet: tuple[str, ...] = ()
+    overlapped: bool = False  # a step is scheduled before the last one's tokens are back
+
+
+def setups(adapter: Path, another: Path) -> list[Setup]:
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    lora: tuple[str, ...] = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", str(LORA_RANK))
+    lora += ("--lora-modules", f"{ADAPTER}={adapter}", f"{ANOTHER}={another}")
+    # On a CPU vLLM 0.32 computes requests without an adapter with one, in steps that they share with requests that have
+    # one (its index -1 takes the last): two stock engines then differ as well.
+    adapted = ADAPTED if on_cpu() else (*ADAPTED, "plain", "streaming")
+    return [
+        Setup("async scheduling", ("--async-scheduling",), EVERYDAY, overlapped=True),
+        Setup("one step at a time", ("--no-async-scheduling",), EVERYDAY, quiet=("n > 1, sampled",)),
+        Setup(
+            "n-gram speculative decoding",
+            ("--speculative-config", json.dumps(drafts)),
+            ("plain", "chunked prefill", "few tokens allowed", "structured output", "streaming"),
+        ),
+        Setup("LoRA", lora, adapted),
+    ]
+
+
+@contextlib.contextmanager
+def async_on_cpu(directory: Path) -> Iterator[None]:
+    """Engines that are started meanwhile overlap their steps on a CPU too."""
+    metadata = directory / f"{PLUGIN_NAME}-0.dist-info"
+    metadata.mkdir(parents=True, exist_ok=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PLUGIN_NAME}\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{PLUGIN_NAME} = {PLUGIN_NAME}:register\n")
+    (directory / f"{PLUGIN_NAME}.py").write_text(PLUGIN)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(directory), before)))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+class Stage:
+    """Where engines are started: directories, settings, and whom to tell."""
+
+    def __init__(self, settings: CheckSettings, directory: Path, models: dict[str, Path], console: Console) -> None:
+        self.settings = settings
+        self.models = models
+        self.console = console
+        self._directory = directory
+        self._started = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (STOCK, AGAIN, OURS) if self.settings.control else (STOCK, OURS)
+
+    @contextlib.asynccontextmanager
+    async def engines(
+        self, what: str, model: Path, *args: str, overlapped: bool = False
+    ) -> AsyncIterator[dict[str, Engine]]:
+        """One of each name, serving; somebody listens to the link of ours. Raises `EngineFailed` and `CheckFailed`."""
+        self.console.print(f"{what}: starting {len(self.names)} engines")
+        async with contextlib.AsyncExitStack() as stack:
+            processes: dict[str, EngineProcess] = {}
+            if overlapped and on_cpu():
+                stack.enter_context(async_on_cpu(self._directory / "plugin"))
+            for name in self.names:
+                process = EngineProcess(self._spec(name, model, args))
+                stack.push_async_callback(process.stop, 5.0)
+                processes[name] = process
+                await process.start()
+                if not on_cpu():
+                    # vLLM measures how much of the GPU's memory is free, and takes others' starting for a mistake.
+                    await process.wait_ready(1800)
+            await asyncio.gather(*(process.wait_ready(600) for process in processes.values()))
+            if overlapped and on_cpu():
+                for process in processes.values():
+                    if PLUGIN_SAYS not in process.spec.log.read_text(errors="replace"):
+                        raise CheckFailed("vLLM did not take the plugin that turns async scheduling on")
+            if on_cpu() and (pid := processes[OURS].pid) is not None:
+                stack.enter_context(apart(pid))
+            watch = await stack.enter_async_context(watching(processes[OURS].spec.link_address))
+            yield {
+                name: await stack.enter_async_context(Engine(process.spec.socket))
+                for name, process in processes.items()
+            }
+            if watch.figures() is None:
+                raise CheckFailed("nothing was heard on the link")
+
+    def _spec(self, name: str, model: Path, args: tuple[str, ...]) -> EngineSpec:
+        self._started += 1
+        machine: tuple[str, ...] = ()
+        if not on_cpu():
+            machine = ("--gpu-memory-utilization", f"{0.9 / len(self.names):.3f}")
+        return EngineSpec(
+            model=str(model),
+            runtime_dir=self._directory / f"e{self._started}",
+            max_num_seqs=self.settings.max_num_seqs,
+            max_model_len=MAX_MODEL_LEN,
+            block_size=block_size(),
+            scheduler="justitia" if name == OURS else "stock",
+            extra_args=("--served-model-name", MODEL, "--seed", "0", *machine, *args),
+        )
+
+
+def block_size() -> int:
+    return BLOCK_SIZE_CPU if on_cpu() else BLOCK_SIZE_GPU
