@@ -2,10 +2,10 @@
 
 Engine to gateway. The engine binds an XPUB socket. Each new subscriber, also one that comes back and also while the engine
 is idle, makes it send a `Hello`, which carries the protocol's version and the engine's size, and then the latest `Report`.
-After every engine iteration (and after an abort) follows another report. A report is the whole state with counters that only
-grow, so a lost one costs nothing, and the engine keeps no more than one to send. The last one is repeated every second: it
-may have been the one that was lost, and an engine that falls silent is not idle but gone. What a task really held is said
-once, in `Ended`, when it ends.
+Another report follows when something has happened, and while all that happens is that tasks decode, every so often. It is
+the whole state with counters that only grow, so a lost one costs nothing, and the engine keeps no more than one to send. The
+last one is repeated every second: it may have been the one that was lost, and an engine that falls silent is not idle but
+gone. What a task really held is said once, in `Ended`, when it ends.
 
 Gateway to engine. The engine binds a PULL socket beside it. A gateway first sends a `Greeting` with its name, the protocol's
 version, and the number of its next change. `Change` says new tags of tasks, and of which agents the KV is to be kept. Changes

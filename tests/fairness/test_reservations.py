@@ -90,3 +90,47 @@ def test_what_was_reserved_for_an_agent_that_is_evicted_is_free() -> None:
 def test_a_reservation_that_cannot_be_is_refused(agent: str, tokens: float, iterations: float) -> None:
     with pytest.raises(QueueError):
         reserving().reserve(at(1), AgentId(agent), tokens, iterations)
+
+
+def test_what_was_reserved_is_charged_for_as_long_as_it_was() -> None:
+    queue = reserving(tokens=80, iterations=50)
+    before = queue.agents[AgentId("a")].arrived
+    queue.enqueue(at(21), task(3, "a", 10, memory=40), KvTokenIterations(400))
+    assert released(queue, 21) == [3]
+    assert queue.agents[AgentId("a")].arrived == before + 10 + 80 * 20
+    late = reserving(tokens=80, iterations=5)
+    late.enqueue(at(21), task(3, "a", 10, memory=40), KvTokenIterations(400))
+    assert released(late, 21) == [3]
+    assert late.agents[AgentId("a")].arrived == before + 10 + 80 * 5
+
+
+def test_nothing_is_reserved_when_nobody_knows_what_is_kept() -> None:
+    queue = reserving()
+    queue.unreserve()
+    queue.enqueue(at(2), task(3, "b", 500, memory=30), KvTokenIterations(500))
+    assert released(queue, 2) == [3]
+
+
+# Displacement
+
+
+def test_one_at_a_time_is_sent_to_displace_another() -> None:
+    queue = FairQueue(POLICIES["justitia"](), ReleaseLimits(engine_waiting=4, in_flight=10, displace_margin=100))
+    queue.set_capacity(at(0), 100)
+    queue.enqueue(at(0), task(1, "large", 5000, memory=90), KvTokenIterations(5000))
+    assert released(queue, 0) == [1]
+    for number in (2, 3, 4):
+        queue.enqueue(at(0), task(number, "urgent", 10, memory=30), KvTokenIterations(30))
+    assert [int(one.task.id) for one in queue.release(at(0), engine_waiting=0)] == [2]
+    assert queue.release(at(1), engine_waiting=1) == [], "it has not been admitted yet"
+    assert [int(one.task.id) for one in queue.release(at(2), engine_waiting=0)] == [3]
+
+
+def test_nobody_is_sent_to_displace_who_is_not_far_enough_behind() -> None:
+    for margin in (None, 5000.0):
+        queue = FairQueue(POLICIES["justitia"](), ReleaseLimits(displace_margin=margin))
+        queue.set_capacity(at(0), 100)
+        queue.enqueue(at(0), task(1, "large", 5000, memory=90), KvTokenIterations(5000))
+        queue.enqueue(at(0), task(2, "urgent", 10, memory=30), KvTokenIterations(10))
+        assert released(queue, 0) in ([1], [2])
+        assert released(queue, 0) == []

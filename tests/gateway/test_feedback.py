@@ -1,0 +1,124 @@
+"""What a task held may be known only after its answer: then the books are put right."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from gateway.fairness import POLICIES, AgentId, FairQueue, Iterations, KvTokenIterations, Spent, Task, TaskId
+from gateway.feedback import AgentRecord, Feedback
+from gateway.identify import Identity
+from gateway.metrics import Metrics
+from gateway.state.memory import MemoryStore
+from gateway.tool_waits import UNKNOWN, ToolWaits
+from predictor.ladder import Ladder
+from predictor.types import FinishedAgent, FinishedTask
+
+NET = FinishedTask(40, 10, 0, 4).net_cost
+
+
+class Scene:
+    """An agent `a` with one task after the other, through queue and feedback."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.queue = FairQueue(POLICIES["justitia"]())
+        self.queue.set_capacity(Iterations(0), 1000)
+        self.registry = CollectorRegistry()
+        self.waits, self.store = ToolWaits(), MemoryStore()
+        self.kept: list[tuple[str, float]] = []
+        self.corrected: list[float] = []
+        self.feedback = Feedback(
+            self.queue,
+            Ladder(),
+            self.store,
+            Metrics(self.registry, version="", policy=""),
+            now=lambda: Iterations(self.now),
+            waits=self.waits,
+            keep=lambda agent_id, kv_tokens, _: self.kept.append((agent_id, kv_tokens)),
+            correct=self.correct,
+            clock=lambda: self.now,
+        )
+
+    def correct(self, agent_id: AgentId, difference: float) -> None:
+        self.corrected.append(difference)
+        self.queue.correct(Iterations(self.now), agent_id, KvTokenIterations(difference))
+
+    def task(self, number: int, held: float | None = None, *, final: bool = False, awaited: bool = True) -> AgentRecord:
+        """Arrives, is released and ends at once."""
+        agent_id, task_id = AgentId("a"), TaskId(number)
+        record = self.feedback.arrived(agent_id, Identity("a", "header", "kind", "t", final))
+        self.queue.enqueue(
+            Iterations(self.now), Task(task_id, agent_id, KvTokenIterations(NET), 14, 10), KvTokenIterations(NET)
+        )
+        self.feedback.accepted(record, final=final)
+        self.queue.release(Iterations(self.now))
+        finished = FinishedTask(40, 10, 0, 4, held=held)
+        self.queue.complete(
+            Iterations(self.now), task_id, Spent(KvTokenIterations(finished.cost)), KvTokenIterations(finished.cost)
+        )
+        self.feedback.ended(record, finished, task_id if awaited else None)
+        return record
+
+    @property
+    def charged(self) -> float:
+        value = self.registry.get_sample_value("justitia_observed_cost_token_iterations_total", {"agent_class": "kind"})
+        return value or 0.0
+
+    async def learned(self) -> list[FinishedAgent]:
+        await self.feedback.flush()
+        return await self.store.load()
+
+
+async def test_what_is_known_at_the_end_is_charged_at_once() -> None:
+    scene = Scene()
+    scene.task(1, held=99.0)
+    scene.task(2, awaited=False)
+    assert scene.charged == 99 + NET
+    assert not scene.feedback.awaited and scene.corrected == []
+
+
+async def test_what_comes_later_corrects_what_was_charged() -> None:
+    scene = Scene()
+    record = scene.task(1)
+    assert scene.charged == 0
+    before = scene.queue.agents[record.id].arrived
+    scene.feedback.held(TaskId(1), 500.0)
+    assert scene.charged == 500 and scene.corrected == [500 - NET]
+    assert scene.queue.agents[record.id].arrived == before + 500 - NET
+    assert [task.cost for task in record.tasks] == [500] and not record.awaited
+    with pytest.raises(KeyError):
+        scene.feedback.held(TaskId(1), 500.0)
+
+
+async def test_an_agent_that_is_done_is_learned_from_when_its_costs_are_known() -> None:
+    scene = Scene()
+    scene.task(1)
+    scene.task(2, final=True)
+    scene.feedback.held(TaskId(2), 700.0)
+    assert scene.feedback.records and await scene.learned() == []
+    scene.feedback.held(TaskId(1), 300.0)
+    assert [agent.cost for agent in await scene.learned()] == [1000]
+    assert not scene.feedback.records and not scene.feedback.awaited
+
+
+async def test_an_engine_that_never_says_it_does_not_keep_an_agent_for_ever() -> None:
+    scene = Scene()
+    scene.task(1, final=True)
+    scene.feedback.sweep(idle_s=300)
+    assert [agent.cost for agent in await scene.learned()] == [NET]
+    assert scene.charged == NET and not scene.feedback.awaited
+
+
+async def test_an_idle_agents_kv_is_kept_and_its_wait_is_learned() -> None:
+    scene = Scene()
+    scene.task(1, held=1.0)
+    assert scene.kept == [("a", 14)]
+    scene.now = 30.0
+    scene.task(2, held=1.0)
+    assert scene.waits.worth_keeping("kind") == 31
+    scene.now = 1000.0
+    scene.feedback.sweep(idle_s=300)
+    scene.task(3, held=1.0, final=True)
+    assert len(scene.kept) == 2, "who says that it is done does not come back"
+    assert ToolWaits().worth_keeping("kind") == UNKNOWN
