@@ -240,7 +240,9 @@ class TaskResponse(Response):
             else:
                 self._turn.cancel(Spent(KvTokenIterations(self._cost_held())))
         finally:
-            self._turn.cancel(Spent(KvTokenIterations(0.0)))  # does nothing, unless the queue has refused what came before
+            self._turn.cancel(
+                Spent(KvTokenIterations(0.0))
+            )  # does nothing, unless the queue has refused what came before
             parts.feedback.ended(request.record, finished, request.id if parts.engine.counts_held else None)
         parts.metrics.left_queue(self._outcome, self._turn.queued_s)
         if self._outcome is Outcome.COMPLETED:
