@@ -59,7 +59,7 @@ logger = init_logger(__name__)
 # A report names the waiting tasks unless there are more.
 NAMED_WAITING = 256
 # How often the gateway is heard, and told that tasks decode, while nothing else happens.
-LINK_INTERVAL_S = 0.01
+LINK_INTERVAL_S = 0.05
 # Tags that came before their tasks. A task's number never repeats, so what is left over does no harm.
 EARLY_TAGS = 4096
 # A task is displaced so often at most; and of all that the engine computes, this share at most is lost by displacing.
@@ -81,7 +81,7 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
     """Takes vLLM's arguments. `additional_config["justitia"]` may have
 
     link: the address of the link; without it nobody is told, and nobody obeyed.
-    link_interval_s: how often the gateway is heard, and told, while tasks run; default 0.01. Of what happens beside that they
+    link_interval_s: how often the gateway is heard, and told, while tasks run; default 0.05. Of what happens beside that they
         decode, it is told at once.
     displace_margin: a waiting task that finds no room displaces running ones whose tags are larger by more than this, in
         token·iterations per unit of weight; without it none does.

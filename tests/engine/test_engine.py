@@ -101,7 +101,7 @@ class Gateway:
         async for message in self._link.messages():
             if isinstance(message, Hello):
                 self.hello = message
-            else:
+            elif isinstance(message, Report):
                 self.reports.append(message)
             self._came.set()
 
