@@ -317,7 +317,7 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
                 self.ledger.steady_step()
             else:
                 self.ledger.step(self.running, scheduled)
-            self._times.step(time.perf_counter(), total - len(scheduled) if total > len(scheduled) else 0)
+            self._times.step(time.perf_counter(), total - len(scheduled))
         else:
             self._times.pause()
 

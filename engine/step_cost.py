@@ -14,7 +14,6 @@ Ends in one JSON line. The ratios are of medians; times depend on the machine.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import multiprocessing
 import statistics
@@ -34,6 +33,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from engine.collector import collector_at_rest
 from engine.hints import Hints, to_fields
 from engine.link import PROTOCOL, Change, Greeting, encode, inbox
 from engine.scheduler import JustitiaScheduler
@@ -111,7 +111,7 @@ def measure(blocks: int, steps: int, *, told: bool = False) -> dict[str, float]:
                 "justitia": Stage(JustitiaScheduler, blocks, {"link": address}),
             }
             times: dict[str, list[float]] = {name: [] for name in stages}
-            with _collector_at_rest():
+            with collector_at_rest():
                 for i in range(steps):
                     for name, stage in stages.items():
                         took = stage.step()
@@ -163,19 +163,6 @@ def _listen(address: str, tells: bool, done: Event) -> None:
             changes.send(encode(Change(gateway="gateway", number=number, tags=tags)))
             next_s = time.monotonic() + 1 / TAGS_A_SECOND
     context.destroy()
-
-
-@contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """Its pauses hit whoever is at it."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
 
 
 SITUATIONS: dict[str, Callable[[int], dict[str, float]]] = {

@@ -188,7 +188,7 @@ class EngineView:
 
     def _hear_ends(self, ended: Ended) -> None:
         for task, cost in ended.costs.items():
-            self.ends[task] = self.ends.get(task, 0.0) + cost  # it may have several sequences
+            self.ends[task] = self.ends.get(task, 0.0) + cost  # a sequence may have come after the others had ended
         while len(self.ends) > REMEMBERED_ENDS:
             self.ends.popitem(last=False)
 

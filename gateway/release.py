@@ -173,9 +173,7 @@ class Dispatcher:
             self._capacity_at = engine.now
             served_tokens = self._served.tokens(engine.capacity_tokens)
             self.queue.set_capacity(engine.now, engine.capacity_tokens, served_tokens)
-        limits = replace(self.queue.limits, in_flight=self._slots(), displace_margin=engine.displace_margin)
-        if limits != self.queue.limits:
-            self.queue.limits = limits
+        self.queue.limits = replace(self.queue.limits, in_flight=self._slots(), displace_margin=engine.displace_margin)
         self.pump()
 
     def _slots(self) -> int:

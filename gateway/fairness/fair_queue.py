@@ -202,9 +202,7 @@ class FairQueue:
         long: later agents of its tenant do not get that memory. It ends when the agent's next task is released, and is then
         charged to it like memory held by a task."""
         self._reference.advance(now)
-        agent = self._agents.get(agent_id)
-        if agent is None or agent.busy:
-            raise QueueError(f"agent {agent_id!r} is " + ("not known" if agent is None else "not idle"))
+        agent = self._idle(agent_id)
         if not (0 <= tokens < math.inf and 0 <= iterations < math.inf):
             raise QueueError(
                 f"a reservation is at least 0, and finite, not {tokens} tokens for {iterations} iterations"
@@ -289,15 +287,20 @@ class FairQueue:
     def evict(self, now: Iterations, agent_id: AgentId) -> None:
         """Forget an agent that has ended. The reference keeps it for as long as it is backlogged there."""
         self._reference.advance(now)
-        agent = self._agents.get(agent_id)
-        if agent is None or agent.busy:
-            raise QueueError(f"agent {agent_id!r} is " + ("not known" if agent is None else "not idle"))
+        agent = self._idle(agent_id)
         del self._agents[agent_id]
         self._reserved.pop(agent_id, None)
         self._revised.discard(agent_id)
         self._reference.forget(agent.tenant.id, agent_id)
 
     # How they work
+
+    def _idle(self, agent_id: AgentId) -> Agent:
+        """The agent, which has nothing waiting and nothing in flight."""
+        agent = self._agents.get(agent_id)
+        if agent is None or agent.busy:
+            raise QueueError(f"agent {agent_id!r} is " + ("not known" if agent is None else "not idle"))
+        return agent
 
     def _level(self, tenant: TenantId) -> TenantId:
         return tenant if self._policy.nested else NO_TENANT

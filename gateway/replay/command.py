@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from engine.collector import collector_at_rest
 from engine.profile import ProfileError, load_profile
 from gateway.bench.environment import versions
 from gateway.fairness import POLICIES
@@ -173,19 +172,6 @@ def load_past(spec: str, learn_from: str) -> list[AgentTrace]:
     rest = [*rest, "0"] if len(rest) == place else rest
     seeds = [str(int(rest[place]) + further) for further in LEARN_FROM_SEEDS]
     return [agent for seed in seeds for agent in load_trace(":".join([name, *rest[:place], seed, *rest[place + 1 :]]))]
-
-
-@contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """Python's cyclic garbage collector would visit all that vLLM and torch have made, again and again: half of the time."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
 
 
 def table(runs: Sequence[Run]) -> Table:

@@ -19,10 +19,11 @@ import msgspec
 from rich.console import Console
 from rich.progress import track
 
+from engine.collector import collector_at_rest
 from engine.profile import load_profile
 from gateway.bench.environment import machine, versions
 from gateway.bench.report import mean, percentile
-from gateway.replay.command import begin_alike, collector_at_rest, load_trace
+from gateway.replay.command import begin_alike, load_trace
 from gateway.replay.predictors import beliefs
 from gateway.replay.results import AgentResult, ReleaseName, Summary
 from gateway.replay.simulation import Setup, simulate

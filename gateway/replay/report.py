@@ -464,8 +464,9 @@ def pictures(report: Report, directory: Path) -> None:
 
 def runs_pictures(directory: Path) -> None:
     """Those that show every agent of one trace; the runs are made anew."""
+    from engine.collector import collector_at_rest
     from engine.profile import load_profile
-    from gateway.replay.command import collector_at_rest, load_trace
+    from gateway.replay.command import load_trace
     from gateway.replay.predictors import Exact
     from gateway.replay.results import against_vtc, own_release
     from gateway.replay.simulation import Setup, simulate

@@ -12,8 +12,9 @@ from multiprocessing import get_context
 
 import msgspec
 
+from engine.collector import collector_at_rest
 from engine.profile import load_profile
-from gateway.replay.command import begin_alike, collector_at_rest, load_past, load_trace
+from gateway.replay.command import begin_alike, load_past, load_trace
 from gateway.replay.predictors import COSTS, beliefs
 from gateway.replay.results import ReleaseName, Summary, own_release
 from gateway.replay.simulation import Setup, simulate

@@ -1,0 +1,21 @@
+"""Python's cyclic garbage collector, out of the way of what is timed or long."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """It would visit all that vLLM and torch have made, again and again: half of the time of a replay, and pauses that hit
+    whoever is at it."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
