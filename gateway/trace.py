@@ -5,6 +5,9 @@
               {"id":"r","after":["m1"],"think_s":0.4,"prompt_tokens":900,"output_tokens":300}]}
 
 A task arrives `think_s` after the last of the tasks in `after` has ended; with no `after`, that long after its agent.
+What its client says may be told too: the text of the user's messages (`prompt`), the system prompt (`system`), definitions
+of tools as JSON (`tools`), a limit on the answer (`max_tokens`); of an agent, how many tasks to expect (`expected_tasks`,
+the header `X-Agent-Tasks`). `prompt_tokens` counts system, tools and prompt together.
 Nothing here is repaired or skipped: a line that does not fit is a `TraceError` with its number.
 """
 
@@ -47,7 +50,8 @@ class Prefix(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
 
 class TaskTrace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One inference request. `cached_tokens` is what a recording observed, part of `prompt_tokens`."""
+    """One inference request. `cached_tokens` is what a recording observed, part of `prompt_tokens`; `max_tokens`: what the
+    client sends as its limit, so no less than what came out; `tools`: each one's definition as JSON."""
 
     id: Name
     prompt_tokens: TokensAtLeastOne
@@ -57,6 +61,9 @@ class TaskTrace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     cached_tokens: Tokens = 0
     prompt: str | None = None
     prefix: Prefix | None = None
+    system: str | None = None
+    tools: tuple[str, ...] = ()
+    max_tokens: TokensAtLeastOne | None = None
 
     @property
     def cost(self) -> int:
@@ -64,8 +71,9 @@ class TaskTrace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
         return self.prompt_tokens * self.output_tokens + self.output_tokens * (self.output_tokens + 1) // 2
 
 
-class AgentTrace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One agent; `arrival_s` counts from the start of the trace. An empty class or tenant means that none is told."""
+class AgentTrace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One agent; `arrival_s` counts from the start of the trace. An empty class or tenant means that none is told.
+    `expected_tasks`: how many its client says there will be, rightly or not."""
 
     agent_id: Name
     arrival_s: Seconds
@@ -73,6 +81,7 @@ class AgentTrace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     agent_class: str = msgspec.field(name="class", default="")
     tenant: str = ""
     weight: Annotated[float, Meta(gt=0)] = 1.0
+    expected_tasks: Annotated[int, Meta(ge=1)] | None = None
 
     @property
     def cost(self) -> int:
@@ -118,6 +127,8 @@ def check(agent: AgentTrace) -> None:
             )
         if task.cached_tokens > task.prompt_tokens:
             raise TraceError(f"task {task.id!r} has more cached tokens than prompt tokens")
+        if task.max_tokens is not None and task.max_tokens < task.output_tokens:
+            raise TraceError(f"task {task.id!r} has more output tokens than its limit of {task.max_tokens}")
         if task.prefix is not None and task.prefix.tokens > task.prompt_tokens:
             raise TraceError(f"task {task.id!r} has a prefix longer than its prompt")
         prefix = task.prefix

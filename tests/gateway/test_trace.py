@@ -22,23 +22,34 @@ def agents(draw: st.DrawFn) -> AgentTrace:
     tasks = []
     for place, task_id in enumerate(ids):
         prompt_tokens = draw(st.integers(1, 10_000))
+        output_tokens = draw(st.integers(1, 10_000))
         prefix = st.builds(Prefix, names, st.integers(0, prompt_tokens))
         tasks.append(
             TaskTrace(
                 task_id,
                 prompt_tokens,
-                draw(st.integers(1, 10_000)),
+                output_tokens,
                 # Only on earlier ones, so that there is no cycle.
                 tuple(draw(st.lists(st.sampled_from(ids[:place]), unique=True))) if place else (),
                 draw(seconds),
                 draw(st.integers(0, prompt_tokens)),
                 draw(st.none() | st.text(max_size=50)),
                 draw(st.none() | prefix),
+                draw(st.none() | st.text(max_size=50)),
+                tuple(draw(st.lists(st.text(max_size=20), max_size=2))),
+                draw(st.none() | st.integers(output_tokens, 20_000)),
             )
         )
     weight = draw(st.floats(min_value=1e-3, max_value=1e3))
+    expected_tasks = draw(st.none() | st.integers(1, 100))
     return AgentTrace(
-        draw(names), draw(seconds), tuple(tasks), draw(st.text(max_size=10)), draw(st.text(max_size=10)), weight
+        draw(names),
+        draw(seconds),
+        tuple(tasks),
+        draw(st.text(max_size=10)),
+        draw(st.text(max_size=10)),
+        weight,
+        expected_tasks,
     )
 
 
@@ -61,6 +72,26 @@ def test_the_example_of_the_format() -> None:
     assert (agent.agent_class, agent.tenant, agent.arrival_s) == ("map-reduce", "t1", 12.5)
     assert agent.tasks[0].prefix == Prefix("sys-7", 256)
     assert agent.tasks[2].after == ("m1", "m2")
+
+
+def test_what_a_client_says_can_be_told() -> None:
+    line = """{"agent_id":"a17","arrival_s":0,"expected_tasks":2,
+     "tasks":[{"id":"m1","prompt_tokens":70,"output_tokens":18,"prompt":"Sum up: …","system":"Be brief.",
+               "tools":["{\\"name\\":\\"find\\"}"],"max_tokens":18}]}"""
+    (agent,) = parse_trace([line])
+    (task,) = agent.tasks
+    assert agent.expected_tasks == 2
+    assert (task.system, task.tools, task.max_tokens) == ("Be brief.", ('{"name":"find"}',), 18)
+
+
+def test_what_is_not_told_is_not_written(tmp_path: Path) -> None:
+    write_trace([AgentTrace("a", 0.0, (TaskTrace("t", 5, 5),))], tmp_path / "trace.jsonl")
+    (written,) = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    assert written == {
+        "agent_id": "a",
+        "arrival_s": 0.0,
+        "tasks": [{"id": "t", "prompt_tokens": 5, "output_tokens": 5}],
+    }
 
 
 def test_cost_is_prompt_times_output_plus_the_triangle() -> None:
@@ -101,6 +132,8 @@ OTHER = {"id": "u", "prompt_tokens": 5, "output_tokens": 5}
         (line({"arrival_s": 0}).replace('"arrival_s": 0', '"arrival_s": 1e999'), ""),
         (line({"weight": 0}), "> 0"),
         (line({"weight": -2}), "> 0"),
+        (line({"expected_tasks": 0}), ">= 1"),
+        (line({"expected_tasks": 2.5}), "Expected `int"),
         (line(task={"prompt_tokens": -5}), ">= 1"),
         (line(task={"prompt_tokens": 2.5}), "Expected `int`"),
         (line(task={"output_tokens": 0}), ">= 1"),
@@ -108,6 +141,11 @@ OTHER = {"id": "u", "prompt_tokens": 5, "output_tokens": 5}
         (line(task={"think_s": -0.1}), ">= 0"),
         (line(task={"cached_tokens": -1}), ">= 0"),
         (line(task={"cached_tokens": 6}), "more cached tokens than prompt tokens"),
+        (line(task={"max_tokens": 0}), ">= 1"),
+        (line(task={"max_tokens": 4}), "more output tokens than its limit of 4"),
+        (line(task={"tools": "find"}), "Expected `array"),
+        (line(task={"tools": [{"name": "find"}]}), "Expected `str`"),
+        (line(task={"system": 1}), "Expected `str"),
         (line(task={"prefix": {"id": "p", "tokens": 6}}), "longer than its prompt"),
         (line(more=[{**OTHER, "id": "t"}]), "two tasks with the same id"),
         (line(task={"after": ["x"]}), "comes after 'x'"),
