@@ -28,7 +28,7 @@ from gateway.settings import GatewaySettings
 from gateway.state import Store, open_store
 from gateway.tool_waits import ToolWaits
 from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health
-from predictor.ladder import Ladder
+from predictor.learned import Learned
 from predictor.types import Predictor
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ async def create_app(
     limits = ReleaseLimits(beta=settings.beta, engine_waiting=settings.max_engine_waiting)
     queue = FairQueue(POLICIES[settings.policy](), limits)
     metrics = Metrics(CollectorRegistry(), version=version, policy=settings.policy)
-    predictor = predictor or Ladder()
+    predictor = predictor or Learned()
     store = store or open_store(settings.state)
     waits = ToolWaits()
     dispatcher = Dispatcher(queue, engine, max_waiting=settings.max_waiting, waits=waits if settings.keep_kv else None)

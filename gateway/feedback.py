@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from gateway.estimate import Estimate
 from gateway.fairness import AgentId, FairQueue, Iterations, TaskId
 from gateway.identify import Identity
 from gateway.metrics import Metrics
 from gateway.state import StateError, Store
 from gateway.tool_waits import ToolWaits
+from predictor.features import SCHEMA, Sketch
 from predictor.types import AgentProgress, FinishedAgent, FinishedTask, Predictor
 
 logger = logging.getLogger(__name__)
@@ -42,9 +44,24 @@ class AgentRecord:
     awaited: int = 0  # tasks that have ended, and of which the engine has not said yet what they held
     idle_since: Iterations | None = None  # it waits for its tool, or has ended
     tasks: list[FinishedTask] = field(default_factory=list)
+    tasks_accepted: int = 0
+    returns: int = 0  # how often it came back after it had nothing left to do
+    expected_tasks: int | None = None
+    opening: Sketch | None = None  # of its first task, and of its last
+    latest: Sketch | None = None
 
     def progress(self, cost_arrived: float) -> AgentProgress:
-        return AgentProgress(self.agent_class, self.tenant, self.tasks_arrived, cost_arrived)
+        return AgentProgress(
+            self.agent_class,
+            self.tenant,
+            self.tasks_accepted,
+            len(self.tasks),
+            cost_arrived,
+            self.returns,
+            self.expected_tasks,
+            self.opening,
+            self.latest,
+        )
 
 
 class Feedback:
@@ -91,12 +108,17 @@ class Feedback:
             self.records[agent_id] = record
         record.tasks_arrived += 1
         record.agent_class = record.agent_class or identity.agent_class
+        record.expected_tasks = identity.expected_tasks or record.expected_tasks
         return record
 
-    def accepted(self, record: AgentRecord, *, final: bool) -> None:
+    def accepted(self, record: AgentRecord, estimate: Estimate, *, final: bool) -> None:
         """That task is in the queue."""
         record.final = record.final or final
+        record.tasks_accepted += 1
+        record.latest = estimate.sketch
+        record.opening = estimate.sketch if record.opening is None else record.opening
         if record.idle_since is not None:
+            record.returns += 1
             self._waits.came_back(record.agent_class, self._now() - record.idle_since)
             record.idle_since = None
 
@@ -109,6 +131,13 @@ class Feedback:
     def released(self, record: AgentRecord, predicted: float) -> None:
         if record.predicted is None:
             record.predicted = predicted
+
+    def placed(self, record: AgentRecord, finished: FinishedTask, arrived_s: float, row: bytes) -> FinishedTask:
+        """A task that ends now, with its place in its agent's life."""
+        begin_s = record.first_arrival_s
+        return msgspec.structs.replace(
+            finished, arrived_s=max(0.0, arrived_s - begin_s), ended_s=self._clock() - begin_s, row=row
+        )
 
     def ended(self, record: AgentRecord, finished: FinishedTask | None, awaited: TaskId | None = None) -> None:
         """A task of this agent is over: answered, with what it used, or not. awaited: the engine will say under this number
@@ -171,7 +200,8 @@ class Feedback:
             self._queue.evict(self._now(), record.id)
         if not record.whole or not record.tasks:
             return
-        agent = FinishedAgent(record.agent_class, record.tenant, record.tasks)
+        in_order = sorted(record.tasks, key=lambda task: task.arrived_s)
+        agent = FinishedAgent(record.agent_class, record.tenant, in_order, SCHEMA)
         self._metrics.agent_finished(
             record.agent_class, record.last_end_s - record.first_arrival_s, agent.cost, record.predicted or 0.0
         )

@@ -13,6 +13,7 @@ from gateway.errors import InvalidRequest
 
 MAX_ID_CHARS = 255
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
+_COUNT = re.compile(r"[1-9][0-9]{0,5}")
 _TRUE, _FALSE = {"true", "1"}, {"false", "0"}
 
 # Until API keys are configured there is one tenant, and ids are its own.
@@ -28,6 +29,7 @@ class Identity:
     agent_class: str | None
     tenant: str
     final: bool  # the client says that no further task of this agent will come
+    expected_tasks: int | None = None  # how many the client says there will be: nothing is built on it but a prediction
 
 
 def identify(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> Identity:
@@ -55,6 +57,7 @@ def identify(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> I
         agent_class=None if agent_class is None else _visible(agent_class, "x-agent-class"),
         tenant=DEFAULT_TENANT,
         final=_flag(headers, "x-agent-final"),
+        expected_tasks=_count(headers, "x-agent-tasks"),
     )
 
 
@@ -72,6 +75,15 @@ def _string(fields: Mapping[str, msgspec.Raw], name: str) -> str | None:
         return msgspec.json.decode(raw, type=str | None)
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"{name} must be a string", param=name) from error
+
+
+def _count(headers: Mapping[str, str], name: str) -> int | None:
+    value = headers.get(name)
+    if value is None:
+        return None
+    if not _COUNT.fullmatch(value):
+        raise InvalidRequest(f"{name} must be a whole number from 1 to 999999, not {value[:20]!r}", param=name)
+    return int(value)
 
 
 def _flag(headers: Mapping[str, str], name: str) -> bool:

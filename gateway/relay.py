@@ -19,7 +19,7 @@ from engine.hints import Hints, to_tag
 from gateway.body import Body
 from gateway.engine_client import Answer, EngineUnreachable, Health
 from gateway.errors import ClientStuck, EngineLost, GatewayError, Outcome, ShuttingDown
-from gateway.estimate import Estimate, estimate_agent
+from gateway.estimate import Estimate, estimate_agent, estimate_arrival
 from gateway.fairness import AgentId, KvTokenIterations, Release, Spent, Task, TaskId
 from gateway.feedback import AgentRecord
 from gateway.parts import Parts
@@ -43,7 +43,6 @@ class TaskRequest:
     body: Body
     headers: dict[str, str]
     record: AgentRecord
-    estimate: Estimate
     arrived_s: float
     final: bool
 
@@ -61,6 +60,7 @@ class TaskResponse(Response):
         self._request = request
         self._outcome = Outcome.FAILED
         self._turn: Turn | None = None
+        self._estimate: Estimate | None = None
         self._usage: Usage | None = None
         self._own_headers: list[tuple[bytes, bytes]] = _ascii(
             {"x-agent-id": request.record.id, "x-agent-source": request.record.source}
@@ -118,10 +118,12 @@ class TaskResponse(Response):
     def _enqueue(self) -> Turn:
         """Raises what `Dispatcher.submit` raises; then the agent's record is as it was."""
         request, parts = self._request, self._parts
-        agent_id, estimate = AgentId(request.record.id), request.estimate
+        agent_id = AgentId(request.record.id)
         known = parts.queue.agents.get(agent_id)
-        cost_arrived = estimate.cost + (known.arrived if known else 0.0)
-        agent_cost = estimate_agent(parts.predictor, request.record.progress(cost_arrived))
+        progress = request.record.progress(known.arrived if known else 0.0)
+        estimate = self._estimate = estimate_arrival(
+            parts.predictor, request.body, progress, parts.engine.max_model_len
+        )
         task = Task(
             request.id,
             agent_id,
@@ -131,11 +133,11 @@ class TaskResponse(Response):
             request.body.sequences,
         )
         try:
-            turn = parts.dispatcher.submit(task, agent_cost)
+            turn = parts.dispatcher.submit(task, estimate.agent.cost)
         except Exception:
             parts.feedback.withdrawn(request.record)
             raise
-        parts.feedback.accepted(request.record, final=request.final)
+        parts.feedback.accepted(request.record, estimate, final=request.final)
         return turn
 
     def _note_release(self, release: Release, turn: Turn) -> None:
@@ -227,18 +229,23 @@ class TaskResponse(Response):
         request, parts = self._request, self._parts
         ended_s = time.monotonic() - request.arrived_s
         parts.metrics.request_ended(request.path, self._outcome, ended_s)
-        if self._turn is None:
+        if self._turn is None or self._estimate is None:
             return
         agent = parts.queue.agents[AgentId(request.record.id)]
         finished = None
         try:
             if self._usage is not None and self._outcome is Outcome.COMPLETED:
-                finished = finished_task(self._usage, request.body, parts.engine.held_by(request.id))
-                arrived = max(0.0, agent.arrived - request.estimate.cost + finished.cost)
+                finished = parts.feedback.placed(
+                    request.record,
+                    finished_task(self._usage, request.body, parts.engine.held_by(request.id)),
+                    request.arrived_s,
+                    self._estimate.row,
+                )
+                arrived = max(0.0, agent.arrived - self._estimate.cost + finished.cost)
                 spent = Spent(KvTokenIterations(finished.cost), finished.prompt_tokens, finished.decode_tokens)
                 self._turn.complete(spent, estimate_agent(parts.predictor, request.record.progress(arrived)))
             else:
-                self._turn.cancel(Spent(KvTokenIterations(self._cost_held())))
+                self._turn.cancel(Spent(KvTokenIterations(self._cost_held(self._estimate))))
         finally:
             self._turn.cancel(
                 Spent(KvTokenIterations(0.0))
@@ -248,12 +255,12 @@ class TaskResponse(Response):
         if self._outcome is Outcome.COMPLETED:
             parts.metrics.overhead(ended_s - self._turn.queued_s - self._engine_s)
 
-    def _cost_held(self) -> float:
+    def _cost_held(self, estimate: Estimate) -> float:
         """Of a task that was broken off, in token·iterations: by its usage so far, if it was told; else by the engine's last
         word on it; else by the events that were relayed; else, since an engine without a link tells nothing before the
         end, by the iterations since its release, up to what was predicted."""
         request, sequences = self._request, self._request.body.sequences
-        prompt_tokens = request.estimate.prompt_tokens / sequences
+        prompt_tokens = estimate.prompt_tokens / sequences
         holding = self._parts.engine.held.get(request.id)
         if self._usage is not None:
             return finished_task(self._usage, request.body).cost
@@ -265,7 +272,7 @@ class TaskResponse(Response):
         if self._released_at is None or self._outcome is Outcome.INVALID or self._parts.engine.linked:
             return 0.0
         iterations = self._parts.engine.iterations - self._released_at
-        return min(request.estimate.cost, sequences * task_cost(prompt_tokens, iterations))
+        return min(estimate.cost, sequences * task_cost(prompt_tokens, iterations))
 
 
 def _outcome(status: int) -> Outcome:

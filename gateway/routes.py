@@ -11,7 +11,6 @@ from starlette.requests import ClientDisconnect
 
 from gateway.body import parse_body
 from gateway.errors import BodyTooLarge, GatewayError, Outcome
-from gateway.estimate import estimate_task
 from gateway.fairness import AgentId, TaskId
 from gateway.identify import identify
 from gateway.parts import Parts
@@ -39,9 +38,8 @@ def task_routes(parts: Parts, *, max_body_bytes: int) -> APIRouter:
                 return Response(status_code=499)  # to nobody
             task_id = TaskId(next(numbers))
             record = parts.feedback.arrived(AgentId(identity.agent_id or f"task-{task_id}"), identity)
-            estimate = estimate_task(parts.predictor, identity, body, parts.engine.max_model_len)
             final = identity.final or identity.agent_id is None
-            task = TaskRequest(task_id, path, body, dict(request.headers), record, estimate, arrived_s, final)
+            task = TaskRequest(task_id, path, body, dict(request.headers), record, arrived_s, final)
             return TaskResponse(parts, task)
 
         return serve_task

@@ -1,113 +1,232 @@
-"""The ladder: a predictor that needs no training.
+"""The ladder: a predictor that needs no training, and knows least of all and soonest.
 
-It remembers the last agents at four rungs, from the narrowest to the widest: class and tenant, class, tenant, everybody.
-A question is answered by the narrowest rung that has seen enough; below the last one stands a prior from lengths. An
-agent's total is the mean of those remembered agents that had at least as many tasks and cost at least as much as the asking
-one has shown so far: the prediction grows with the agent.
+It remembers the last agents at four rungs, from the widest to the narrowest: everybody, tenant, class, class and tenant. Each
+rung corrects the one before it by as much as it has seen to do so. In logarithms: what the wider rung says is a normal prior,
+what the narrower one remembers are observations, and the posterior is handed on (credibility theory; Bühlmann 1967). So
+one agent of a new class counts for something, three for most, and a hundred for all.
+
+What is learned of an agent's total depends on whose it is. Of its own kind: how much those cost in the end that came at
+least as far. Of strangers: by which factor they grew from where this one is now.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from statistics import NormalDist, fmean
+from typing import NamedTuple
 
-from predictor.types import AgentProgress, FinishedAgent, Predictor, TaskFeatures, TaskPrediction
+from predictor.types import AgentPrediction, AgentProgress, FinishedAgent, TaskPrediction
 
 REMEMBERED_AGENTS = 100  # per rung; also the sample size of the paper's predictor
-ENOUGH_AGENTS = 3  # below which a wider rung answers
 MAX_RUNGS = 4096  # classes and tenants are the clients' words: the least recently used rung goes first
+STAGES = 64  # tasks up to which it is remembered how far an agent had come with each
 
 # The prior, until anything has been learned. A byte-level BPE has about four bytes of English to a token.
 PRIOR_BYTES_PER_TOKEN = 4.0
 PRIOR_DECODE_TOKENS = 256.0
+# Of agents among which nothing is known: the variance of the logarithm of what they cost, and decode.
+PRIOR_VARIANCE = 1.0
+# Of a group's own: what its variance is taken for before it has shown it, and as how many observations that counts.
+GROUP_VARIANCE, GROUP_OBSERVATIONS = 0.3, 2
 # An agent that has outgrown every one remembered: work still to come, as a share of what has arrived (the mean residual of
 # a heavy-tailed size is proportional to the size reached).
 PRIOR_GROWTH = 0.5
 
+P90 = NormalDist().inv_cdf(0.9)
+
 Rung = tuple[str | None, str | None]
+
+
+class _Sums(NamedTuple):
+    size: int
+    total: float
+    squares: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> _Sums:
+        return cls(len(values), sum(values), sum([value * value for value in values]))
+
+    def plus(self, value: float, sign: int = 1) -> _Sums:
+        return _Sums(self.size + sign, self.total + sign * value, self.squares + sign * value * value)
+
+
+class _Belief(NamedTuple):
+    """Normal, of a logarithm. variance: of the next one, not of the mean."""
+
+    mean: float
+    variance: float
+
+    def seeing(self, values: _Sums) -> _Belief:
+        """What is believed of a group within those that this belief is of, having seen some of the group."""
+        count = values.size
+        if not count:
+            return self
+        mean = values.total / count
+        deviations = max(0.0, values.squares - count * mean**2)
+        within = (GROUP_OBSERVATIONS * GROUP_VARIANCE + deviations) / (GROUP_OBSERVATIONS + count - 1)
+        precision = count / within + 1 / self.variance
+        return _Belief((mean * count / within + self.mean / self.variance) / precision, within + 1 / precision)
+
+
+class _Seen(NamedTuple):
+    """A finished agent. growths: log of the factor by which it grew after each of its first tasks; decode: log of the tokens
+    of a sequence."""
+
+    tasks: int
+    cost: float
+    log_cost: float
+    growths: tuple[float, ...]
+    prompt_bytes: int
+    prompt_tokens: int
+    decode: float
 
 
 class _Memory:
     """The last agents of one rung."""
 
     def __init__(self) -> None:
-        self._agents: deque[tuple[int, float]] = deque(maxlen=REMEMBERED_AGENTS)  # (tasks, cost)
-        self._lengths: deque[tuple[int, int, int, int]] = deque(maxlen=REMEMBERED_AGENTS)  # sums over an agent's tasks
-        self._sums = [0, 0, 0, 0]  # sequences, prompt bytes, prompt tokens, decode tokens
+        self.agents: deque[_Seen] = deque(maxlen=REMEMBERED_AGENTS)
+        self.decodes = _Sums(0, 0.0, 0.0)
+        self.history: tuple[float, ...] | None = None  # made when it is asked for
+        self._prompt_bytes = self._prompt_tokens = 0
 
-    def __len__(self) -> int:
-        return len(self._agents)
+    def add(self, seen: _Seen) -> None:
+        if len(self.agents) == REMEMBERED_AGENTS:
+            gone = self.agents[0]
+            self._prompt_bytes -= gone.prompt_bytes
+            self._prompt_tokens -= gone.prompt_tokens
+            self.decodes = self.decodes.plus(gone.decode, -1)
+        self.agents.append(seen)
+        self.decodes = self.decodes.plus(seen.decode)
+        self._prompt_bytes += seen.prompt_bytes
+        self._prompt_tokens += seen.prompt_tokens
+        self.history = None
 
-    def add(self, agent: FinishedAgent) -> None:
-        lengths = (
-            sum(task.sequences for task in agent.tasks),
-            sum(task.prompt_bytes for task in agent.tasks),
-            sum(task.prompt_tokens for task in agent.tasks),
-            sum(task.decode_tokens for task in agent.tasks),
-        )
-        if len(self._lengths) == REMEMBERED_AGENTS:
-            self._sums = [total - gone for total, gone in zip(self._sums, self._lengths[0], strict=True)]
-        self._sums = [total + new for total, new in zip(self._sums, lengths, strict=True)]
-        self._lengths.append(lengths)
-        self._agents.append((len(agent.tasks), agent.cost))
+    def totals(self, tasks: int, cost: float) -> list[float]:
+        """log of what those cost that came at least as far."""
+        return [seen.log_cost for seen in self.agents if seen.tasks >= tasks and seen.cost >= cost]
 
-    def total_cost(self, tasks: int, cost: float) -> float | None:
-        """Mean total of the agents that came at least as far; None if none did."""
-        totals = [total for count, total in self._agents if count >= tasks and total >= cost]
-        return sum(totals) / len(totals) if totals else None
+    def growths(self, tasks: int) -> list[float]:
+        """log of the factor by which those grew that had so many tasks."""
+        if not 1 <= tasks <= STAGES:
+            return []
+        return [seen.growths[tasks - 1] for seen in self.agents if seen.tasks >= tasks]
 
     @property
     def tokens_per_byte(self) -> float | None:
-        _, prompt_bytes, prompt_tokens, _ = self._sums
-        return prompt_tokens / prompt_bytes if prompt_bytes and prompt_tokens else None
-
-    @property
-    def decode_tokens(self) -> float:
-        sequences, _, _, decode_tokens = self._sums
-        return decode_tokens / sequences
+        return self._prompt_tokens / self._prompt_bytes if self._prompt_bytes and self._prompt_tokens else None
 
 
-class Ladder(Predictor):
+class Ladder:
     def __init__(self) -> None:
         self._memories: OrderedDict[Rung, _Memory] = OrderedDict()
 
-    def predict_task(self, task: TaskFeatures) -> TaskPrediction:
-        memory = next(self._answering(task.agent_class, task.tenant), None)
-        tokens_per_byte = (memory and memory.tokens_per_byte) or 1 / PRIOR_BYTES_PER_TOKEN
-        decode_tokens = memory.decode_tokens if memory else PRIOR_DECODE_TOKENS
-        if task.max_tokens is not None:
-            decode_tokens = min(decode_tokens, task.max_tokens)
-        return TaskPrediction(max(1.0, task.prompt_bytes * tokens_per_byte), max(1.0, decode_tokens))
+    def predict_task(
+        self, agent_class: str | None, tenant: str, prompt_bytes: int, max_tokens: int | None = None
+    ) -> TaskPrediction:
+        """prompt_bytes: of one prompt. max_tokens: the client's limit."""
+        tokens_per_byte = 1 / PRIOR_BYTES_PER_TOKEN
+        decode = _Belief(math.log(PRIOR_DECODE_TOKENS), PRIOR_VARIANCE)
+        for _, memory in self._climb(agent_class, tenant):
+            tokens_per_byte = memory.tokens_per_byte or tokens_per_byte
+            decode = decode.seeing(memory.decodes)
+        decode_tokens = math.exp(decode.mean)
+        if max_tokens is not None:
+            decode_tokens = min(decode_tokens, max_tokens)
+        return TaskPrediction(max(1.0, prompt_bytes * tokens_per_byte), max(1.0, decode_tokens))
 
-    def predict_agent(self, progress: AgentProgress) -> float:
-        memory = next(self._answering(progress.agent_class, progress.tenant), None)
-        if memory is None:
-            return progress.cost_arrived
-        total = memory.total_cost(progress.tasks_arrived, progress.cost_arrived)
-        # Past all of its own kind, what others cost says nothing of it.
-        return total if total is not None else progress.cost_arrived * (1 + PRIOR_GROWTH)
+    def predict_agent(self, progress: AgentProgress) -> AgentPrediction:
+        """At least what has arrived."""
+        tasks, cost = progress.tasks_arrived, progress.cost_arrived
+        if not cost > 0:
+            return AgentPrediction(0.0, 0.0, "ladder")
+        arrived, outgrown = math.log(cost), False
+        belief = _Belief(arrived, PRIOR_VARIANCE)
+        for (agent_class, _), memory in self._climb(progress.agent_class, progress.tenant):
+            if agent_class is None:
+                belief = belief.seeing(_Sums.of([arrived + growth for growth in memory.growths(tasks)]))
+            else:
+                totals = memory.totals(tasks, cost)
+                # Past all of its own kind, what others cost says little of it.
+                outgrown = bool(memory.agents) and not totals
+                belief = belief.seeing(_Sums.of(totals))
+        expected = math.exp(belief.mean)
+        if outgrown:
+            expected = max(expected, cost * (1 + PRIOR_GROWTH))
+        expected = max(expected, cost)
+        return AgentPrediction(expected, expected * math.exp(P90 * math.sqrt(belief.variance)), "ladder")
+
+    def history(self, agent_class: str | None, tenant: str) -> tuple[float, ...]:
+        """What agents of this class did before, or without one those of the tenant: `features.HISTORY_COLUMNS`."""
+        for rung in reversed(_rungs(agent_class, tenant)):
+            memory = self._memories.get(rung)
+            if memory is not None:
+                if memory.history is None:
+                    memory.history = _history(memory.agents)
+                return memory.history
+        return _history(())
 
     def learn(self, agent: FinishedAgent) -> None:
-        if not agent.tasks:
+        sequences = sum(task.sequences for task in agent.tasks)
+        if not sequences:
             return
+        decoded = sum(task.decode_tokens for task in agent.tasks)
+        log_cost = _log(agent.cost)
+        seen = _Seen(
+            tasks=len(agent.tasks),
+            cost=agent.cost,
+            log_cost=log_cost,
+            growths=tuple(log_cost - _log(cost) for cost in accumulate(task.cost for task in agent.tasks[:STAGES])),
+            prompt_bytes=sum(task.prompt_bytes for task in agent.tasks),
+            prompt_tokens=sum(task.prompt_tokens for task in agent.tasks),
+            decode=_log(decoded / sequences),
+        )
         for rung in _rungs(agent.agent_class, agent.tenant):
-            memory = self._memories.setdefault(rung, _Memory())
-            memory.add(agent)
+            self._memories.setdefault(rung, _Memory()).add(seen)
             self._memories.move_to_end(rung)
         while len(self._memories) > MAX_RUNGS:
             self._memories.popitem(last=False)
 
-    def _answering(self, agent_class: str | None, tenant: str) -> Iterator[_Memory]:
-        """The rungs that have seen enough, the narrowest first."""
+    def _climb(self, agent_class: str | None, tenant: str) -> Iterator[tuple[Rung, _Memory]]:
+        """The rungs that have seen anybody, the widest first."""
         for rung in _rungs(agent_class, tenant):
             memory = self._memories.get(rung)
             if memory is not None:
                 self._memories.move_to_end(rung)
-                if len(memory) >= ENOUGH_AGENTS:
-                    yield memory
+                yield rung, memory
 
 
 def _rungs(agent_class: str | None, tenant: str) -> list[Rung]:
-    """Class and tenant → class → tenant → everybody. Agents without a class have no rung of a class."""
-    of_class: list[Rung] = [] if agent_class is None else [(agent_class, tenant), (agent_class, None)]
-    return [*of_class, (None, tenant), (None, None)]
+    """The widest first. Agents without a class have no rung of a class."""
+    of_class: list[Rung] = [] if agent_class is None else [(agent_class, None), (agent_class, tenant)]
+    return [(None, None), (None, tenant), *of_class]
+
+
+def _history(agents: Iterable[_Seen]) -> tuple[float, ...]:
+    """In the order of `features.HISTORY_COLUMNS`; logarithms."""
+    seen = list(agents)
+    if not seen:
+        return (0.0, *(math.nan,) * 7)
+    costs, decodes = [one.log_cost for one in seen], [one.decode for one in seen]
+    return (
+        math.log1p(len(seen)),
+        fmean(costs),
+        _deviation(costs),
+        fmean(math.log(one.tasks) for one in seen),
+        fmean(decodes),
+        _deviation(decodes),
+        fmean(math.log1p(one.prompt_bytes / one.tasks) for one in seen),
+        fmean(one.growths[0] for one in seen),
+    )
+
+
+def _log(value: float) -> float:
+    return math.log(max(1.0, value))
+
+
+def _deviation(values: Sequence[float]) -> float:
+    mean = fmean(values)
+    return math.sqrt(fmean((value - mean) ** 2 for value in values))

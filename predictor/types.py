@@ -3,26 +3,58 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from predictor.cost import task_cost
 
+if TYPE_CHECKING:
+    from predictor.features import Sketch
+
 
 @dataclass(frozen=True, slots=True)
-class TaskFeatures:
-    """What is known of a task at its arrival. Never what only the future knows."""
+class TaskContent:
+    """What a request says of itself. Never what only the future knows.
+
+    prompt_bytes: of all text of one prompt, tools included. system, text: what instructs the model, and what it is asked; their
+    beginnings and ends suffice (`features.EDGE_BYTES`). max_tokens: the client's limit: a feature, not a fact.
+    sequences: how many will be decoded for it. structured: an answer of a given form is wanted.
+    """
+
+    prompt_bytes: int
+    system: bytes = b""
+    text: bytes = b""
+    messages: int = 1
+    tools: int = 0
+    tool_bytes: int = 0
+    max_tokens: int | None = None
+    sequences: int = 1
+    structured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AgentProgress:
+    """How far an agent has come. Costs in token·iterations, true where known.
+
+    returns: how often it came back after it had nothing left to do. expected_tasks: how many the client says there will be, a
+    feature too. opening, latest: its first and its last task.
+    """
 
     agent_class: str | None
     tenant: str
-    prompt_bytes: int
-    max_tokens: int | None = None  # the client's limit: a feature, not a fact
+    tasks_arrived: int = 0
+    tasks_ended: int = 0
+    cost_arrived: float = 0.0
+    returns: int = 0
+    expected_tasks: int | None = None
+    opening: Sketch | None = None
+    latest: Sketch | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TaskPrediction:
-    """Expected prompt and decode length, in tokens."""
+    """Expected prompt and decode length of one sequence, in tokens."""
 
     prompt_tokens: float
     decode_tokens: float
@@ -39,18 +71,28 @@ class TaskPrediction:
 
 
 @dataclass(frozen=True, slots=True)
-class AgentProgress:
-    """How far an agent has come: its tasks that have arrived, and their cost in token·iterations (true where known)."""
+class AgentPrediction:
+    """cost: Ĉ, in token·iterations. p90: nine of ten such agents cost at most that. source: who says so."""
 
-    agent_class: str | None
-    tenant: str
-    tasks_arrived: int
-    cost_arrived: float
+    cost: float
+    p90: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What is predicted when a task arrives: of it, and of its agent. row: all that it follows from, for training."""
+
+    task: TaskPrediction
+    agent: AgentPrediction
+    sketch: Sketch
+    row: bytes
 
 
 class FinishedTask(msgspec.Struct, frozen=True, array_like=True):
     """A task as the engine's usage told it: tokens summed over its sequences (prompts × n). held: what its scheduler counted,
-    in KV token·iterations, if it said so."""
+    in KV token·iterations, if it said so. arrived_s, ended_s: since its agent's first arrival. row: `Arrival.row`, of the
+    arrivals that `features.is_kept` says. prompt: its text, if the user wants that kept."""
 
     prompt_bytes: int
     prompt_tokens: int
@@ -59,6 +101,10 @@ class FinishedTask(msgspec.Struct, frozen=True, array_like=True):
     prompts: int = 1
     sequences: int = 1
     held: float | None = None
+    arrived_s: float = 0.0
+    ended_s: float = 0.0
+    row: bytes = b""
+    prompt: str | None = None
 
     @property
     def cost(self) -> float:
@@ -73,11 +119,13 @@ class FinishedTask(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FinishedAgent(msgspec.Struct, frozen=True):
-    """What a finished agent turned out to be: the rows that predictors learn from, and that the state store keeps."""
+    """What a finished agent turned out to be, its tasks in the order of their arrival: what predictors learn from, and what the
+    state store keeps. schema: of the rows (`features.SCHEMA`)."""
 
     agent_class: str | None
     tenant: str
     tasks: list[FinishedTask]
+    schema: str = ""
 
     @property
     def cost(self) -> float:
@@ -87,10 +135,12 @@ class FinishedAgent(msgspec.Struct, frozen=True):
 class Predictor(Protocol):
     """Every method returns at once, and never a NaN or an infinity."""
 
-    def predict_task(self, task: TaskFeatures) -> TaskPrediction: ...
+    def arrive(self, content: TaskContent, progress: AgentProgress) -> Arrival:
+        """A task arrives. progress: of its agent, before it."""
+        ...
 
-    def predict_agent(self, progress: AgentProgress) -> float:
-        """Ĉ, the agent's total cost in token·iterations: at least what has arrived."""
+    def predict_agent(self, progress: AgentProgress) -> AgentPrediction:
+        """Of an agent of which no new task has come, but more is known. Its cost is at least what has arrived."""
         ...
 
     def learn(self, agent: FinishedAgent) -> None: ...

@@ -319,12 +319,12 @@ def replay_all(
     profile: StepProfile,
 ) -> list[PolicyCompared]:
     """Each policy by the profile, and each live run on its steady clock. Raises `ValueError`, as `compare` does."""
-    from gateway.replay.predictors import Learned
+    from gateway.replay.predictors import beliefs
     from gateway.replay.simulation import Setup, simulate
 
     def replayed(policy: str, agents: Sequence[AgentTrace]) -> results.Run:
         later = with_latency(agents, profile.fit.get("task_latency_s", 0.0))
-        return simulate(later, policy, "memory", Learned(past), Setup(profile), predictor="ladder")
+        return simulate(later, policy, "memory", beliefs("ladder", past=past), Setup(profile), predictor="ladder")
 
     compared = []
     for policy, repeats in live.items():

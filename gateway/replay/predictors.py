@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from random import Random
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+import msgspec
 
 from gateway.trace import AgentTrace, TaskTrace
 from predictor.cost import task_cost
-from predictor.ladder import PRIOR_BYTES_PER_TOKEN, Ladder
-from predictor.types import AgentProgress, FinishedAgent, FinishedTask, TaskFeatures, TaskPrediction
+from predictor.features import SCHEMA, Sketch, is_kept
+from predictor.ladder import PRIOR_BYTES_PER_TOKEN
+from predictor.learned import Learned
+from predictor.types import AgentProgress, FinishedAgent, FinishedTask, Predictor, TaskContent, TaskPrediction
 
 Cost = Callable[[float, float, float], float]  # of prompt, decode and cached tokens
 
@@ -22,22 +26,36 @@ class UnknownPredictor(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far an agent has come: tasks that have arrived, and their cost, true where it is known."""
+    """How far an agent has come. arrived, ended: tasks; cost: of those that have arrived, true where it is known; returns: how
+    often it came back after it had nothing left to do."""
 
-    tasks: int
+    arrived: int
+    ended: int
     cost: float
+    returns: int = 0
+
+
+class Arrived(NamedTuple):
+    """What is believed when a task arrives: of the task, and Ĉ of its agent."""
+
+    task: TaskPrediction
+    agent_cost: float
 
 
 class Beliefs(Protocol):
     """Lengths in tokens, costs in KV token·iterations."""
 
-    def task(self, agent: AgentTrace, task: TaskTrace) -> TaskPrediction: ...
-
-    def agent(self, agent: AgentTrace, progress: Progress) -> float:
-        """Ĉ."""
+    def arrive(self, agent: AgentTrace, task: TaskTrace, progress: Progress) -> Arrived:
+        """progress: before this task."""
         ...
 
-    def learn(self, agent: AgentTrace, finished: Sequence[FinishedTask]) -> None: ...
+    def agent(self, agent: AgentTrace, progress: Progress) -> float:
+        """Ĉ, when no new task has arrived, but more is known."""
+        ...
+
+    def learn(self, agent: AgentTrace, finished: Mapping[str, FinishedTask]) -> None:
+        """finished: by task."""
+        ...
 
 
 class Exact:
@@ -46,13 +64,13 @@ class Exact:
     def __init__(self, cost: Cost = task_cost) -> None:
         self._cost = cost
 
-    def task(self, agent: AgentTrace, task: TaskTrace) -> TaskPrediction:
-        return TaskPrediction(task.prompt_tokens, task.output_tokens)
+    def arrive(self, agent: AgentTrace, task: TaskTrace, progress: Progress) -> Arrived:
+        return Arrived(TaskPrediction(task.prompt_tokens, task.output_tokens), self.agent(agent, progress))
 
     def agent(self, agent: AgentTrace, progress: Progress) -> float:
         return sum(self._cost(task.prompt_tokens, task.output_tokens, 0.0) for task in agent.tasks)
 
-    def learn(self, agent: AgentTrace, finished: Sequence[FinishedTask]) -> None:
+    def learn(self, agent: AgentTrace, finished: Mapping[str, FinishedTask]) -> None:
         pass
 
 
@@ -63,10 +81,9 @@ class Noise(Exact):
         super().__init__(cost)
         self._sigma, self._seed = sigma, seed
 
-    def task(self, agent: AgentTrace, task: TaskTrace) -> TaskPrediction:
-        return TaskPrediction(
-            task.prompt_tokens, max(1.0, task.output_tokens * self._factor(f"{agent.agent_id}/{task.id}"))
-        )
+    def arrive(self, agent: AgentTrace, task: TaskTrace, progress: Progress) -> Arrived:
+        output = max(1.0, task.output_tokens * self._factor(f"{agent.agent_id}/{task.id}"))
+        return Arrived(TaskPrediction(task.prompt_tokens, output), self.agent(agent, progress))
 
     def agent(self, agent: AgentTrace, progress: Progress) -> float:
         return super().agent(agent, progress) * self._factor(agent.agent_id)
@@ -75,29 +92,81 @@ class Noise(Exact):
         return math.exp(Random(f"{self._seed}/{name}").gauss(0, self._sigma))  # noqa: S311 (noise, not a secret)
 
 
-class Learned:
-    """The ladder, as it serves: told what a gateway sees, and learning from each agent that finishes."""
+@dataclass(slots=True)
+class _Alive:
+    """An agent that has not finished."""
 
-    def __init__(self, past: Sequence[AgentTrace] = ()) -> None:
-        self._ladder = Ladder()
-        for agent in past:
-            self.learn(agent, [finished_task(task, task.cached_tokens) for task in agent.tasks])
+    opening: Sketch | None = None
+    latest: Sketch | None = None
+    rows: dict[str, bytes] = field(default_factory=dict)  # by task, in the order of their arrival
 
-    def task(self, agent: AgentTrace, task: TaskTrace) -> TaskPrediction:
-        features = TaskFeatures(agent.agent_class or None, agent.tenant, _prompt_bytes(task))
-        return self._ladder.predict_task(features)
+
+class Serving:
+    """A predictor as it serves: told what a gateway sees, and learning from each agent that finishes."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+        self.finished: list[FinishedAgent] = []
+        self._alive: dict[str, _Alive] = {}
+
+    def arrive(self, agent: AgentTrace, task: TaskTrace, progress: Progress) -> Arrived:
+        alive = self._alive.setdefault(agent.agent_id, _Alive())
+        arrival = self.predictor.arrive(content_of(task), _progress(agent, progress, alive))
+        alive.latest = arrival.sketch
+        alive.opening = arrival.sketch if alive.opening is None else alive.opening
+        alive.rows[task.id] = arrival.row if is_kept(len(alive.rows) + 1) else b""
+        return Arrived(arrival.task, arrival.agent.cost)
 
     def agent(self, agent: AgentTrace, progress: Progress) -> float:
-        return self._ladder.predict_agent(
-            AgentProgress(agent.agent_class or None, agent.tenant, progress.tasks, progress.cost)
-        )
+        return self.predictor.predict_agent(_progress(agent, progress, self._alive[agent.agent_id])).cost
 
-    def learn(self, agent: AgentTrace, finished: Sequence[FinishedTask]) -> None:
-        self._ladder.learn(FinishedAgent(agent.agent_class or None, agent.tenant, list(finished)))
+    def learn(self, agent: AgentTrace, finished: Mapping[str, FinishedTask]) -> None:
+        rows = self._alive.pop(agent.agent_id).rows
+        tasks = [msgspec.structs.replace(finished[task_id], row=row) for task_id, row in rows.items()]
+        done = FinishedAgent(agent.agent_class or None, agent.tenant, tasks, SCHEMA)
+        self.predictor.learn(done)
+        self.finished.append(done)
 
 
 def finished_task(task: TaskTrace, cached_tokens: int, held: float | None = None) -> FinishedTask:
     return FinishedTask(_prompt_bytes(task), task.prompt_tokens, cached_tokens, task.output_tokens, held=held)
+
+
+def content_of(task: TaskTrace) -> TaskContent:
+    """What a gateway would read of the request."""
+    return TaskContent(prompt_bytes=_prompt_bytes(task), text=b"" if task.prompt is None else task.prompt.encode())
+
+
+def served(agents: Sequence[AgentTrace], serving: Serving) -> None:
+    """Teaches a predictor agents of the past, one after the other, as if each had been served alone: each task arrives when
+    those before it have ended."""
+    for agent in agents:
+        finished: dict[str, FinishedTask] = {}
+        cost, arrived, ended, returns = 0.0, 0, 0, 0
+        for wave in waves(agent):
+            for task in wave:
+                believed = serving.arrive(agent, task, Progress(arrived, ended, cost, returns))
+                cost += believed.task.cost
+                arrived += 1
+            for task in wave:
+                finished[task.id] = finished_task(task, task.cached_tokens)
+            cost = sum(task.cost for task in finished.values())
+            ended, returns = arrived, returns + 1
+        serving.learn(agent, finished)
+
+
+def waves(agent: AgentTrace) -> list[list[TaskTrace]]:
+    """The tasks by how many have to end, one after the other, before them."""
+    depth: dict[str, int] = {}
+    left = list(agent.tasks)
+    while left:
+        ready = [task for task in left if all(name in depth for name in task.after)]
+        depth |= {task.id: max((depth[name] + 1 for name in task.after), default=0) for task in ready}
+        left = [task for task in left if task.id not in depth]
+    found: list[list[TaskTrace]] = [[] for _ in range(max(depth.values()) + 1)]
+    for task in agent.tasks:
+        found[depth[task.id]].append(task)
+    return found
 
 
 def compute_cost(prompt_tokens: float, decode_tokens: float, cached_tokens: float = 0.0) -> float:
@@ -115,7 +184,9 @@ def beliefs(name: str, *, seed: int = 0, past: Sequence[AgentTrace] = (), cost: 
     if name == "ladder":
         if cost is not task_cost:
             raise UnknownPredictor("the ladder learns memory-centric costs only: take exact or noise:SIGMA")
-        return Learned(past)
+        serving = Serving(Learned())
+        served(past, serving)
+        return serving
     kind, _, sigma = name.partition(":")
     try:
         if kind == "noise" and 0 <= float(sigma) < math.inf:
@@ -123,6 +194,20 @@ def beliefs(name: str, *, seed: int = 0, past: Sequence[AgentTrace] = (), cost: 
     except ValueError:
         pass
     raise UnknownPredictor(f"no predictor {name!r}: exact, ladder, or noise:SIGMA with a number of at least 0")
+
+
+def _progress(agent: AgentTrace, progress: Progress, alive: _Alive) -> AgentProgress:
+    return AgentProgress(
+        agent.agent_class or None,
+        agent.tenant,
+        progress.arrived,
+        progress.ended,
+        progress.cost,
+        progress.returns,
+        None,
+        alive.opening,
+        alive.latest,
+    )
 
 
 def _prompt_bytes(task: TaskTrace) -> int:

@@ -32,7 +32,8 @@ class Journey:
     finish_iteration: int = 0
     preemptions: int = 0
     held: float = 0.0  # KV token·iterations, as the engine's scheduler counts them
-    finished: list[FinishedTask] = field(default_factory=list)
+    returns: int = 0  # how often it came back after it had nothing left to do
+    finished: dict[str, FinishedTask] = field(default_factory=dict)  # by task
 
 
 class _VirtualTime:
@@ -95,12 +96,12 @@ class Record:
             jct_s=journey.finish_s - trace.arrival_s,
             reference_finish_s=reference_s,
             lateness_s=journey.finish_s - reference_s,
-            cost=sum(task.cost for task in journey.finished),
+            cost=sum(task.cost for task in journey.finished.values()),
             predicted_cost=journey.predicted,
             tasks=len(trace.tasks),
             preemptions=journey.preemptions,
-            cached_tokens=sum(task.cached_tokens for task in journey.finished),
-            net_cost=sum(task.net_cost for task in journey.finished),
+            cached_tokens=sum(task.cached_tokens for task in journey.finished.values()),
+            net_cost=sum(task.net_cost for task in journey.finished.values()),
             held=journey.held,
         )
 
@@ -112,7 +113,7 @@ class Record:
     def summary(
         self, journeys: list[Journey], agents: list[AgentResult], preemptions: int, recomputed_tokens: int
     ) -> Summary:
-        prompt_tokens = sum(task.prompt_tokens for journey in journeys for task in journey.finished)
+        prompt_tokens = sum(task.prompt_tokens for journey in journeys for task in journey.finished.values())
         step_s = (self._clock[-1] - self.idle_s) / max(1, self.iteration)
         bound = self.bound.iterations()
         jcts = [agent.jct_s for agent in agents]

@@ -194,16 +194,17 @@ class _Simulation:
             self._next_task += 1
             journey = self._journeys[place]
             agent = journey.trace
-            journey.arrived += 1
             self._tasks[key] = journey, task
-            belief = self._beliefs.task(agent, task)
-            cost = KvTokenIterations(self._setup.cost(belief.prompt_tokens, belief.decode_tokens, 0.0))
             known = self._queue.agents.get(AgentId(agent.agent_id))
-            total = self._agent_cost(journey, cost + (known.arrived if known else 0.0))
+            arrived = self._beliefs.arrive(agent, task, _progress(journey, known.arrived if known else 0.0))
+            belief, total = arrived.task, KvTokenIterations(arrived.agent_cost)
+            cost = KvTokenIterations(self._setup.cost(belief.prompt_tokens, belief.decode_tokens, 0.0))
+            journey.arrived += 1
             predicted = Task(TaskId(key), AgentId(agent.agent_id), cost, belief.memory_tokens, belief.prompt_tokens)
             tenant = TenantId(agent.tenant)
             idle_since = self._idle_since.pop(AgentId(agent.agent_id), None)
             if idle_since is not None:
+                journey.returns += 1
                 self._waits.came_back(agent.agent_class, self._now - idle_since)
             self._ask(self._queue.enqueue, self._now, predicted, total, weight=agent.weight, tenant=tenant)
 
@@ -266,12 +267,13 @@ class _Simulation:
         if held is not None:
             cost = KvTokenIterations(held)
         believed = agent.in_flight[TaskId(key)].task.cost
-        total = self._agent_cost(journey, max(0.0, agent.arrived - believed + cost))
+        progress = _progress(journey, max(0.0, agent.arrived - believed + cost))
+        total = KvTokenIterations(self._beliefs.agent(journey.trace, progress))
         spent = Spent(cost, task.prompt_tokens, task.output_tokens)
         self._ask(self._queue.complete, self._now, TaskId(key), spent, total)
         self._record.bound.ended(self._record.iteration, key)
         journey.largest_tag = max(journey.largest_tag, agent.finish_tag)
-        journey.finished.append(finished_task(task, cached_tokens, held))
+        journey.finished[task.id] = finished_task(task, cached_tokens, held)
         journey.left -= 1
         for successor in self._successors.get((agent_id, task.id), ()):
             journey.blocked_by[successor.id] -= 1
@@ -308,9 +310,6 @@ class _Simulation:
         for key in {key for key, *_ in before} - there:
             self._tasks[key][0].preemptions += 1
 
-    def _agent_cost(self, journey: Journey, cost_arrived: float) -> KvTokenIterations:
-        return KvTokenIterations(self._beliefs.agent(journey.trace, Progress(journey.arrived, cost_arrived)))
-
     def _refuse_too_long(self, agents: Sequence[AgentTrace]) -> None:
         most = min(self._engine.capacity_tokens, self._engine.max_model_len)
         for agent in agents:
@@ -337,6 +336,10 @@ class _Simulation:
 
 def _journey(agent: AgentTrace) -> Journey:
     return Journey(agent, len(agent.tasks), {task.id: len(set(task.after)) for task in agent.tasks})
+
+
+def _progress(journey: Journey, cost_arrived: float) -> Progress:
+    return Progress(journey.arrived, len(journey.finished), cost_arrived, journey.returns)
 
 
 def _successors(agents: Sequence[AgentTrace]) -> dict[tuple[str, str], list[TaskTrace]]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry
 
+from gateway.estimate import Estimate
 from gateway.fairness import POLICIES, AgentId, FairQueue, Iterations, KvTokenIterations, Spent, Task, TaskId
 from gateway.feedback import AgentRecord, Feedback
 from gateway.identify import Identity
 from gateway.metrics import Metrics
 from gateway.state.memory import MemoryStore
 from gateway.tool_waits import UNKNOWN, ToolWaits
-from predictor.ladder import Ladder
-from predictor.types import FinishedAgent, FinishedTask
+from predictor.learned import Learned
+from predictor.types import AgentPrediction, FinishedAgent, FinishedTask
 
 NET = FinishedTask(40, 10, 0, 4).net_cost
 
@@ -30,7 +31,7 @@ class Scene:
         self.corrected: list[float] = []
         self.feedback = Feedback(
             self.queue,
-            Ladder(),
+            Learned(),
             self.store,
             Metrics(self.registry, version="", policy=""),
             now=lambda: Iterations(self.now),
@@ -51,7 +52,8 @@ class Scene:
         self.queue.enqueue(
             Iterations(self.now), Task(task_id, agent_id, KvTokenIterations(NET), 14, 10), KvTokenIterations(NET)
         )
-        self.feedback.accepted(record, final=final)
+        estimate = Estimate(NET, 14, 10, AgentPrediction(NET, NET, "none"), None, b"")
+        self.feedback.accepted(record, estimate, final=final)
         self.queue.release(Iterations(self.now))
         finished = FinishedTask(40, 10, 0, 4, held=held)
         self.queue.complete(

@@ -37,6 +37,17 @@ def test_class_and_final() -> None:
     assert identified().final is False
 
 
+def test_how_many_tasks_the_client_expects() -> None:
+    assert identified({"X-Agent-Tasks": "17"}).expected_tasks == 17
+    assert identified().expected_tasks is None
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "many", "1.5", "9999999", "１"])
+def test_no_number_of_tasks_is_refused(value: str) -> None:
+    with pytest.raises(InvalidRequest, match="x-agent-tasks"):
+        identified({"X-Agent-Tasks": value})
+
+
 @pytest.mark.parametrize("value", ["", "two words", "x" * 256, "tab\there", "\x80"])
 def test_absurd_ids_are_refused(value: str) -> None:
     with pytest.raises(InvalidRequest, match="visible ASCII"):

@@ -8,25 +8,34 @@ from statistics import fmean, median, stdev
 import pytest
 
 from gateway.replay.predictors import (
+    Beliefs,
     Exact,
-    Learned,
     Noise,
     Progress,
+    Serving,
     UnknownPredictor,
     beliefs,
     compute_cost,
     finished_task,
+    served,
+    waves,
 )
 from gateway.trace import AgentTrace, TaskTrace
 from predictor.cost import task_cost
+from predictor.features import is_kept
+from predictor.learned import Learned
 from predictor.types import TaskPrediction
 
-NOT_YET = Progress(0, 0.0)
+NOT_YET = Progress(0, 0, 0.0)
 
 
 def agent(name: str, *lengths: tuple[int, int], kind: str = "") -> AgentTrace:
     tasks = tuple(TaskTrace(str(i), prompt, output) for i, (prompt, output) in enumerate(lengths))
     return AgentTrace(name, 0.0, tasks, agent_class=kind)
+
+
+def decode_tokens(beliefs: Beliefs, one: AgentTrace, place: int = 0) -> float:
+    return beliefs.arrive(one, one.tasks[place], NOT_YET).task.decode_tokens
 
 
 MANY = [agent(f"a{i}", (100, 50), (200, 80)) for i in range(1000)]
@@ -35,8 +44,8 @@ MANY = [agent(f"a{i}", (100, 50), (200, 80)) for i in range(1000)]
 def test_exact_knows_all_lengths_and_costs() -> None:
     one = agent("a", (100, 50), (200, 80))
     exact = Exact()
-    assert exact.task(one, one.tasks[1]) == TaskPrediction(200, 80)
-    assert exact.agent(one, NOT_YET) == exact.agent(one, Progress(2, 1e9)) == one.cost
+    assert exact.arrive(one, one.tasks[1], NOT_YET) == (TaskPrediction(200, 80), one.cost)
+    assert exact.agent(one, NOT_YET) == exact.agent(one, Progress(2, 0, 1e9)) == one.cost
     assert Exact(compute_cost).agent(one, NOT_YET) == 100 + 50 + 200 + 80
 
 
@@ -49,15 +58,19 @@ def test_the_cost_of_computing_counts_tokens_and_none_that_was_cached() -> None:
 def test_noise_of_no_size_is_exact() -> None:
     noise, exact = Noise(0.0, 3), Exact()
     for one in MANY[:20]:
-        assert noise.agent(one, NOT_YET) == exact.agent(one, NOT_YET)
-        assert [noise.task(one, task) for task in one.tasks] == [exact.task(one, task) for task in one.tasks]
+        for task in one.tasks:
+            assert noise.arrive(one, task, NOT_YET) == exact.arrive(one, task, NOT_YET)
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0])
 def test_noise_is_log_normal_of_median_one(sigma: float) -> None:
     noise = Noise(sigma, 0)
     totals = [math.log(noise.agent(one, NOT_YET) / one.cost) for one in MANY]
-    lengths = [math.log(noise.task(one, task).decode_tokens / task.output_tokens) for one in MANY for task in one.tasks]
+    lengths = [
+        math.log(decode_tokens(noise, one, place) / task.output_tokens)
+        for one in MANY
+        for place, task in enumerate(one.tasks)
+    ]
     for logarithms in (totals, lengths):
         assert abs(median(logarithms)) < 0.1 * sigma
         assert stdev(logarithms) == pytest.approx(sigma, rel=0.1)
@@ -66,34 +79,57 @@ def test_noise_is_log_normal_of_median_one(sigma: float) -> None:
 def test_noise_follows_from_its_seed_and_prompts_are_known() -> None:
     one = MANY[0]
     first, same, other = (Noise(0.5, seed) for seed in (1, 1, 2))
-    assert first.task(one, one.tasks[0]) == same.task(one, one.tasks[0]) != other.task(one, one.tasks[0])
-    assert first.agent(one, NOT_YET) == same.agent(one, Progress(2, 1.0)) != other.agent(one, NOT_YET)
-    assert first.task(one, one.tasks[0]).prompt_tokens == 100
+    task = one.tasks[0]
+    assert first.arrive(one, task, NOT_YET) == same.arrive(one, task, NOT_YET) != other.arrive(one, task, NOT_YET)
+    assert first.agent(one, NOT_YET) == same.agent(one, Progress(2, 0, 1.0)) != other.agent(one, NOT_YET)
+    assert first.arrive(one, task, NOT_YET).task.prompt_tokens == 100
     short = agent("short", (5, 1))
-    assert all(Noise(3.0, seed).task(short, short.tasks[0]).decode_tokens >= 1 for seed in range(50))
+    assert all(decode_tokens(Noise(3.0, seed), short) >= 1 for seed in range(50))
 
 
-def test_the_ladder_predicts_the_means_of_a_class() -> None:
-    small = [agent(f"s{i}", (40, 10 + i), kind="small") for i in range(10)]
-    large = [agent(f"l{i}", (400, 100 + i), (400, 300), kind="large") for i in range(10)]
-    ladder = Learned([*small, *large])
+def test_the_ladder_predicts_what_is_usual_in_a_class() -> None:
+    small = [agent(f"s{i}", (40, 10 + i % 5), kind="small") for i in range(60)]
+    large = [agent(f"l{i}", (400, 100 + i % 5), (400, 300), kind="large") for i in range(60)]
+    ladder = beliefs("ladder", past=[*small, *large])
     for past in (small, large):
         new = AgentTrace("new", 0.0, past[0].tasks, agent_class=past[0].agent_class)
-        task = ladder.task(new, new.tasks[0])
-        assert task.prompt_tokens == pytest.approx(new.tasks[0].prompt_tokens)
-        assert task.decode_tokens == pytest.approx(fmean(task.output_tokens for one in past for task in one.tasks))
-        assert ladder.agent(new, Progress(1, 1.0)) == pytest.approx(fmean(one.cost for one in past))
+        arrived = ladder.arrive(new, new.tasks[0], NOT_YET)
+        assert arrived.task.prompt_tokens == pytest.approx(new.tasks[0].prompt_tokens)
+        usual = fmean(task.output_tokens for one in past for task in one.tasks)
+        assert arrived.task.decode_tokens == pytest.approx(usual, rel=0.1)
+        assert arrived.agent_cost == pytest.approx(fmean(one.cost for one in past), rel=0.1)
 
 
-def test_the_ladder_learns_from_those_that_finish_net_of_what_was_cached() -> None:
-    ladder = Learned()
-    kind = [agent(f"a{i}", (64, 20), kind="k") for i in range(3)]
+def test_a_predictor_learns_from_those_that_finish_net_of_what_was_cached() -> None:
+    serving = Serving(Learned())
+    for i in range(60):
+        one = agent(f"a{i}", (64, 20), kind="k")
+        serving.arrive(one, one.tasks[0], NOT_YET)
+        serving.learn(one, {task.id: finished_task(task, 48) for task in one.tasks})
     asking = agent("new", (64, 20), kind="k")
-    assert ladder.agent(asking, Progress(1, 1234.0)) == 1234.0  # nothing learned: what has arrived
-    for one in kind:
-        ladder.learn(one, [finished_task(task, 48) for task in one.tasks])
-    assert ladder.agent(asking, Progress(1, 1.0)) == task_cost(64, 20, 48)
-    assert ladder.task(asking, asking.tasks[0]) == TaskPrediction(64, 20)
+    arrived = serving.arrive(asking, asking.tasks[0], NOT_YET)
+    assert arrived.task.decode_tokens == pytest.approx(20, rel=0.05)
+    assert arrived.task.prompt_tokens == 64
+    assert serving.agent(asking, Progress(1, 0, 1.0)) == pytest.approx(task_cost(64, 20, 48), rel=0.05)
+
+
+def test_what_it_has_served_is_kept_with_the_rows_of_each_arrival_in_order() -> None:
+    serving = Serving(Learned())
+    one = agent("a", *[(10 * i + 10, 5) for i in range(12)])
+    served([one], serving)
+    tasks = serving.finished[0].tasks
+    assert [task.prompt_tokens for task in tasks] == [task.prompt_tokens for task in one.tasks]
+    assert [bool(task.row) for task in tasks] == [is_kept(number) for number in range(1, 13)]
+
+
+def test_tasks_come_in_waves() -> None:
+    tasks = (
+        TaskTrace("r", 1, 1, after=("b", "a")),
+        TaskTrace("a", 1, 1),
+        TaskTrace("b", 1, 1, after=("a",)),
+        TaskTrace("c", 1, 1),
+    )
+    assert [[task.id for task in wave] for wave in waves(AgentTrace("x", 0.0, tasks))] == [["a", "c"], ["b"], ["r"]]
 
 
 def test_a_prompt_that_is_told_is_measured_and_else_taken_for_english() -> None:
@@ -106,8 +142,8 @@ def test_a_prompt_that_is_told_is_measured_and_else_taken_for_english() -> None:
 def test_predictors_by_name() -> None:
     past = [agent(f"a{i}", (64, 20), kind="k") for i in range(3)]
     assert isinstance(beliefs("exact"), Exact)
-    assert isinstance(beliefs("ladder", past=past), Learned)
-    assert beliefs("ladder", past=past).agent(agent("b", (64, 20), kind="k"), Progress(1, 1.0)) == past[0].cost
+    new = agent("b", (64, 20), kind="k")
+    assert decode_tokens(beliefs("ladder", past=past * 20), new) == pytest.approx(20, rel=0.1)
     noisy = beliefs("noise:0.5", seed=7, cost=compute_cost)
     assert noisy.agent(past[0], NOT_YET) == Noise(0.5, 7, compute_cost).agent(past[0], NOT_YET)
     assert beliefs("noise:0").agent(past[0], NOT_YET) == past[0].cost

@@ -13,7 +13,7 @@ from predictor.types import FinishedTask
 
 def journey(name: str = "a", arrival_s: float = 0.0, tenant: str = "") -> Journey:
     trace = AgentTrace(name, arrival_s, (TaskTrace("t", 10, 2),), agent_class="kind", tenant=tenant)
-    return Journey(trace, 0, {}, finished=[FinishedTask(40, 10, 4, 2)])
+    return Journey(trace, 0, {}, finished={"t": FinishedTask(40, 10, 4, 2)})
 
 
 def record() -> Record:

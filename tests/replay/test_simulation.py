@@ -14,12 +14,13 @@ pytest.importorskip("vllm")
 
 from engine.profile import StepProfile
 from gateway.fairness import POLICIES
-from gateway.replay.predictors import Beliefs, Exact, Learned, Noise, compute_cost
+from gateway.replay.predictors import Beliefs, Exact, Noise, Serving, compute_cost
 from gateway.replay.record import MEMORY_EVERY
 from gateway.replay.results import AgentResult, Run, own_release
 from gateway.replay.simulation import ReleaseName, Setup, simulate
 from gateway.trace import AgentTrace, Prefix, TaskTrace, TraceError
 from predictor.cost import task_cost
+from predictor.learned import Learned
 
 # An iteration takes 0.01 s whatever it computes; the cache holds 256 tokens.
 PROFILE = StepProfile(
@@ -309,7 +310,7 @@ def test_the_stock_scheduler_serves_as_well(policy: str, crowded: list[AgentTrac
     assert [each.cost for each in one.agents] == [each.cost for each in crowded]
 
 
-@pytest.mark.parametrize("beliefs", [lambda: Noise(1.0, 0), Learned], ids=["noise", "ladder"])
+@pytest.mark.parametrize("beliefs", [lambda: Noise(1.0, 0), lambda: Serving(Learned())], ids=["noise", "ladder"])
 def test_everything_ends_whatever_is_believed(beliefs: Callable[[], Beliefs], crowded: list[AgentTrace]) -> None:
     one = run(crowded, beliefs=beliefs())
     assert [each.cost for each in one.agents] == [each.cost for each in crowded]
@@ -318,11 +319,12 @@ def test_everything_ends_whatever_is_believed(beliefs: Callable[[], Beliefs], cr
 
 
 def test_the_ladder_learns_while_it_serves() -> None:
-    """The first three are not known; from the fourth on their class is."""
+    """Each that ends is known to those that come after it."""
     agents = [msgspec.structs.replace(alone(f"a{i}", 40, 20, at_s=float(i)), agent_class="k") for i in range(6)]
-    costs = [each.predicted_cost for each in run(agents, beliefs=Learned()).agents]
-    assert all(cost != agents[0].cost for cost in costs[:3])
-    assert costs[3:] == [agents[0].cost] * 3
+    costs = [each.predicted_cost for each in run(agents, beliefs=Serving(Learned())).agents]
+    assert costs[0] > 10 * agents[0].cost
+    assert costs == sorted(costs, reverse=True)
+    assert costs[3] == pytest.approx(agents[0].cost, rel=0.25)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""What a request says of itself, for the predictor: its texts, and the numbers beside them."""
+
+from __future__ import annotations
+
+import msgspec
+
+from gateway.body import Body
+from predictor.types import TaskContent
+
+# Larger than this, texts are not taken apart: the predictor looks at their edges only.
+LARGEST_BYTES = 2**18
+_FORMS = ("response_format", "structured_outputs", "guided_json")
+_INSTRUCTING = frozenset(("system", "developer"))
+
+
+class _Part(msgspec.Struct):
+    text: str | None = None
+
+
+class _Message(msgspec.Struct):
+    role: str = ""
+    content: str | list[_Part] | None = None
+
+
+_decode_messages = msgspec.json.Decoder(list[_Message]).decode
+_decode_text = msgspec.json.Decoder(str).decode
+_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+
+
+def content_of(body: Body) -> TaskContent:
+    """Whatever the body holds: what cannot be read as text is taken as it came."""
+    tools = body.fields.get("tools")
+    system, text, messages = _texts(body)
+    return TaskContent(
+        prompt_bytes=body.prompt_bytes // body.prompts,
+        system=system,
+        text=text,
+        messages=messages,
+        tools=_count(tools),
+        tool_bytes=0 if tools is None else len(memoryview(tools)),
+        max_tokens=body.max_tokens,
+        sequences=body.sequences,
+        structured=any(name in body.fields for name in _FORMS),
+    )
+
+
+def _texts(body: Body) -> tuple[bytes, bytes, int]:
+    """What instructs, what is asked, and the number of messages."""
+    raw = body.fields.get("messages")
+    if raw is None:
+        return b"", _prompt(body.fields.get("prompt")), 1
+    data = bytes(memoryview(raw))
+    if len(data) > LARGEST_BYTES:
+        return b"", data, 1
+    try:
+        messages = _decode_messages(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return b"", data, 1
+    system = [_text(message) for message in messages if message.role in _INSTRUCTING]
+    asked = [_text(message) for message in messages if message.role not in _INSTRUCTING]
+    return _encode(system), _encode(asked), len(messages)
+
+
+def _prompt(raw: msgspec.Raw | None) -> bytes:
+    if raw is None:
+        return b""
+    data = bytes(memoryview(raw))
+    if len(data) > LARGEST_BYTES:
+        return data
+    try:
+        return _encode([_decode_text(data)])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return data
+
+
+def _text(message: _Message) -> str:
+    if message.content is None or isinstance(message.content, str):
+        return message.content or ""
+    return "\n".join(part.text for part in message.content if part.text)
+
+
+def _encode(texts: list[str]) -> bytes:
+    return "\n".join(texts).encode("utf-8", "surrogatepass")
+
+
+def _count(tools: msgspec.Raw | None) -> int:
+    if tools is None or len(memoryview(tools)) > LARGEST_BYTES:
+        return 0
+    try:
+        return len(_decode_list(tools))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return 0

@@ -1,0 +1,103 @@
+"""The predictor that serves: the ladder, and a trained model above it when there is one.
+
+The ladder answers at once and learns from each agent that ends; what it says is also what a model corrects. A model that
+fails, or answers what cannot be, is passed over and counted: then the ladder's word stands.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+from predictor.features import Row, Sketch, row, sketch
+from predictor.ladder import Ladder
+from predictor.types import (
+    AgentPrediction,
+    AgentProgress,
+    Arrival,
+    FinishedAgent,
+    Predictor,
+    TaskContent,
+    TaskPrediction,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Answer(NamedTuple):
+    """Of a model. cost: of the agent, median and ninth decile, in token·iterations; decode: of a sequence, in tokens."""
+
+    cost: float
+    cost_p90: float
+    decode_tokens: float
+
+
+class Model(Protocol):
+    name: str
+
+    def predict(self, row: Row) -> Answer:
+        """Of one arrival."""
+        ...
+
+
+class Learned(Predictor):
+    def __init__(self, model: Model | None = None) -> None:
+        self.ladder = Ladder()
+        self.model = model
+        self.failures = 0  # of the model
+
+    def arrive(self, content: TaskContent, progress: AgentProgress) -> Arrival:
+        made = sketch(content)
+        task = self.ladder.predict_task(progress.agent_class, progress.tenant, content.prompt_bytes, content.max_tokens)
+        progress = replace(
+            progress,
+            tasks_arrived=progress.tasks_arrived + 1,
+            cost_arrived=progress.cost_arrived + content.sequences * task.cost,
+            opening=made if progress.opening is None else progress.opening,
+            latest=made,
+        )
+        agent = self.ladder.predict_agent(progress)
+        arrived = self._row(progress, agent, task)
+        answer = self._ask(arrived)
+        if answer is not None:
+            decode_tokens = answer.decode_tokens
+            if content.max_tokens is not None:
+                decode_tokens = min(decode_tokens, content.max_tokens)
+            task = TaskPrediction(task.prompt_tokens, max(1.0, decode_tokens))
+            agent = self._agent(answer, progress)
+        return Arrival(task, agent, made, arrived.tobytes())
+
+    def predict_agent(self, progress: AgentProgress) -> AgentPrediction:
+        agent = self.ladder.predict_agent(progress)
+        latest: Sketch | None = progress.latest
+        if self.model is None or latest is None:
+            return agent
+        task = self.ladder.predict_task(progress.agent_class, progress.tenant, 0)
+        answer = self._ask(self._row(progress, agent, task))
+        return agent if answer is None else self._agent(answer, progress)
+
+    def learn(self, agent: FinishedAgent) -> None:
+        self.ladder.learn(agent)
+
+    def _row(self, progress: AgentProgress, agent: AgentPrediction, task: TaskPrediction) -> Row:
+        return row(progress, self.ladder.history(progress.agent_class, progress.tenant), agent.cost, task)
+
+    def _ask(self, arrived: Row) -> Answer | None:
+        if self.model is None:
+            return None
+        try:
+            answer = self.model.predict(arrived)
+        except Exception:
+            logger.exception("the model %s failed", self.model.name)
+        else:
+            if all(0 <= value < math.inf for value in answer):
+                return answer
+        self.failures += 1
+        return None
+
+    def _agent(self, answer: Answer, progress: AgentProgress) -> AgentPrediction:
+        assert self.model is not None
+        cost = max(answer.cost, progress.cost_arrived)
+        return AgentPrediction(cost, max(answer.cost_p90, cost), self.model.name)
