@@ -324,7 +324,7 @@ def test_the_ladder_learns_while_it_serves() -> None:
     costs = [each.predicted_cost for each in run(agents, beliefs=Serving(Learned())).agents]
     assert costs[0] > 10 * agents[0].cost
     assert costs == sorted(costs, reverse=True)
-    assert costs[3] == pytest.approx(agents[0].cost, rel=0.25)
+    assert costs[-1] == pytest.approx(agents[0].cost, rel=0.3)
 
 
 @pytest.mark.parametrize(
