@@ -45,6 +45,7 @@ class AgentRecord:
     idle_since: Iterations | None = None  # it waits for its tool, or has ended
     tasks: list[FinishedTask] = field(default_factory=list)
     tasks_accepted: int = 0
+    cost_ended: float = 0.0  # of `tasks`
     returns: int = 0  # how often it came back after it had nothing left to do
     expected_tasks: int | None = None
     opening: Sketch | None = None  # of its first task, and of its last
@@ -57,6 +58,7 @@ class AgentRecord:
             self.tasks_accepted,
             len(self.tasks),
             cost_arrived,
+            self.cost_ended,
             self.returns,
             self.expected_tasks,
             self.opening,
@@ -147,6 +149,7 @@ class Feedback:
             record.whole = False
         else:
             record.tasks.append(finished)
+            record.cost_ended += finished.cost
             self._metrics.task_ended(record.agent_class, finished.prompt_tokens, finished.decode_tokens)
             if finished.held is None and awaited is not None:
                 self.awaited[awaited] = record, len(record.tasks) - 1
@@ -169,6 +172,7 @@ class Feedback:
         charged = record.tasks[place]
         finished = record.tasks[place] = msgspec.structs.replace(charged, held=cost)
         self._metrics.task_charged(record.agent_class, finished)
+        record.cost_ended += finished.cost - charged.cost
         self._correct(record.id, finished.cost - charged.cost)
         if record.final and not record.awaited and not self._is_busy(record.id):
             self._end(record)

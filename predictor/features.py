@@ -60,7 +60,7 @@ SKETCH_COLUMNS = (
     *(f"text_{i}" for i in range(TEXT_BUCKETS)),
     *(f"system_{i}" for i in range(SYSTEM_BUCKETS)),
 )
-PROGRESS_COLUMNS = ("tasks_arrived", "tasks_ended", "cost_arrived", "returns", "expected_tasks")
+PROGRESS_COLUMNS = ("tasks_arrived", "tasks_ended", "cost_arrived", "cost_ended", "returns", "expected_tasks")
 HISTORY_COLUMNS = (
     "class_agents",
     "class_cost",
@@ -137,6 +137,7 @@ def row(progress: AgentProgress, history: tuple[float, ...], agent_guess: float,
         _log(progress.tasks_arrived),
         _log(progress.tasks_ended),
         _log(progress.cost_arrived),
+        _log(progress.cost_ended),
         _log(progress.returns),
         math.nan if expected is None else _log(expected),
         *history,

@@ -140,7 +140,7 @@ class Ladder:
 
     def predict_agent(self, progress: AgentProgress) -> AgentPrediction:
         """At least what has arrived."""
-        tasks, cost = progress.tasks_arrived, progress.cost_arrived
+        tasks, cost = progress.tasks_arrived, max(progress.cost_arrived, progress.cost_ended)
         if not cost > 0:
             return AgentPrediction(0.0, 0.0, "ladder")
         arrived, outgrown = math.log(cost), False
@@ -149,7 +149,8 @@ class Ladder:
             if agent_class is None:
                 belief = belief.seeing(_Sums.of([arrived + growth for growth in memory.growths(tasks)]))
             else:
-                totals = memory.totals(tasks, cost)
+                # What has not ended is a guess itself, and must not rule anybody out.
+                totals = memory.totals(tasks, progress.cost_ended)
                 # Past all of its own kind, what others cost says little of it.
                 outgrown = bool(memory.agents) and not totals
                 belief = belief.seeing(_Sums.of(totals))

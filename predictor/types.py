@@ -35,7 +35,7 @@ class TaskContent:
 
 @dataclass(frozen=True, slots=True)
 class AgentProgress:
-    """How far an agent has come. Costs in token·iterations, true where known.
+    """How far an agent has come. Costs in token·iterations: of all that has arrived, true where known; and of what has ended.
 
     returns: how often it came back after it had nothing left to do. expected_tasks: how many the client says there will be, a
     feature too. opening, latest: its first and its last task.
@@ -46,6 +46,7 @@ class AgentProgress:
     tasks_arrived: int = 0
     tasks_ended: int = 0
     cost_arrived: float = 0.0
+    cost_ended: float = 0.0
     returns: int = 0
     expected_tasks: int | None = None
     opening: Sketch | None = None

@@ -26,12 +26,13 @@ class UnknownPredictor(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far an agent has come. arrived, ended: tasks; cost: of those that have arrived, true where it is known; returns: how
-    often it came back after it had nothing left to do."""
+    """How far an agent has come. arrived, ended: tasks; cost: of those that have arrived, true where it is known; cost_ended: of
+    those that have ended; returns: how often it came back after it had nothing left to do."""
 
     arrived: int
     ended: int
     cost: float
+    cost_ended: float = 0.0
     returns: int = 0
 
 
@@ -142,15 +143,16 @@ def served(agents: Sequence[AgentTrace], serving: Serving) -> None:
     those before it have ended."""
     for agent in agents:
         finished: dict[str, FinishedTask] = {}
-        cost, arrived, ended, returns = 0.0, 0, 0, 0
+        cost = cost_ended = 0.0
+        arrived = ended = returns = 0
         for wave in waves(agent):
             for task in wave:
-                believed = serving.arrive(agent, task, Progress(arrived, ended, cost, returns))
+                believed = serving.arrive(agent, task, Progress(arrived, ended, cost, cost_ended, returns))
                 cost += believed.task.cost
                 arrived += 1
             for task in wave:
                 finished[task.id] = finished_task(task, task.cached_tokens)
-            cost = sum(task.cost for task in finished.values())
+            cost = cost_ended = sum(task.cost for task in finished.values())
             ended, returns = arrived, returns + 1
         serving.learn(agent, finished)
 
@@ -203,6 +205,7 @@ def _progress(agent: AgentTrace, progress: Progress, alive: _Alive) -> AgentProg
         progress.arrived,
         progress.ended,
         progress.cost,
+        progress.cost_ended,
         progress.returns,
         None,
         alive.opening,

@@ -339,7 +339,8 @@ def _journey(agent: AgentTrace) -> Journey:
 
 
 def _progress(journey: Journey, cost_arrived: float) -> Progress:
-    return Progress(journey.arrived, len(journey.finished), cost_arrived, journey.returns)
+    cost_ended = sum(task.cost for task in journey.finished.values())
+    return Progress(journey.arrived, len(journey.finished), cost_arrived, cost_ended, journey.returns)
 
 
 def _successors(agents: Sequence[AgentTrace]) -> dict[tuple[str, str], list[TaskTrace]]:

@@ -93,7 +93,7 @@ def test_what_is_kept_for_training_is_what_the_model_was_asked() -> None:
     serving = Learned(model)
     contents = [TaskContent(400, b"Be brief.", b"First question?"), TaskContent(900, text=b"Then 12 more.")]
     first = serving.arrive(contents[0], AgentProgress("kind", "t", expected_tasks=3))
-    then = AgentProgress("kind", "t", 1, 1, 500.0, expected_tasks=3, opening=first.sketch, latest=first.sketch)
+    then = AgentProgress("kind", "t", 1, 1, 500.0, 500.0, expected_tasks=3, opening=first.sketch, latest=first.sketch)
     second = serving.arrive(contents[1], then)
     assert [arrival.row for arrival in (first, second)] == [asked.tobytes() for asked in model.asked]
     without = Learned()

@@ -27,7 +27,8 @@ def decode(ladder: Ladder, agent_class: str | None, tenant: str = "t", max_token
 
 
 def total(ladder: Ladder, agent_class: str | None, tasks: int = 1, cost: float = 1, tenant: str = "t") -> float:
-    return ladder.predict_agent(AgentProgress(agent_class, tenant, tasks, cost_arrived=cost)).cost
+    """cost: of what has ended."""
+    return ladder.predict_agent(AgentProgress(agent_class, tenant, tasks, cost_arrived=cost, cost_ended=cost)).cost
 
 
 def test_before_anything_is_learned_there_is_a_prior_from_lengths() -> None:
