@@ -12,11 +12,14 @@ import logging
 import time
 from dataclasses import dataclass
 
+import msgspec
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from engine.hints import Hints, to_tag
+from gateway.accuracy import NOBODY
 from gateway.body import Body
+from gateway.content import texts_of
 from gateway.engine_client import Answer, EngineUnreachable, Health
 from gateway.errors import ClientStuck, EngineLost, GatewayError, Outcome, ShuttingDown
 from gateway.estimate import Estimate, estimate_agent, estimate_arrival
@@ -121,9 +124,11 @@ class TaskResponse(Response):
         agent_id = AgentId(request.record.id)
         known = parts.queue.agents.get(agent_id)
         progress = request.record.progress(known.arrived if known else 0.0)
+        begun_s = time.perf_counter()
         estimate = self._estimate = estimate_arrival(
             parts.predictor, request.body, progress, parts.engine.max_model_len
         )
+        parts.metrics.predicted(time.perf_counter() - begun_s, failed=estimate.agent.source == NOBODY)
         task = Task(
             request.id,
             agent_id,
@@ -235,15 +240,17 @@ class TaskResponse(Response):
         finished = None
         try:
             if self._usage is not None and self._outcome is Outcome.COMPLETED:
-                finished = parts.feedback.placed(
-                    request.record,
-                    finished_task(self._usage, request.body, parts.engine.held_by(request.id)),
-                    request.arrived_s,
-                    self._estimate.row,
-                )
+                finished = finished_task(self._usage, request.body, parts.engine.held_by(request.id))
+                if parts.keep_text:
+                    system, text = texts_of(request.body)
+                    finished = msgspec.structs.replace(finished, prompt=text, system=system)
+                finished = parts.feedback.placed(request.record, finished, request.arrived_s, self._estimate.row)
                 arrived = max(0.0, agent.arrived - self._estimate.cost + finished.cost)
                 spent = Spent(KvTokenIterations(finished.cost), finished.prompt_tokens, finished.decode_tokens)
-                self._turn.complete(spent, estimate_agent(parts.predictor, request.record.progress(arrived)))
+                total: float = agent.predicted
+                if arrived > total:  # else it stands
+                    total = estimate_agent(parts.predictor, request.record.progress(arrived))
+                self._turn.complete(spent, total)
             else:
                 self._turn.cancel(Spent(KvTokenIterations(self._cost_held(self._estimate))))
         finally:

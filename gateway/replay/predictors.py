@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple, Protocol
@@ -26,8 +26,8 @@ class UnknownPredictor(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far an agent has come. arrived, ended: tasks; cost: of those that have arrived, true where it is known; cost_ended: of
-    those that have ended; returns: how often it came back after it had nothing left to do."""
+    """How far an agent has come. arrived, ended: tasks; cost: of those that have arrived, true where it is known; cost_ended:
+    of those that have ended; returns: how often it came back after it had nothing left to do."""
 
     arrived: int
     ended: int
@@ -37,10 +37,11 @@ class Progress:
 
 
 class Arrived(NamedTuple):
-    """What is believed when a task arrives: of the task, and Ĉ of its agent."""
+    """What is believed when a task arrives: of the task, and of its agent Ĉ and the ninth decile."""
 
     task: TaskPrediction
     agent_cost: float
+    agent_p90: float
 
 
 class Beliefs(Protocol):
@@ -66,7 +67,8 @@ class Exact:
         self._cost = cost
 
     def arrive(self, agent: AgentTrace, task: TaskTrace, progress: Progress) -> Arrived:
-        return Arrived(TaskPrediction(task.prompt_tokens, task.output_tokens), self.agent(agent, progress))
+        cost = self.agent(agent, progress)
+        return Arrived(TaskPrediction(task.prompt_tokens, task.output_tokens), cost, cost)
 
     def agent(self, agent: AgentTrace, progress: Progress) -> float:
         return sum(self._cost(task.prompt_tokens, task.output_tokens, 0.0) for task in agent.tasks)
@@ -84,7 +86,8 @@ class Noise(Exact):
 
     def arrive(self, agent: AgentTrace, task: TaskTrace, progress: Progress) -> Arrived:
         output = max(1.0, task.output_tokens * self._factor(f"{agent.agent_id}/{task.id}"))
-        return Arrived(TaskPrediction(task.prompt_tokens, output), self.agent(agent, progress))
+        cost = self.agent(agent, progress)
+        return Arrived(TaskPrediction(task.prompt_tokens, output), cost, cost)
 
     def agent(self, agent: AgentTrace, progress: Progress) -> float:
         return super().agent(agent, progress) * self._factor(agent.agent_id)
@@ -116,7 +119,7 @@ class Serving:
         alive.latest = arrival.sketch
         alive.opening = arrival.sketch if alive.opening is None else alive.opening
         alive.rows[task.id] = arrival.row if is_kept(len(alive.rows) + 1) else b""
-        return Arrived(arrival.task, arrival.agent.cost)
+        return Arrived(arrival.task, arrival.agent.cost, arrival.agent.p90)
 
     def agent(self, agent: AgentTrace, progress: Progress) -> float:
         return self.predictor.predict_agent(_progress(agent, progress, self._alive[agent.agent_id])).cost
@@ -135,26 +138,38 @@ def finished_task(task: TaskTrace, cached_tokens: int, held: float | None = None
 
 def content_of(task: TaskTrace) -> TaskContent:
     """What a gateway would read of the request."""
-    return TaskContent(prompt_bytes=_prompt_bytes(task), text=b"" if task.prompt is None else task.prompt.encode())
+    return TaskContent(
+        prompt_bytes=_prompt_bytes(task),
+        system=b"" if task.system is None else task.system.encode(),
+        text=b"" if task.prompt is None else task.prompt.encode(),
+        messages=1 + (task.system is not None),
+        tools=len(task.tools),
+        tool_bytes=sum(len(tool.encode()) for tool in task.tools),
+        max_tokens=task.max_tokens,
+    )
 
 
-def served(agents: Sequence[AgentTrace], serving: Serving) -> None:
-    """Teaches a predictor agents of the past, one after the other, as if each had been served alone: each task arrives when
-    those before it have ended."""
+def taught(agents: Sequence[AgentTrace], serving: Serving) -> None:
+    """Teaches a predictor agents of the past, one after the other."""
     for agent in agents:
-        finished: dict[str, FinishedTask] = {}
-        cost = cost_ended = 0.0
-        arrived = ended = returns = 0
-        for wave in waves(agent):
-            for task in wave:
-                believed = serving.arrive(agent, task, Progress(arrived, ended, cost, cost_ended, returns))
-                cost += believed.task.cost
-                arrived += 1
-            for task in wave:
-                finished[task.id] = finished_task(task, task.cached_tokens)
-            cost = cost_ended = sum(task.cost for task in finished.values())
-            ended, returns = arrived, returns + 1
-        serving.learn(agent, finished)
+        for _ in arrivals(agent, serving):
+            pass
+        serving.learn(agent, {task.id: finished_task(task, task.cached_tokens) for task in agent.tasks})
+
+
+def arrivals(agent: AgentTrace, serving: Serving) -> Iterator[Arrived]:
+    """What is believed at each task's arrival, in order, if the agent is served alone: those that wait for others arrive when
+    these have ended."""
+    cost = cost_ended = 0.0
+    arrived = ended = returns = 0
+    for wave in waves(agent):
+        for task in wave:
+            believed = serving.arrive(agent, task, Progress(arrived, ended, cost, cost_ended, returns))
+            yield believed
+            cost += believed.task.cost
+            arrived += 1
+        cost_ended += sum(finished_task(task, task.cached_tokens).cost for task in wave)
+        cost, ended, returns = cost_ended, arrived, returns + 1
 
 
 def waves(agent: AgentTrace) -> list[list[TaskTrace]]:
@@ -187,7 +202,7 @@ def beliefs(name: str, *, seed: int = 0, past: Sequence[AgentTrace] = (), cost: 
         if cost is not task_cost:
             raise UnknownPredictor("the ladder learns memory-centric costs only: take exact or noise:SIGMA")
         serving = Serving(Learned())
-        served(past, serving)
+        taught(past, serving)
         return serving
     kind, _, sigma = name.partition(":")
     try:
@@ -207,12 +222,14 @@ def _progress(agent: AgentTrace, progress: Progress, alive: _Alive) -> AgentProg
         progress.cost,
         progress.cost_ended,
         progress.returns,
-        None,
+        agent.expected_tasks,
         alive.opening,
         alive.latest,
     )
 
 
 def _prompt_bytes(task: TaskTrace) -> int:
-    """Without a text: as many as English of that many tokens has."""
-    return len(task.prompt.encode()) if task.prompt is not None else round(task.prompt_tokens * PRIOR_BYTES_PER_TOKEN)
+    """Of all text; without one, as many as English of that many tokens has."""
+    if task.prompt is None:
+        return round(task.prompt_tokens * PRIOR_BYTES_PER_TOKEN)
+    return sum(len(text.encode()) for text in (task.system or "", *task.tools, task.prompt))

@@ -267,8 +267,9 @@ class _Simulation:
         if held is not None:
             cost = KvTokenIterations(held)
         believed = agent.in_flight[TaskId(key)].task.cost
-        progress = _progress(journey, max(0.0, agent.arrived - believed + cost))
-        total = KvTokenIterations(self._beliefs.agent(journey.trace, progress))
+        arrived, total = max(0.0, agent.arrived - believed + cost), agent.predicted
+        if arrived > total:  # else it stands
+            total = KvTokenIterations(self._beliefs.agent(journey.trace, _progress(journey, arrived)))
         spent = Spent(cost, task.prompt_tokens, task.output_tokens)
         self._ask(self._queue.complete, self._now, TaskId(key), spent, total)
         self._record.bound.ended(self._record.iteration, key)

@@ -17,7 +17,7 @@ from gateway.replay.predictors import (
     beliefs,
     compute_cost,
     finished_task,
-    served,
+    taught,
     waves,
 )
 from gateway.trace import AgentTrace, TaskTrace
@@ -44,7 +44,7 @@ MANY = [agent(f"a{i}", (100, 50), (200, 80)) for i in range(1000)]
 def test_exact_knows_all_lengths_and_costs() -> None:
     one = agent("a", (100, 50), (200, 80))
     exact = Exact()
-    assert exact.arrive(one, one.tasks[1], NOT_YET) == (TaskPrediction(200, 80), one.cost)
+    assert exact.arrive(one, one.tasks[1], NOT_YET) == (TaskPrediction(200, 80), one.cost, one.cost)
     assert exact.agent(one, NOT_YET) == exact.agent(one, Progress(2, 0, 1e9)) == one.cost
     assert Exact(compute_cost).agent(one, NOT_YET) == 100 + 50 + 200 + 80
 
@@ -116,7 +116,7 @@ def test_a_predictor_learns_from_those_that_finish_net_of_what_was_cached() -> N
 def test_what_it_has_served_is_kept_with_the_rows_of_each_arrival_in_order() -> None:
     serving = Serving(Learned())
     one = agent("a", *[(10 * i + 10, 5) for i in range(12)])
-    served([one], serving)
+    taught([one], serving)
     tasks = serving.finished[0].tasks
     assert [task.prompt_tokens for task in tasks] == [task.prompt_tokens for task in one.tasks]
     assert [bool(task.row) for task in tasks] == [is_kept(number) for number in range(1, 13)]
