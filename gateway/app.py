@@ -14,11 +14,13 @@ from fastapi import FastAPI, Request, Response
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 
+from gateway.accuracy import Accuracy
 from gateway.capacity import EngineView
 from gateway.engine_client import EngineClient, EngineUnreachable
 from gateway.errors import GatewayError, NoEngine
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
+from gateway.learning.serving import Learning
 from gateway.metrics import Metrics
 from gateway.operations import operation_routes
 from gateway.parts import Parts
@@ -50,7 +52,8 @@ async def create_app(
     queue = FairQueue(POLICIES[settings.policy](), limits)
     metrics = Metrics(CollectorRegistry(), version=version, policy=settings.policy)
     predictor = predictor or Learned()
-    store = store or open_store(settings.state)
+    accuracy = Accuracy()
+    store = store or open_store(settings.state, settings.kept_agents)
     waits = ToolWaits()
     dispatcher = Dispatcher(queue, engine, max_waiting=settings.max_waiting, waits=waits if settings.keep_kv else None)
     parts = Parts(
@@ -64,14 +67,18 @@ async def create_app(
             predictor,
             store,
             metrics,
+            accuracy,
             now=lambda: engine.now,
             waits=waits,
             keep=dispatcher.keep,
             correct=dispatcher.correct,
         ),
         metrics=metrics,
+        accuracy=accuracy,
+        learning=Learning(),
         suspect=asyncio.Event(),
         max_queue_s=settings.max_queue_s,
+        keep_text=settings.keep_text,
     )
     app = FastAPI(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
     app.state.parts = parts

@@ -44,6 +44,12 @@ def content_of(body: Body) -> TaskContent:
     )
 
 
+def texts_of(body: Body) -> tuple[str | None, str | None]:
+    """What instructs, and what is asked, to be kept. None for what is not there, or is too large."""
+    system, text, _ = _texts(body)
+    return _kept(system), _kept(text)
+
+
 def _texts(body: Body) -> tuple[bytes, bytes, int]:
     """What instructs, what is asked, and the number of messages."""
     raw = body.fields.get("messages")
@@ -59,6 +65,10 @@ def _texts(body: Body) -> tuple[bytes, bytes, int]:
     system = [_text(message) for message in messages if message.role in _INSTRUCTING]
     asked = [_text(message) for message in messages if message.role not in _INSTRUCTING]
     return _encode(system), _encode(asked), len(messages)
+
+
+def _kept(text: bytes) -> str | None:
+    return text.decode("utf-8", "replace") if 0 < len(text) <= LARGEST_BYTES else None
 
 
 def _prompt(raw: msgspec.Raw | None) -> bytes:

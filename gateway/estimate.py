@@ -6,6 +6,7 @@ import logging
 import math
 from dataclasses import dataclass
 
+from gateway.accuracy import NOBODY
 from gateway.body import Body
 from gateway.content import content_of
 from predictor.features import Sketch, is_kept
@@ -72,7 +73,7 @@ def _ask(predictor: Predictor, body: Body, progress: AgentProgress) -> Arrival |
 
 def _at_least(cost_arrived: float, agent: AgentPrediction | None) -> AgentPrediction:
     if agent is None or not (math.isfinite(agent.cost) and math.isfinite(agent.p90)):
-        return AgentPrediction(cost_arrived, cost_arrived, "none")
+        return AgentPrediction(cost_arrived, cost_arrived, NOBODY)
     if agent.cost >= cost_arrived:
         return agent
     return AgentPrediction(cost_arrived, max(agent.p90, cost_arrived), agent.source)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from gateway.accuracy import Accuracy, kind
 from gateway.estimate import Estimate
 from gateway.fairness import AgentId, FairQueue, Iterations, TaskId
 from gateway.identify import Identity
@@ -22,9 +23,12 @@ from gateway.metrics import Metrics
 from gateway.state import StateError, Store
 from gateway.tool_waits import ToolWaits
 from predictor.features import SCHEMA, Sketch
-from predictor.types import AgentProgress, FinishedAgent, FinishedTask, Predictor
+from predictor.types import AgentPrediction, AgentProgress, FinishedAgent, FinishedTask, Predictor
 
 logger = logging.getLogger(__name__)
+
+# Agents that are learned from again at a start: as many as the ladder can make something of.
+RECALLED = 2000
 
 
 @dataclass(slots=True)
@@ -37,10 +41,13 @@ class AgentRecord:
     tenant: str
     first_arrival_s: float
     last_end_s: float
+    arrived_at: float  # the same as `first_arrival_s`, in seconds since 1970
     tasks_arrived: int = 0
     final: bool = False
     whole: bool = True  # every task so far was answered: only then its cost says what such an agent costs
     predicted: float | None = None  # Ĉ at its first release
+    prediction: AgentPrediction | None = None  # at the last of its arrivals
+    judged: AgentPrediction | None = None  # the one by which it was first released
     awaited: int = 0  # tasks that have ended, and of which the engine has not said yet what they held
     idle_since: Iterations | None = None  # it waits for its tool, or has ended
     tasks: list[FinishedTask] = field(default_factory=list)
@@ -67,8 +74,9 @@ class AgentRecord:
 
 
 class Feedback:
-    """clock: seconds, monotonic. now: the service clock τ. keep: told of an agent that waits for its tool, with the KV tokens
-    of its last task, and its class. correct: of one that was charged so much too little, in token·iterations."""
+    """clock: seconds, monotonic; wall: since 1970. now: the service clock τ. keep: told of an agent that waits for its tool,
+    with the KV tokens of its last task, and its class. correct: of one that was charged so much too little, in
+    token·iterations."""
 
     def __init__(
         self,
@@ -76,16 +84,19 @@ class Feedback:
         predictor: Predictor,
         store: Store,
         metrics: Metrics,
+        accuracy: Accuracy,
         *,
         now: Callable[[], Iterations],
         waits: ToolWaits,
         keep: Callable[[AgentId, float, str | None], None],
         correct: Callable[[AgentId, float], None],
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self.records: dict[AgentId, AgentRecord] = {}
         self._queue, self._predictor, self._store, self._metrics = queue, predictor, store, metrics
-        self._now, self._clock = now, clock
+        self._accuracy = accuracy
+        self._now, self._clock, self._wall = now, clock, wall
         self._waits, self._keep, self._correct = waits, keep, correct
         self.awaited: dict[TaskId, tuple[AgentRecord, int]] = {}  # with the place among the agent's tasks
         self._writes: set[asyncio.Task[None]] = set()
@@ -93,7 +104,7 @@ class Feedback:
     async def recall(self) -> int:
         """Learn what the store has kept; the number of agents."""
         try:
-            agents = await self._store.load()
+            agents = await self._store.newest(RECALLED)
         except StateError as error:
             self._state_failed(error)
             return 0
@@ -106,7 +117,9 @@ class Feedback:
         record = self.records.get(agent_id)
         if record is None:
             now = self._clock()
-            record = AgentRecord(agent_id, identity.source, identity.agent_class, identity.tenant, now, now)
+            record = AgentRecord(
+                agent_id, identity.source, identity.agent_class, identity.tenant, now, now, self._wall()
+            )
             self.records[agent_id] = record
         record.tasks_arrived += 1
         record.agent_class = record.agent_class or identity.agent_class
@@ -117,6 +130,7 @@ class Feedback:
         """That task is in the queue."""
         record.final = record.final or final
         record.tasks_accepted += 1
+        record.prediction = estimate.agent
         record.latest = estimate.sketch
         record.opening = estimate.sketch if record.opening is None else record.opening
         if record.idle_since is not None:
@@ -132,7 +146,7 @@ class Feedback:
 
     def released(self, record: AgentRecord, predicted: float) -> None:
         if record.predicted is None:
-            record.predicted = predicted
+            record.predicted, record.judged = predicted, record.prediction
 
     def placed(self, record: AgentRecord, finished: FinishedTask, arrived_s: float, row: bytes) -> FinishedTask:
         """A task that ends now, with its place in its agent's life."""
@@ -200,19 +214,37 @@ class Feedback:
                 self._metrics.task_charged(record.agent_class, record.tasks[place])
         if record.idle_since is not None:
             self._waits.ended(record.agent_class)
-        if record.id in self._queue.agents:
+        known = self._queue.agents.get(record.id)
+        if known is not None:
             self._queue.evict(self._now(), record.id)
         if not record.whole or not record.tasks:
             return
         in_order = sorted(record.tasks, key=lambda task: task.arrived_s)
-        agent = FinishedAgent(record.agent_class, record.tenant, in_order, SCHEMA)
-        self._metrics.agent_finished(
-            record.agent_class, record.last_end_s - record.first_arrival_s, agent.cost, record.predicted or 0.0
+        agent = FinishedAgent(
+            record.agent_class,
+            record.tenant,
+            in_order,
+            SCHEMA,
+            record.arrived_at,
+            1.0 if known is None else known.weight,
+            record.expected_tasks,
         )
+        self._metrics.agent_finished(record.agent_class, record.last_end_s - record.first_arrival_s)
+        self._judge(record, agent.cost)
         self._learn(agent)
         write = asyncio.get_running_loop().create_task(self._append(agent))
         self._writes.add(write)
         write.add_done_callback(self._writes.discard)
+
+    def _judge(self, record: AgentRecord, cost: float) -> None:
+        if record.predicted is None or record.judged is None:
+            return
+        by = record.judged
+        judged = self._accuracy.judge(by.source, record.predicted, max(by.p90, record.predicted), cost)
+        if judged is not None:
+            self._metrics.agent_judged(
+                kind(by.source), judged.observed / judged.predicted, below_p90=judged.observed <= judged.p90
+            )
 
     def _learn(self, agent: FinishedAgent) -> None:
         try:

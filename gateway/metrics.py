@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
+from gateway.accuracy import WINDOW
 from gateway.errors import Outcome
 from predictor.types import FinishedTask
 
@@ -13,7 +16,20 @@ NO_CLASS, OTHER_CLASSES = "none", "other"
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _OVERHEAD_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
+_PREDICTION_SECONDS = (0.0001, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.005, 0.01, 0.1)
 _RATIO = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10)
+
+
+class TrainingOutcome(StrEnum):
+    """of a training. unchanged: the new model was no better. too_few: agents to learn from. late: it took too long, and was
+    ended. killed: by somebody else, as when memory ran out."""
+
+    PROMOTED = "promoted"
+    UNCHANGED = "unchanged"
+    TOO_FEW = "too_few"
+    FAILED = "failed"
+    LATE = "late"
+    KILLED = "killed"
 
 
 class Metrics:
@@ -48,7 +64,15 @@ class Metrics:
             "agent_jct_seconds", "An agent's completion time: first arrival to last end.", _SECONDS, "agent_class"
         )
         self._cost_ratio = histogram(
-            "agent_cost_ratio", "Observed cost of an agent over the one predicted at its first release.", _RATIO
+            "agent_cost_ratio",
+            "Observed cost of an agent over the one predicted at its first release, by who predicted it: model or ladder.",
+            _RATIO,
+            "source",
+        )
+        self._below_p90 = counter(
+            "agents_below_p90_total",
+            "Agents that cost at most the predicted ninth decile: calibrated, 0.9 of all.",
+            "source",
         )
         self._agents_finished = counter("agents_finished_total", "Agents that have ended.", "agent_class")
         self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens, cached ones included.", "agent_class")
@@ -97,6 +121,45 @@ class Metrics:
             buckets=(0.25, 0.5, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0),
         )
         self._state_errors = counter("state_errors_total", "Failed reads and writes of the state store.")
+        self._state_unreadable = gauge(
+            "state_unreadable_agents", "Agents of the state store that could not be read and were passed over."
+        )
+        self._prediction_s = histogram(
+            "prediction_seconds", "Time from a parsed request to what it is predicted to cost.", _PREDICTION_SECONDS
+        )
+        self._predictor_failures = counter(
+            "predictor_failures_total",
+            "Predictions that could not be had: of the model, where the ladder answered; of the predictor, where nobody did.",
+            "part",
+        )
+        self._recent_p90 = gauge(
+            "recent_share_below_p90",
+            f"Of the last {WINDOW} agents: the share that cost at most the predicted ninth decile.",
+        )
+        self._recent_order = gauge(
+            "recent_order",
+            f"Of the last {WINDOW} agents: Kendall's tau between predicted and observed cost; 1 is the right order.",
+        )
+        self._recent_error = gauge(
+            "recent_log_error", f"Of the last {WINDOW} agents: median of |log(observed/predicted)| of their costs."
+        )
+        self._model_error = gauge(
+            "model_recent_log_error", "The same, of those only that the model that serves has predicted."
+        )
+        self._model_validation_error = gauge(
+            "model_validation_log_error",
+            "The same, of agents that were held out when the model that serves was trained.",
+        )
+        self._model_version = gauge("model_version", "Version of the model that serves; 0: none, the ladder serves.")
+        self._model_created = gauge(
+            "model_created_timestamp_seconds",
+            "When the model that serves was made, seconds since 1970; 0: none serves.",
+        )
+        self._models_refused = counter("models_refused_total", "Models that could not be loaded, and do not serve.")
+        self._trainings = counter("trainings_total", "Trainings by outcome.", "outcome")
+        for outcome in TrainingOutcome:
+            self._trainings.labels(outcome)
+        self._training_s = gauge("training_seconds", "How long the last training took.")
 
     def request_ended(self, endpoint: str, outcome: Outcome, seconds: float) -> None:
         self._requests.labels(endpoint, outcome).inc()
@@ -122,12 +185,43 @@ class Metrics:
         if task.held is not None and task.net_cost > 0:
             self._held_ratio.observe(task.held / task.net_cost)
 
-    def agent_finished(self, agent_class: str | None, jct_s: float, cost: float, predicted: float) -> None:
+    def agent_finished(self, agent_class: str | None, jct_s: float) -> None:
         label = self._class(agent_class)
         self._agents_finished.labels(label).inc()
         self._agent_jct_s.labels(label).observe(jct_s)
-        if predicted > 0:
-            self._cost_ratio.observe(cost / predicted)
+
+    def agent_judged(self, source: str, ratio: float, *, below_p90: bool) -> None:
+        """source: see `accuracy.kind`. ratio: observed cost over predicted."""
+        self._cost_ratio.labels(source).observe(ratio)
+        self._below_p90.labels(source).inc(below_p90)
+
+    def predicted(self, seconds: float, *, failed: bool) -> None:
+        self._prediction_s.observe(seconds)
+        if failed:
+            self._predictor_failures.labels("predictor").inc()
+
+    def model_failed(self, count: int) -> None:
+        self._predictor_failures.labels("model").inc(count)
+
+    def predictions_are(self, *, below_p90: float, order: float, log_error: float, model_log_error: float) -> None:
+        """NaN for what is not known yet."""
+        self._recent_p90.set(below_p90)
+        self._recent_order.set(order)
+        self._recent_error.set(log_error)
+        self._model_error.set(model_log_error)
+
+    def model_serves(self, version: int, created_at: float, validation_log_error: float) -> None:
+        """created_at: seconds since 1970."""
+        self._model_version.set(version)
+        self._model_created.set(created_at)
+        self._model_validation_error.set(validation_log_error)
+
+    def model_refused(self) -> None:
+        self._models_refused.inc()
+
+    def trained(self, outcome: TrainingOutcome, seconds: float) -> None:
+        self._trainings.labels(outcome).inc()
+        self._training_s.set(seconds)
 
     def queue_is(self, *, waiting: int, in_flight: int, predicted_tokens: float, virtual_time: float) -> None:
         self._tasks.labels("waiting").set(waiting)
@@ -181,6 +275,9 @@ class Metrics:
 
     def state_failed(self) -> None:
         self._state_errors.inc()
+
+    def state_is(self, *, unreadable: int) -> None:
+        self._state_unreadable.set(unreadable)
 
     def _class(self, agent_class: str | None) -> str:
         if agent_class is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from gateway.accuracy import Accuracy
 from gateway.capacity import EngineView
 from gateway.engine_client import EngineClient
 from gateway.fairness import FairQueue
 from gateway.feedback import Feedback
+from gateway.learning.serving import Learning
 from gateway.metrics import Metrics
 from gateway.release import Dispatcher
 from predictor.types import Predictor
@@ -16,7 +18,8 @@ from predictor.types import Predictor
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """suspect: set by who lost a task, so that the watch asks the engine at once. max_queue_s: a task's time in the queue."""
+    """suspect: set by who lost a task, so that the watch asks the engine at once. max_queue_s: a task's time in the queue.
+    keep_text: whether texts are kept with what was learned."""
 
     queue: FairQueue
     dispatcher: Dispatcher
@@ -25,8 +28,11 @@ class Parts:
     predictor: Predictor
     feedback: Feedback
     metrics: Metrics
+    accuracy: Accuracy
+    learning: Learning
     suspect: asyncio.Event
     max_queue_s: float
+    keep_text: bool
 
     def engine_lost_a_task(self) -> None:
         """Nothing is released until the engine has answered again."""

@@ -97,6 +97,11 @@ class GatewaySettings(BaseSettings):
         default_factory=_default_state,
         description="Where what was learned is kept: sqlite:///path, redis://host:port/db, or memory:.",
     )
+    kept_agents: int = Field(10_000, ge=1, description="Finished agents that are kept; the oldest go first.")
+    keep_text: bool = Field(
+        False,
+        description="Keep also the texts of requests, up to 256 KiB each, for `justitia export --text`. They may be private.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
 
     @field_validator("engine")

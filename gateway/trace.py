@@ -151,10 +151,18 @@ def read_trace(path: Path) -> list[AgentTrace]:
     return agents
 
 
+def encode(agent: AgentTrace) -> bytes:
+    """One line, without its end. Raises `TraceError` for what a reader would refuse."""
+    line = _encode(agent)
+    # msgspec does not check structs made in Python, and writes NaN as null: the reader is the judge.
+    for _ in parse_trace([line]):
+        pass
+    return line
+
+
 def write_trace(agents: Iterable[AgentTrace], path: Path) -> None:
     """What `read_trace` would refuse is not written: raises `TraceError` first."""
-    lines = [_encode(agent) for agent in agents]
-    # msgspec does not check structs made in Python, and writes NaN as null: the reader is the judge.
+    lines = [_encode(agent) for agent in agents]  # judged all together: two may have one name
     parsed = sum(1 for _ in parse_trace(lines))
     if parsed == 0:
         raise TraceError("a trace needs an agent")

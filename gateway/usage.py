@@ -60,4 +60,5 @@ def finished_task(usage: Usage, body: Body, held: float | None = None) -> Finish
         prompts=body.prompts,
         sequences=body.sequences,
         held=held,
+        max_tokens=body.max_tokens,
     )

@@ -93,7 +93,8 @@ class Arrival:
 class FinishedTask(msgspec.Struct, frozen=True, array_like=True):
     """A task as the engine's usage told it: tokens summed over its sequences (prompts × n). held: what its scheduler counted,
     in KV token·iterations, if it said so. arrived_s, ended_s: since its agent's first arrival. row: `Arrival.row`, of the
-    arrivals that `features.is_kept` says. prompt: its text, if the user wants that kept."""
+    arrivals that `features.is_kept` says. prompt, system: what was asked and what instructed, if the user wants texts kept.
+    max_tokens: the client's limit."""
 
     prompt_bytes: int
     prompt_tokens: int
@@ -106,6 +107,8 @@ class FinishedTask(msgspec.Struct, frozen=True, array_like=True):
     ended_s: float = 0.0
     row: bytes = b""
     prompt: str | None = None
+    system: str | None = None
+    max_tokens: int | None = None
 
     @property
     def cost(self) -> float:
@@ -121,12 +124,16 @@ class FinishedTask(msgspec.Struct, frozen=True, array_like=True):
 
 class FinishedAgent(msgspec.Struct, frozen=True):
     """What a finished agent turned out to be, its tasks in the order of their arrival: what predictors learn from, and what the
-    state store keeps. schema: of the rows (`features.SCHEMA`)."""
+    state store keeps. schema: of the rows (`features.SCHEMA`). arrived_at: its first arrival, seconds since 1970; 0 if that is
+    not known. expected_tasks: how many its client said there would be."""
 
     agent_class: str | None
     tenant: str
     tasks: list[FinishedTask]
     schema: str = ""
+    arrived_at: float = 0.0
+    weight: float = 1.0
+    expected_tasks: int | None = None
 
     @property
     def cost(self) -> float:

@@ -1,16 +1,34 @@
 """Where what was learned is kept over restarts: the last finished agents.
 
-SQLite by default, Redis when gateways share it, memory for none. A store that fails is said so and counted; it never holds
-up a request.
+SQLite by default, Redis when gateways share it, memory for none. An agent is one blob, the same in all three: packed and
+unpacked here. A blob that cannot be unpacked (damaged, or of a version to come) is passed over and counted. A store that
+fails is said so and counted; it never holds up a request.
 """
 
 from __future__ import annotations
 
+import logging
+import zlib
+from collections.abc import AsyncIterator, Iterable
 from typing import Protocol
+
+import msgspec
 
 from predictor.types import FinishedAgent
 
+logger = logging.getLogger(__name__)
+
 KEPT_AGENTS = 10_000
+# Agents that are read at once, where all are read.
+BATCH = 100
+# Of one agent, unpacked. What is larger did not come from us.
+LARGEST_BYTES = 2**29
+
+# Rows are mostly zeros. An agent of ten tasks has 10.4 KB; fast compression makes that 1.7, thorough 1.3 in thrice the time.
+_LEVEL = 1
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(FinishedAgent).decode
 
 
 class StateError(Exception):
@@ -18,27 +36,67 @@ class StateError(Exception):
 
 
 class Store(Protocol):
-    """All of it raises `StateError`, and nothing else."""
+    """All of it raises `StateError`, and nothing else. Other processes may use the same store meanwhile.
+
+    unreadable: agents that were passed over because they could not be unpacked.
+    """
+
+    unreadable: int
 
     async def append(self, agent: FinishedAgent) -> None:
-        """Keep an agent; beyond `KEPT_AGENTS` the oldest goes."""
+        """Keep an agent; beyond as many as are kept the oldest goes."""
         ...
 
-    async def load(self) -> list[FinishedAgent]:
-        """All that are kept, the oldest first."""
+    async def added(self) -> int:
+        """How many have ever been appended, by anybody. Never less than before."""
+        ...
+
+    async def newest(self, limit: int) -> list[FinishedAgent]:
+        """The last so many, the oldest first."""
+        ...
+
+    def read(self) -> AsyncIterator[FinishedAgent]:
+        """All that are kept, the oldest first, taken from the store some at a time."""
         ...
 
     async def close(self) -> None: ...
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, kept_agents: int = KEPT_AGENTS) -> Store:
     """The store at a URL of the settings: `sqlite:///path`, `redis://…`, or `memory:`."""
     from gateway.state.memory import MemoryStore
     from gateway.state.redis import RedisStore
     from gateway.state.sqlite import SqliteStore
 
     if url == "memory:":
-        return MemoryStore()
+        return MemoryStore(kept_agents)
     if url.startswith("sqlite:///"):
-        return SqliteStore(url.removeprefix("sqlite:///"))
-    return RedisStore(url)
+        return SqliteStore(url.removeprefix("sqlite:///"), kept_agents)
+    return RedisStore(url, kept_agents)
+
+
+def pack(agent: FinishedAgent) -> bytes:
+    return zlib.compress(_encode(agent), _LEVEL)
+
+
+def unpack(blobs: Iterable[bytes]) -> tuple[list[FinishedAgent], int]:
+    """The agents, and how many could not be read."""
+    agents, unreadable = [], 0
+    for blob in blobs:
+        try:
+            agents.append(_decode(_decompress(blob)))
+        except (zlib.error, msgspec.DecodeError, ValueError, TypeError) as error:
+            unreadable += 1
+            reason = str(error)
+    if unreadable:
+        logger.warning("%d agents of the state store cannot be read and are passed over: %s", unreadable, reason)
+    return agents, unreadable
+
+
+def _decompress(blob: bytes) -> bytes:
+    """Raises `zlib.error` and `ValueError`."""
+    decompressor = zlib.decompressobj()
+    data = decompressor.decompress(blob, LARGEST_BYTES)
+    if not decompressor.eof:
+        raise ValueError("cut off, or too large")
+    return data

@@ -1,20 +1,22 @@
-"""The embedded default: one file, one table, written by one thread."""
+"""The embedded default: one file, one table, used by one thread."""
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
-
-from gateway.state import KEPT_AGENTS, StateError
+from gateway.state import BATCH, KEPT_AGENTS, StateError, pack, unpack
 from predictor.types import FinishedAgent
 
-_SCHEMA = "CREATE TABLE IF NOT EXISTS finished_agents (id INTEGER PRIMARY KEY AUTOINCREMENT, agent BLOB NOT NULL)"
+_SCHEMA = "CREATE TABLE IF NOT EXISTS agents (id INTEGER PRIMARY KEY AUTOINCREMENT, agent BLOB NOT NULL)"
+_ADDED = "SELECT seq FROM sqlite_sequence WHERE name = 'agents'"
+_NEWEST = "SELECT agent FROM agents ORDER BY id DESC LIMIT ?"
+_AFTER = "SELECT id, agent FROM agents WHERE id > ? ORDER BY id LIMIT ?"
 
 _Result = TypeVar("_Result")
 
@@ -22,27 +24,42 @@ _Result = TypeVar("_Result")
 class SqliteStore:
     """path: the file; its directory is made. Other processes may have it open too."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, kept_agents: int = KEPT_AGENTS) -> None:
+        self.unreadable = 0
         self._path = Path(path).expanduser()
+        self._kept_agents = kept_agents
         self._connection: sqlite3.Connection | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="justitia-state")
 
     async def append(self, agent: FinishedAgent) -> None:
-        encoded = msgspec.json.encode(agent)
-
         def write(connection: sqlite3.Connection) -> None:
+            blob = pack(agent)
             with connection:
-                row = connection.execute("INSERT INTO finished_agents (agent) VALUES (?)", (encoded,)).lastrowid
-                connection.execute("DELETE FROM finished_agents WHERE id <= ?", ((row or 0) - KEPT_AGENTS,))
+                number = connection.execute("INSERT INTO agents (agent) VALUES (?)", (blob,)).lastrowid
+                connection.execute("DELETE FROM agents WHERE id <= ?", ((number or 0) - self._kept_agents,))
 
         await self._run(write)
 
-    async def load(self) -> list[FinishedAgent]:
+    async def added(self) -> int:
+        def ask(connection: sqlite3.Connection) -> int:
+            found = connection.execute(_ADDED).fetchone()
+            return int(found[0]) if found else 0
+
+        return await self._run(ask)
+
+    async def newest(self, limit: int) -> list[FinishedAgent]:
         def read(connection: sqlite3.Connection) -> list[FinishedAgent]:
-            rows = connection.execute("SELECT agent FROM finished_agents ORDER BY id").fetchall()
-            return [msgspec.json.decode(row[0], type=FinishedAgent) for row in rows]
+            rows = connection.execute(_NEWEST, (limit,)).fetchall()
+            return self._unpack([blob for (blob,) in reversed(rows)])
 
         return await self._run(read)
+
+    async def read(self) -> AsyncIterator[FinishedAgent]:
+        last: int | None = 0
+        while last is not None:
+            last, agents = await self._run(partial(self._batch, after=last))
+            for agent in agents:
+                yield agent
 
     async def close(self) -> None:
         def close() -> None:
@@ -52,16 +69,35 @@ class SqliteStore:
         await asyncio.get_running_loop().run_in_executor(self._thread, close)
         self._thread.shutdown()
 
+    def _batch(self, connection: sqlite3.Connection, after: int) -> tuple[int | None, list[FinishedAgent]]:
+        """The next ones, and the number of their last; None after the end."""
+        rows = connection.execute(_AFTER, (after, BATCH)).fetchall()
+        return (rows[-1][0] if rows else None), self._unpack([blob for _, blob in rows])
+
+    def _unpack(self, blobs: list[bytes]) -> list[FinishedAgent]:
+        agents, unreadable = unpack(blobs)
+        self.unreadable += unreadable
+        return agents
+
     async def _run(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
         def in_thread() -> _Result:
             if self._connection is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._connection = sqlite3.connect(self._path, timeout=5)
-                self._connection.execute("PRAGMA journal_mode=WAL")
-                self._connection.execute(_SCHEMA)
+                self._connection = _opened(self._path)
             return work(self._connection)
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, in_thread)
-        except (sqlite3.Error, OSError, msgspec.DecodeError) as error:
+        except (sqlite3.Error, OSError) as error:
             raise StateError(f"{self._path}: {error}") from error
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=5)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(_SCHEMA)
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection

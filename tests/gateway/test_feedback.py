@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from prometheus_client import CollectorRegistry
 
+from gateway.accuracy import Accuracy
 from gateway.estimate import Estimate
 from gateway.fairness import POLICIES, AgentId, FairQueue, Iterations, KvTokenIterations, Spent, Task, TaskId
 from gateway.feedback import AgentRecord, Feedback
@@ -26,7 +29,7 @@ class Scene:
         self.queue = FairQueue(POLICIES["justitia"]())
         self.queue.set_capacity(Iterations(0), 1000)
         self.registry = CollectorRegistry()
-        self.waits, self.store = ToolWaits(), MemoryStore()
+        self.waits, self.store, self.accuracy = ToolWaits(), MemoryStore(), Accuracy()
         self.kept: list[tuple[str, float]] = []
         self.corrected: list[float] = []
         self.feedback = Feedback(
@@ -34,11 +37,13 @@ class Scene:
             Learned(),
             self.store,
             Metrics(self.registry, version="", policy=""),
+            self.accuracy,
             now=lambda: Iterations(self.now),
             waits=self.waits,
             keep=lambda agent_id, kv_tokens, _: self.kept.append((agent_id, kv_tokens)),
             correct=self.correct,
             clock=lambda: self.now,
+            wall=lambda: 1e9 + self.now,
         )
 
     def correct(self, agent_id: AgentId, difference: float) -> None:
@@ -52,7 +57,7 @@ class Scene:
         self.queue.enqueue(
             Iterations(self.now), Task(task_id, agent_id, KvTokenIterations(NET), 14, 10), KvTokenIterations(NET)
         )
-        estimate = Estimate(NET, 14, 10, AgentPrediction(NET, NET, "none"), None, b"")
+        estimate = Estimate(NET, 14, 10, AgentPrediction(NET, 2 * NET, "told"), None, b"")
         self.feedback.accepted(record, estimate, final=final)
         self.queue.release(Iterations(self.now))
         finished = FinishedTask(40, 10, 0, 4, held=held)
@@ -69,7 +74,7 @@ class Scene:
 
     async def learned(self) -> list[FinishedAgent]:
         await self.feedback.flush()
-        return await self.store.load()
+        return await self.store.newest(100)
 
 
 async def test_what_is_known_at_the_end_is_charged_at_once() -> None:
@@ -124,3 +129,19 @@ async def test_an_idle_agents_kv_is_kept_and_its_wait_is_learned() -> None:
     scene.task(3, held=1.0, final=True)
     assert len(scene.kept) == 2, "who says that it is done does not come back"
     assert ToolWaits().worth_keeping("kind") == UNKNOWN
+
+
+async def test_what_is_kept_tells_when_and_what_was_said_and_what_was_predicted_is_judged() -> None:
+    scene = Scene()
+    record = scene.task(1, held=NET)
+    scene.feedback.released(record, NET)
+    record.expected_tasks = 2
+    scene.now = 30.0
+    scene.task(2, held=3 * NET, final=True)
+    (agent,) = await scene.learned()
+    assert (agent.arrived_at, agent.weight, agent.expected_tasks) == (1e9, 1.0, 2)
+    ratio = scene.registry.get_sample_value("justitia_agent_cost_ratio_sum", {"source": "model"})
+    assert ratio == pytest.approx(4), "predicted at its first release, not at its second"
+    below = scene.registry.get_sample_value("justitia_agents_below_p90_total", {"source": "model"})
+    assert below == 0
+    assert scene.accuracy.log_error("told") == (1, pytest.approx(math.log(4)))

@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Iterator
+import sqlite3
+import zlib
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
+import redis.asyncio
 
+import gateway.state.memory
 import gateway.state.redis
 import gateway.state.sqlite
 from gateway.bench.processes import free_port
-from gateway.state import StateError, Store, open_store
+from gateway.state import StateError, Store, open_store, pack, unpack
 from predictor.types import FinishedAgent, FinishedTask
 
 
@@ -46,50 +51,138 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 def agent(number: int) -> FinishedAgent:
-    return FinishedAgent("class", "tenant", [FinishedTask(40, 10, 2, number, prompts=1, sequences=2)])
+    task = FinishedTask(
+        40, 10, 2, number, prompts=1, sequences=2, row=bytes(range(250)), prompt="Why?\ud7ff", max_tokens=9
+    )
+    return FinishedAgent("class", "tenant", [task], "1-schema", 1e9 + number, 2.0, 5)
+
+
+async def everything(store: Store) -> list[FinishedAgent]:
+    return [kept async for kept in store.read()]
 
 
 async def test_what_was_kept_comes_back_in_order(store: Store) -> None:
-    before = await store.load()
+    before = await everything(store)
     for number in range(3):
         await store.append(agent(number))
-    assert (await store.load())[len(before) :] == [agent(0), agent(1), agent(2)]
+    assert (await everything(store))[len(before) :] == [agent(0), agent(1), agent(2)]
+    assert await store.newest(2) == [agent(1), agent(2)]
 
 
 async def test_concurrent_writes_are_all_kept(store: Store) -> None:
-    before = len(await store.load())
-    await asyncio.gather(*(store.append(agent(number)) for number in range(50)))
-    assert len(await store.load()) == before + 50
+    kept, added = len(await everything(store)), await store.added()
+    await asyncio.gather(*(store.append(agent(number)) for number in range(250)))
+    assert len(await everything(store)) == kept + 250
+    assert len(await store.newest(10_000)) == kept + 250
+    assert await store.added() == added + 250
 
 
-@pytest.mark.parametrize("module", [gateway.state.sqlite, gateway.state.redis])
-async def test_only_the_newest_are_kept(
-    module: object, tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "KEPT_AGENTS", 5)
-    store = open_store(redis_url if module is gateway.state.redis else f"sqlite:///{tmp_path}/state.db")
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+async def small(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    """It keeps five."""
+    url = {"memory": "memory:", "sqlite": f"sqlite:///{tmp_path}/state.db"}.get(request.param)
+    opened = open_store(url or request.getfixturevalue("redis_url"), 5)
+    yield opened
+    await opened.close()
+
+
+async def test_only_the_newest_are_kept_and_the_count_goes_on(small: Store) -> None:
+    added = await small.added()
     for number in range(9):
-        await store.append(agent(number))
-    assert await store.load() == [agent(number) for number in range(4, 9)]
-    await store.close()
+        await small.append(agent(number))
+    assert await everything(small) == await small.newest(100) == [agent(number) for number in range(4, 9)]
+    assert await small.added() == added + 9
+
+
+async def test_agents_that_leave_while_all_are_read_do_no_harm(small: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (gateway.state.memory, gateway.state.redis, gateway.state.sqlite):
+        monkeypatch.setattr(module, "BATCH", 2)
+    for number in range(5):
+        await small.append(agent(number))
+    seen = []
+    async for kept in small.read():
+        seen.append(kept.arrived_at - 1e9)
+        if len(seen) == 1:
+            for number in range(5, 9):
+                await small.append(agent(number))
+    assert seen[:2] == [0, 1]
+    assert seen == sorted(seen)
+
+
+async def test_two_gateways_share_a_store(redis_url: str, tmp_path: Path) -> None:
+    for url in (redis_url, f"sqlite:///{tmp_path}/state.db"):
+        first, second = open_store(url), open_store(url)
+        added = await first.added()
+        await first.append(agent(1))
+        await second.append(agent(2))
+        assert await second.newest(2) == await first.newest(2) == [agent(1), agent(2)]
+        assert await first.added() == await second.added() == added + 2
+        await first.close()
+        await second.close()
 
 
 async def test_sqlite_keeps_over_a_restart(tmp_path: Path) -> None:
-    for _ in range(2):
+    for number in range(2):
         store = open_store(f"sqlite:///{tmp_path}/state.db")
+        assert await store.added() == number
         await store.append(agent(1))
         await store.close()
     store = open_store(f"sqlite:///{tmp_path}/state.db")
-    assert await store.load() == [agent(1), agent(1)]
+    assert await everything(store) == [agent(1), agent(1)]
     await store.close()
+
+
+BAD = [b"", b"not compressed", zlib.compress(b"not packed"), pack(agent(1))[:-9], zlib.compress(bytes(1000))]
+
+
+async def test_what_cannot_be_read_is_passed_over_and_counted(
+    tmp_path: Path, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for url in (f"sqlite:///{tmp_path}/state.db", redis_url):
+        store = open_store(url, 100)
+        before = await store.newest(100)
+        await store.append(agent(0))
+        await _smuggle(url, [*BAD, 5] if url.startswith("sqlite") else BAD)
+        await store.append(agent(2))
+        assert (await store.newest(100))[-2:] == [agent(0), agent(2)]
+        unreadable = store.unreadable
+        assert unreadable >= len(BAD)
+        assert await everything(store) == [*before, agent(0), agent(2)][-len(await everything(store)) :]
+        assert store.unreadable > unreadable
+        assert "cannot be read and are passed over" in caplog.text
+        await store.close()
+
+
+async def _smuggle(url: str, blobs: Sequence[object]) -> None:
+    if url.startswith("sqlite"):
+        with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
+            connection.executemany("INSERT INTO agents (agent) VALUES (?)", [(blob,) for blob in blobs])
+        connection.close()
+        return
+    async with redis.asyncio.Redis.from_url(url) as server:
+        for blob in blobs:
+            await server.xadd(gateway.state.redis.AGENTS, {b"agent": blob})  # type: ignore[dict-item]
+        await server.xadd(gateway.state.redis.AGENTS, {b"something": b"else"})
+
+
+def test_an_agent_of_an_older_version_is_still_read() -> None:
+    """What came later has defaults."""
+    older = {"agent_class": "kind", "tenant": "t", "tasks": [[40, 10, 0, 7]], "came_later": 1}
+    (read,), unreadable = unpack([zlib.compress(msgspec.msgpack.encode(older))])
+    assert read == FinishedAgent("kind", "t", [FinishedTask(40, 10, 0, 7)])
+    assert not unreadable
+
+
+def test_a_blob_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway.state, "LARGEST_BYTES", 1000)
+    assert unpack([zlib.compress(msgspec.msgpack.encode({"agent_class": "x" * 10_000}))]) == ([], 1)
 
 
 async def test_a_store_that_cannot_be_used_says_so(tmp_path: Path) -> None:
     (tmp_path / "state.db").write_bytes(b"this is not a database, and longer than a header of one hundred bytes " * 3)
     for url in (f"sqlite:///{tmp_path}/state.db", "redis://127.0.0.1:1/0", "sqlite:////proc/state.db"):
         store = open_store(url)
-        with pytest.raises(StateError):
-            await store.load()
-        with pytest.raises(StateError):
-            await store.append(agent(1))
+        for asked in (store.newest(1), store.append(agent(1)), store.added(), everything(store)):
+            with pytest.raises(StateError):
+                await asked
         await store.close()

@@ -1,0 +1,7 @@
+"""The model that serves."""
+
+from __future__ import annotations
+
+
+class Learning:
+    pass
