@@ -10,7 +10,8 @@ gone. What a task really held is said once, in `Ended`, when it ends.
 Gateway to engine. The engine binds a PULL socket beside it. A gateway first sends a `Greeting` with its name, the protocol's
 version, and the number of its next change. `Change` says new tags of tasks, and of which agents the KV is to be kept. Changes
 are heard in the order of their numbers; one that comes from a stranger or out of turn is refused and counted. Each report
-says up to which number each gateway has been heard. What is not acknowledged within a second is sent again, after another
+says up to which number each gateway has been heard: those changes the scheduler had before the step, or, where an idle
+engine repeats itself, has before its next one. What is not acknowledged within a second is sent again, after another
 greeting: so a lost change heals as a lost report does. `Snapshot` asks for all that a report may leave out.
 
 Whatever the other end does, a step waits for nothing. Reports that a gateway does not read are dropped. Of what gateways
@@ -188,8 +189,12 @@ class EngineLink:
         self._latest: Report | None = None
         self._sent: Report | None = None
         self._ended: deque[Ended] = deque(maxlen=SEND_HIGH_WATER_MARK)
-        self._changes: deque[Change] = deque()
-        self.heard: dict[str, int] = {}  # the last number of each gateway, the one that greeted last comes first
+        # Read, and not given to the scheduler yet. The counts are of all so far; up to `_promised` a report has said so.
+        self._requests: deque[Greeting | Change] = deque()
+        self._taken = self._given = self._promised = 0
+        # The last number of each gateway, the one that greeted last comes first: of what was read, and given.
+        self._read: dict[str, int] = {}
+        self.heard: dict[str, int] = {}
         self.refused = 0
         self.snapshot_wanted = False  # until the scheduler's next report
         self._repeat_wanted = False  # by whom the scheduler has nothing new to tell
@@ -225,13 +230,23 @@ class EngineLink:
         """Goes out with the next report."""
         self._ended.append(ended)
 
-    def changes(self) -> Iterator[Change]:
-        """What gateways ask for, in the order in which it came."""
-        self._try(self._listen)
+    @property
+    def left(self) -> bool:
+        """Whether there is more of what was read."""
+        return bool(self._requests)
+
+    def changes(self, *, listen: bool = True) -> Iterator[Change]:
+        """What gateways ask for, in the order in which it came; without `listen`, the rest of what was read."""
+        if listen:
+            self._try(self._listen)
         until = time.perf_counter() + READ_S
-        while self._changes:
-            yield self._changes.popleft()
-            if time.perf_counter() > until:
+        while self._requests:
+            request = self._requests.popleft()
+            self._given += 1
+            self.heard = _upto(request, self.heard)
+            if isinstance(request, Change):
+                yield request
+            if self._given >= self._promised and time.perf_counter() > until:
                 return  # the rest in the next step
 
     def close(self) -> None:
@@ -280,7 +295,8 @@ class EngineLink:
             latest = self._latest
             if latest is not None and (newcomers or repeat or latest is not self._sent):
                 if latest is self._sent:  # since then more may have been heard
-                    latest = msgspec.structs.replace(latest, heard=self.heard, refused=self.refused)
+                    latest = msgspec.structs.replace(latest, heard=self._read, refused=self.refused)
+                    self._promised = self._taken
                 else:
                     self._sent = latest  # also when it cannot be encoded: once is enough
                 self._repeat_wanted = False
@@ -293,7 +309,7 @@ class EngineLink:
         """Read what has come, but not for long. The caller holds the lock."""
         try:
             until = time.perf_counter() + READ_S
-            for _ in range(READ_MESSAGES - len(self._changes)):
+            for _ in range(READ_MESSAGES - len(self._requests)):
                 if not int(self._in.getsockopt(zmq.EVENTS)) & zmq.POLLIN or time.perf_counter() > until:
                     return
                 self._take(self._in.recv(zmq.NOBLOCK))
@@ -310,15 +326,23 @@ class EngineLink:
             if request.protocol != PROTOCOL or len(request.gateway) > LONGEST_NAME:
                 self.refused += 1
                 return
-            others = ((name, number) for name, number in self.heard.items() if name != request.gateway)
-            self.heard = {request.gateway: request.number - 1, **dict(islice(others, GATEWAYS - 1))}
         elif isinstance(request, Snapshot):
             self.snapshot_wanted = self._repeat_wanted = True
-        elif request.number - 1 == self.heard.get(request.gateway):
-            self.heard[request.gateway] = request.number
-            self._changes.append(request)
-        else:
+            return
+        elif request.number - 1 != self._read.get(request.gateway):
             self.refused += 1
+            return
+        self._read = _upto(request, self._read)
+        self._requests.append(request)
+        self._taken += 1
+
+
+def _upto(request: Greeting | Change, numbers: dict[str, int]) -> dict[str, int]:
+    """The last number of each gateway, with this one's; a new dictionary, as a report may still hold the old one."""
+    if isinstance(request, Change):
+        return {**numbers, request.gateway: request.number}
+    others = ((name, number) for name, number in numbers.items() if name != request.gateway)
+    return {request.gateway: request.number - 1, **dict(islice(others, GATEWAYS - 1))}
 
 
 class GatewayLink:

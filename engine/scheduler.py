@@ -176,8 +176,10 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        if self._link is not None and time.perf_counter() >= self._heard_s + self._link_interval_s:
-            self._obey(self._link)
+        if self._link is not None:
+            due = time.perf_counter() >= self._heard_s + self._link_interval_s
+            if due or self._link.left:
+                self._obey(self._link, listen=due)
         if self._kept is not None and 0 < self._kept.next_end <= self.ledger.iteration:
             self._kept.end_keepings(self.ledger.iteration)
         displaced = self._displace() if self._displace_margin is not None else []
@@ -273,9 +275,10 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
             refused=self._link.refused if self._link is not None else 0,
         )
 
-    def _obey(self, link: EngineLink) -> None:
-        self._heard_s = time.perf_counter()
-        for change in link.changes():
+    def _obey(self, link: EngineLink, listen: bool) -> None:
+        if listen:
+            self._heard_s = time.perf_counter()
+        for change in link.changes(listen=listen):
             for task, tag in change.tags.items():
                 self.change_tag(task, tag)
             for agent, iterations in change.keep.items():

@@ -185,6 +185,15 @@ def test_over_missing_reports_a_passing_is_seen() -> None:
     assert find(whole[:6] + whole[-2:]) == [], "since when is not known"
 
 
+def test_over_missing_reports_a_change_that_was_heard_and_not_obeyed_is_found() -> None:
+    """An engine that says it has heard what it has only read, and obeys at its next look, ten iterations later."""
+    log = changing(heard_at=3, admitted_at=6)
+    early = [one for one in log if not isinstance(one, Report) or one.iteration in (1, 2, 3, 4, 6, 16)]
+    assert find(early) == [Inversion(waited=0, ran=1, first=6, last=16)]
+    late = [one for one in early if not isinstance(one, Report) or one.iteration not in (3, 4)]
+    assert find(late) == [], "for all that is known, it was heard in 6 only"
+
+
 def test_over_missing_reports_memory_was_free_if_the_same_tasks_run() -> None:
     log = [HELLO, *released(10, 20, 30), *(report(at, {1: 15}, (0,)) for at in range(1, 40, 3))]
     assert find(log) == [Inversion(waited=0, ran=1, first=4, last=37)]

@@ -343,6 +343,36 @@ async def test_changes_are_heard_in_order_and_reports_say_so(engine: Engine, gat
     assert (gateway.link.resent, gateway.link.dropped, engine.link.refused) == (0, 0, 0)
 
 
+async def test_what_was_read_and_not_given_to_the_scheduler_is_not_heard_yet(
+    engine: Engine, push: Callable[[bytes], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step whose time is up leaves some for the next one."""
+    for message in (
+        greeting(5),
+        *(change(number, tags={number: 1}) for number in (5, 6, 7)),
+        greeting(9),
+        greeting(3, "h"),
+    ):
+        push(message)
+    while len(engine.link._requests) < 6:
+        with engine.link._lock:
+            engine.link._listen()
+        await asyncio.sleep(0)
+    monkeypatch.setattr(link_module, "READ_S", -1.0)
+    heard = []
+    while engine.link.left:
+        engine.step()
+        heard.append((list(engine.tags), engine.report().heard))
+    assert heard == [
+        ([], {"g": 4}),
+        ([5], {"g": 5}),
+        ([5, 6], {"g": 6}),
+        ([5, 6, 7], {"g": 7}),
+        ([5, 6, 7], {"g": 8}),
+        ([5, 6, 7], {"h": 2, "g": 8}),
+    ]
+
+
 async def test_nothing_is_sent_for_nothing(engine: Engine, gateway: Gateway) -> None:
     gateway.link.change({1: 10})  # no engine has said hello: none has tasks
     await until(lambda: gateway.met, engine)
@@ -605,6 +635,22 @@ async def test_an_idle_engine_says_what_it_has_heard(
     assert engine.changes[0].keep == {"a": 100}
 
 
+async def test_what_an_idle_engine_has_said_that_it_heard_its_next_step_knows(
+    engine: Engine, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes: whoever was told relies on it."""
+    monkeypatch.setattr(link_module, "REPEAT_AFTER", 2)
+    engine.step()
+    await until(lambda: gateway.met)
+    for task in range(10):
+        gateway.link.change({task: 1})
+    await until(lambda: not gateway.link._unheard)
+    assert engine.changes == []
+    monkeypatch.setattr(link_module, "READ_S", -1.0)
+    engine.step()
+    assert list(engine.tags) == list(range(10))
+
+
 async def test_an_idle_engine_says_what_it_has_refused(
     engine: Engine, gateway: Gateway, push: Callable[[bytes], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -774,7 +820,7 @@ async def test_a_flood_costs_a_step_little_and_an_honest_gateway_is_heard(
         # Most of the time allowed is that of the last message that was begun in time.
         assert sorted(slowest)[len(slowest) // 2] < 4 * READ_S
         assert engine.read_most <= READ_MESSAGES
-        assert len(engine.link._changes) <= READ_MESSAGES
+        assert len(engine.link._requests) <= READ_MESSAGES
         await until(lambda: sum(one.gateway == gateway.link.name for one in engine.changes) == honest, engine)
         await until(lambda: not gateway.link._unheard, engine)
         assert gateway.link.resent == 0
@@ -838,11 +884,14 @@ async def test_the_engine_closes_while_it_is_flooded(address: str) -> None:
         await until(lambda: flood.sent > RECEIVE_HIGH_WATER_MARK, engine)
         async with asyncio.timeout(ANSWER_S):
             await asyncio.to_thread(engine.link.close)
-        heard = dict(engine.link.heard)
+        read = dict(engine.link._read)
         engine.link.publish(report(1))
-        assert len(list(engine.link.changes())) <= READ_MESSAGES, "what had been read already"
+        given = 0
+        while engine.link.left:
+            given += len(list(engine.link.changes()))
+        assert given <= READ_MESSAGES, "what had been read already"
         assert list(engine.link.changes()) == []
-        assert engine.link.heard == heard
+        assert engine.link.heard == engine.link._read == read
     finally:
         engine.link.close()
         flood.close()

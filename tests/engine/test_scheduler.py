@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+import engine.link
 import engine.scheduler
 from engine.hints import Hints
-from engine.link import PROTOCOL, Ended, Hello, Holding, Report, parse
+from engine.link import PROTOCOL, Change, Ended, Greeting, Hello, Holding, Report, encode, inbox, parse
 from engine.scheduler import (
     DISPLACED_AT_MOST,
     DISPLACED_SHARE,
@@ -642,6 +643,41 @@ def test_a_gateway_is_told_of_steps_and_of_aborts(
         assert (ours(clock).running, ours(clock).free_blocks) == (0, 8)
     finally:
         clock.scheduler.shutdown()
+
+
+def test_what_a_step_has_no_time_for_the_next_one_hears(
+    tiny_model_dir: Path, address: str, subscriber: zmq.Socket[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the next look, many steps later; and until then no report says that it was heard."""
+    justitia = {"link": address, "link_interval_s": 3600.0}
+    clock = Clockwork(JustitiaScheduler, tiny_model_dir, blocks=8, max_num_seqs=1, justitia=justitia)
+    scheduler = ours_of(clock)
+    link = scheduler._link
+    assert link is not None
+    try:
+        with zmq.Context() as context, context.socket(zmq.PUSH) as gateway:
+            gateway.connect(inbox(address))
+            gateway.send(encode(Greeting(PROTOCOL, "g", 1)))
+            for number, task in ((1, 0), (2, 1), (3, 2)):
+                gateway.send(encode(Change(gateway="g", number=number, tags={task: 90 + task})))
+            requests = [clock.add(f"t{task}", Hints(50, f"a{task}", task), 10, 20) for task in range(3)]
+            while len(link._requests) < 4:
+                with link._lock:
+                    link._listen()
+        monkeypatch.setattr(engine.link, "READ_S", -1.0)
+        seen = []
+        for _ in range(5):
+            clock.step()
+            seen.append(([hints_of(request).tag for request in requests], ours(clock).heard))
+        assert seen == [
+            ([50, 50, 50], {"g": 0}),
+            ([90, 50, 50], {"g": 1}),
+            ([90, 91, 50], {"g": 2}),
+            ([90, 91, 92], {"g": 3}),
+            ([90, 91, 92], {"g": 3}),
+        ]
+    finally:
+        scheduler.shutdown()
 
 
 def test_an_address_that_cannot_be_bound_costs_the_link_only(tiny_model_dir: Path) -> None:
