@@ -16,6 +16,7 @@ from rich.console import Console
 
 from engine import tiny_model
 from engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState
+from gateway.learning.command import ExportSettings, run_export
 from gateway.logs import set_up_logs
 from gateway.server import PortTaken, start_gateway
 from gateway.settings import GatewaySettings, ServeSettings, cache_home, load
@@ -27,6 +28,7 @@ usage: justitia COMMAND [OPTIONS]
   gateway    the gateway alone, before an engine that is already there (--engine URL)
   demo       a mix of agents before a real engine, once as fcfs and once as justitia, and what changed
   replay     agents through any policy and vLLM's own scheduler on a virtual clock: no GPU, no waiting
+  export     the agents that a gateway has served, as a trace for replay
   version    print the version
 
 `justitia COMMAND --help` lists the options. Each can also be set as JUSTITIA_NAME in the environment, or in a file (--config).
@@ -44,6 +46,7 @@ def main() -> None:
         "gateway": lambda arguments: _run(_gateway(load(GatewaySettings, arguments, program="justitia gateway"))),
         "demo": _demo,
         "replay": _replay,
+        "export": lambda arguments: _run(run_export(load(ExportSettings, arguments, program="justitia export"))),
         "version": lambda arguments: print(distribution_version("justitia")) or 0,
     }
     if command in ("-h", "--help", "help"):

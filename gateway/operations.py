@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastapi import APIRouter
@@ -86,6 +87,8 @@ def _view(parts: Parts, record: AgentRecord, agent: Agent | None, position: int 
         view |= {
             "weight": agent.weight,
             "predicted_cost": agent.predicted,
+            "predicted_p90": None if record.prediction is None else max(record.prediction.p90, agent.predicted),
+            "predicted_by": None if record.prediction is None else record.prediction.source,
             "arrived_cost": agent.arrived,
             "finish_tag": agent.finish_tag,
             "backlog_tag": parts.queue.backlog_tag(agent.id),
@@ -105,6 +108,14 @@ def _refresh(parts: Parts) -> None:
     states = [_state(queue.agents.get(agent_id)) for agent_id in parts.feedback.records]
     parts.metrics.agents_are(
         waiting=states.count("waiting"), running=states.count("running"), idle=states.count("idle")
+    )
+    accuracy = parts.accuracy
+    serves = parts.learning.serves
+    parts.metrics.predictions_are(
+        below_p90=accuracy.share_below_p90(),
+        order=accuracy.order(),
+        log_error=accuracy.log_error()[1],
+        model_log_error=math.nan if serves is None else accuracy.log_error(serves.name)[1],
     )
     parts.metrics.engine_is(
         up=engine.up,

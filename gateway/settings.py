@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import (
@@ -53,14 +53,66 @@ def command_config(env_prefix: str) -> SettingsConfigDict:
     )
 
 
-class GatewaySettings(BaseSettings):
-    """`justitia gateway`: the gateway alone, before an engine that is already there."""
+class StateSettings(BaseSettings):
+    """What the gateway shares with the commands that deal with what it has learned."""
 
     model_config = command_config(PREFIX)
 
     config: Path | None = Field(
         None, description="A TOML file with settings, one per line, named as here with _ for -."
     )
+    state: str = Field(
+        default_factory=_default_state,
+        description="Where what was learned is kept: sqlite:///path, redis://host:port/db, or memory:.",
+    )
+    models: Path | None = Field(
+        None,
+        description="Directory of the predictor's models; default: `models` beside the state's file, or in"
+        " `$XDG_STATE_HOME/justitia` with Redis; none with `memory:`.",
+    )
+    train_limit_s: float = Field(900, gt=0, description="Seconds that a training may take; then it is ended.")
+    train_memory_mib: int = Field(4096, ge=256, description="Memory that a training may take, in MiB.")
+
+    @field_validator("state")
+    @classmethod
+    def _state_url(cls, url: str) -> str:
+        if url != "memory:" and not url.startswith(("sqlite:///", "redis://", "rediss://", "unix://")):
+            raise ValueError("must be sqlite:///path, redis://host:port/db, or memory:")
+        return url
+
+    @property
+    def models_directory(self) -> Path | None:
+        if self.models is not None:
+            return self.models.expanduser()
+        if self.state == "memory:":
+            return None
+        if self.state.startswith("sqlite:///"):
+            return Path(self.state.removeprefix("sqlite:///")).expanduser().parent / "models"
+        return _state_home() / "models"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _SharedFile(settings_cls)
+
+
+class _SharedFile(TomlConfigSettingsSource):
+    """One file may hold the settings of all commands: what is another's is let be."""
+
+    def __call__(self) -> dict[str, Any]:
+        others = ServeSettings.model_fields.keys() - self.settings_cls.model_fields.keys()
+        return {name: value for name, value in super().__call__().items() if name not in others}
+
+
+class GatewaySettings(StateSettings):
+    """`justitia gateway`: the gateway alone, before an engine that is already there."""
+
     engine: str = Field("", description="The engine: http://host:port, or unix:/path/to/socket.")
     link: str | None = Field(
         None,
@@ -93,14 +145,16 @@ class GatewaySettings(BaseSettings):
     max_body_mib: float = Field(64, gt=0, description="Largest body of a request, in MiB.")
     agent_idle_s: float = Field(300, gt=0, description="Seconds without a task after which an agent counts as ended.")
     drain_s: float = Field(30, ge=0, description="Seconds that tasks in flight are given when the gateway stops.")
-    state: str = Field(
-        default_factory=_default_state,
-        description="Where what was learned is kept: sqlite:///path, redis://host:port/db, or memory:.",
-    )
     kept_agents: int = Field(10_000, ge=1, description="Finished agents that are kept; the oldest go first.")
     keep_text: bool = Field(
         False,
         description="Keep also the texts of requests, up to 256 KiB each, for `justitia export --text`. They may be private.",
+    )
+    train: bool = Field(True, description="Train the predictor on finished agents, beside the gateway.")
+    train_every: int = Field(
+        200,
+        ge=1,
+        description="Finished agents after which a new model is trained; for the first time after 100, if that is less.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
 
@@ -110,24 +164,6 @@ class GatewaySettings(BaseSettings):
         if url and not url.startswith(("http://", "https://", "unix:/")):
             raise ValueError("must begin with http://, https:// or unix:/")
         return url.rstrip("/")
-
-    @field_validator("state")
-    @classmethod
-    def _state_url(cls, url: str) -> str:
-        if url != "memory:" and not url.startswith(("sqlite:///", "redis://", "rediss://", "unix://")):
-            raise ValueError("must be sqlite:///path, redis://host:port/db, or memory:")
-        return url
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
 
 def _split(value: object) -> object:

@@ -127,7 +127,7 @@ def test_the_variable_of_the_dashboard_asks_for_a_metric_of_the_gateway() -> Non
 
 def test_every_row_that_was_promised_is_there() -> None:
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
-    assert rows == ["Now", "Agents", "Fairness and prediction", "Engine", "Requests"]
+    assert rows == ["Now", "Agents", "Fairness and prediction", "Learning", "Engine", "Requests"]
 
 
 def test_panels_have_ids_of_their_own_descriptions_and_the_provisioned_datasource() -> None:
