@@ -166,9 +166,11 @@ def load_past(spec: str, learn_from: str) -> list[AgentTrace]:
     if learn_from:
         return [agent for each in learn_from.split(",") for agent in load_trace(each.strip())]
     name, *rest = spec.split(":")
-    place = {"paper": 0, "tools": 0, "coding": 0, "prefix": 0, "tenants": 0, "elephant": 1}.get(name)
+    place = {"paper": 0, "tools": 0, "coding": 0, "prefix": 0, "tenants": 0, "text": 0, "elephant": 1}.get(name)
     if place is None:
         return []
+    if name == "text":  # nothing is learned from what is held out
+        rest = [word for word in rest if word != "held-out"]
     rest = [*rest, "0"] if len(rest) == place else rest
     seeds = [str(int(rest[place]) + further) for further in LEARN_FROM_SEEDS]
     return [agent for seed in seeds for agent in load_trace(":".join([name, *rest[:place], seed, *rest[place + 1 :]]))]

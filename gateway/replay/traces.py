@@ -2,6 +2,7 @@
 
     paper:SEED:LOAD[:MIX]     elephant:MICE[:SEED]     tools:SEED[:stories]     coding:SEED
     prefix:SEED               tenants:SEED             public:PATH:SEED[:LOAD]
+    text:SEED[:LOAD][:held-out]
 
 Arrivals are bursty like production's: a Poisson process whose rate is drawn anew for each of 18 minutes (log-normal,
 σ = 0.5), given that so many agents arrive; a load of 2 squeezes the 18 minutes into 9. The load moves arrivals only: one
@@ -43,6 +44,8 @@ from gateway.replay.agent_types import (
     draw_tasks,
     types_for,
 )
+from gateway.replay.texts import HELD_OUT, TRAIN, write_tasks
+from gateway.replay.texts.laws import EXPECTING
 from gateway.trace import AgentTrace, Prefix, TaskTrace, TraceError
 
 BUILT_IN = {
@@ -59,6 +62,10 @@ BUILT_IN = {
     "prefix": "prefix:SEED – paper:SEED:3 whose prompts begin alike within a class, and further within an agent",
     "tenants": "tenants:SEED – two tenants with the same work, one of which has cut each agent into ten",
     "public": "public:PATH:SEED[:LOAD] – the paper's agents on the arrivals of a public trace (CSV), LOAD 1 unless told",
+    "text": (
+        "text:SEED[:LOAD][:held-out] – the paper's classes with prompts whose text decides the cost, LOAD 3 unless told; "
+        "held-out: other topics, names and wordings, the same laws"
+    ),
 }
 
 Drawn = tuple[AgentType, tuple[TaskTrace, ...]]
@@ -172,6 +179,22 @@ def public(path: Path, seed: int, agents: int = AGENTS, window_s: float = WINDOW
     return _on(times, _paper_agents(seed, PAPER_MIX, agents), "public", seed)
 
 
+def texts(
+    seed: int, agents: int = AGENTS, load: float = 3.0, held_out: bool = False, noise: float = 1.0
+) -> list[AgentTrace]:
+    """The paper's mix of classes, with prompts (`gateway.replay.texts`). `noise`: a factor on what the texts cannot say;
+    with 0, what the best of predictors would expect."""
+    rng = _rng("text types", seed)
+    return _with_texts(types_for(PAPER_MIX, agents, rng), seed, WINDOW_S * agents / AGENTS / load, held_out, noise)
+
+
+def texts_per_class(seed: int, per_class: int, held_out: bool = False, noise: float = 1.0) -> list[AgentTrace]:
+    """So many agents of each class, in random order; other agents than those of `texts` with this seed."""
+    kinds = [*PAPER_TYPES] * per_class
+    _rng("text types", seed).shuffle(kinds)
+    return _with_texts(kinds, seed, WINDOW_S, held_out, noise, "text-per-class")
+
+
 def arrivals(rng: Random, agents: int, window_s: float) -> list[float]:
     """Sorted, within the window. Given their number, the arrivals of a Poisson process are independent draws from its
     rate, which is drawn here for each eighteenth of the window."""
@@ -235,6 +258,12 @@ def _parse(name: str, rest: str) -> list[AgentTrace]:
     if name == "elephant":
         _expect(words, 1, 2)
         return elephant(_whole("MICE", words[0]), _whole("SEED", words[1]) if len(words) == 2 else 0)
+    if name == "text":
+        held_out = words[1:] != [] and words[-1] == "held-out"
+        words = words[:-1] if held_out else words
+        _expect(words, 1, 2)
+        load = _load(words[1]) if len(words) == 2 else 3.0
+        return texts(_whole("SEED", words[0]), AGENTS, load, held_out)
     if name == "tools" and len(words) == 2:
         if words[1] != "stories":
             raise _BadSpec(f"after the seed there may be `stories`, not {words[1]!r}")
@@ -280,7 +309,7 @@ def _load(word: str) -> float:
     return load
 
 
-def _rng(what: str, seed: int) -> Random:
+def _rng(what: str, seed: int | str) -> Random:
     # Seeded by words, not by hash(): that one differs from run to run.
     return Random(f"{what}:{seed}")  # noqa: S311 - a workload, not a secret
 
@@ -288,6 +317,21 @@ def _rng(what: str, seed: int) -> Random:
 def _paper_agents(seed: int, mix: Mix, agents: int) -> list[Drawn]:
     rng = _rng("agents", seed)
     return [(kind, draw_tasks(kind, rng, mix)) for kind in types_for(mix, agents, rng)]
+
+
+def _with_texts(
+    kinds: Sequence[AgentType], seed: int, window_s: float, held_out: bool, noise: float, name: str = "text"
+) -> list[AgentTrace]:
+    side, name = (HELD_OUT, f"{name}-held-out") if held_out else (TRAIN, name)
+    drawn = [(kind, write_tasks(kind, f"{name}:{seed}:{i}", side, noise)) for i, kind in enumerate(kinds)]
+    agents = _on(arrivals(_rng("arrivals", seed), len(kinds), window_s), drawn, name, seed)
+    return [msgspec.structs.replace(agent, expected_tasks=_expected(agent)) for agent in agents]
+
+
+def _expected(agent: AgentTrace) -> int | None:
+    """What the client says of its number of tasks, if it does: right within a fifth."""
+    rng, count = _rng("expected", agent.agent_id), len(agent.tasks)
+    return rng.randint(-(-4 * count // 5), 6 * count // 5) if rng.random() < EXPECTING else None
 
 
 def _on(times: Sequence[float], drawn: Sequence[Drawn], name: str, seed: int) -> list[AgentTrace]:

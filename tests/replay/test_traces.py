@@ -35,6 +35,8 @@ SPECS = (
     "tools:0",
     "prefix:0",
     "tenants:0",
+    "text:0",
+    "text:1:2:held-out",
 )
 TOKENS_PER_S = KV_TOKENS * KV_IN_USE / ITERATION_S
 SIZE_OF = {kind.name: kind.size for kind in (*PAPER_TYPES, *TOOL_TYPES)}
@@ -72,7 +74,9 @@ def test_the_same_words_give_the_same_sorted_agents_that_fit_and_can_be_read_bac
     assert read_trace(tmp_path / "trace.jsonl") == agents
 
 
-@pytest.mark.parametrize("spec", ["paper:{}:3", "elephant:40:{}", "tools:{}", "coding:{}", "prefix:{}", "tenants:{}"])
+@pytest.mark.parametrize(
+    "spec", ["paper:{}:3", "elephant:40:{}", "tools:{}", "coding:{}", "prefix:{}", "tenants:{}", "text:{}"]
+)
 def test_another_seed_gives_other_agents(spec: str) -> None:
     def sizes(seed: int) -> list[int]:
         return [agent.cost for agent in made(spec.format(seed))]
@@ -356,6 +360,12 @@ def test_what_begins_with_no_name_is_a_path(spec: str) -> None:
         ("tools:0:3", "there may be `stories`, not '3'"),
         ("prefix:a", "SEED is a whole number"),
         ("tenants:1.5", "SEED is a whole number"),
+        ("text:", "1 or 2 values are needed after the name, not 0"),
+        ("text:held-out", "SEED is a whole number of at most nine digits, not .held-out"),
+        ("text:x", "SEED is a whole number"),
+        ("text:0:held-in", "LOAD is a number above 0, not 'held-in'"),
+        ("text:0:held-out:3", "1 or 2 values"),
+        ("text:0:3:held-out:4", "1 or 2 values"),
         ("public:", "it needs a path"),
         ("public:some.csv", "it needs a path"),
         ("public:some.csv:x", "it needs a path"),
@@ -370,7 +380,7 @@ def test_a_spec_that_is_written_wrongly_is_refused_in_words(spec: str, told: str
 
 
 def test_every_name_has_a_line_with_its_grammar() -> None:
-    assert set(BUILT_IN) == {"paper", "elephant", "tools", "coding", "prefix", "tenants", "public"}
+    assert set(BUILT_IN) == {"paper", "elephant", "tools", "coding", "prefix", "tenants", "public", "text"}
     assert all(line.startswith(f"{name}:") and "\n" not in line for name, line in BUILT_IN.items())
 
 

@@ -1,0 +1,65 @@
+"""Wordings that both sides know, as in life: whoever writes prompts has read some."""
+
+from __future__ import annotations
+
+from gateway.replay.texts.sides import Wordings
+
+COMMON: Wordings = {
+    # What is asked for, from terse to exhaustive: of a check, of a sum, of a text, of a thought before an action.
+    "verdict/0": ("Answer yes or no.", "One word is enough."),
+    "verdict/1": ("Answer briefly, with one reason.",),
+    "verdict/2": ("Explain your answer step by step.", "Think step by step and show your reasoning."),
+    "verdict/3": ("Give a detailed derivation and justify every step.",),
+    "prose/0": ("Be as brief as you can.", "Keep it to a sentence or two."),
+    "prose/1": ("A short paragraph is enough.",),
+    "prose/2": ("Write a few paragraphs.", "Cover all main points."),
+    "prose/3": ("Be thorough and leave nothing out.",),
+    "thought/0": ("Reply with the action only.", "Only the action, no reasoning."),
+    "thought/1": ("Think briefly, then act.", "One sentence of reasoning, then the action."),
+    "thought/2": ("Think step by step, then act.", "Reason about what you know, then act."),
+    "thought/3": ("Think about every option in detail before you act.", "Reason at length, in full detail, then act."),
+    "answer/0": ("Give only the final answer.",),
+    "answer/1": ("Show your work briefly.",),
+    "answer/2": ("Think step by step.", "Show your work step by step."),
+    "answer/3": ("Give a detailed solution and justify every step.",),
+    # The manner of an application.
+    "manner/0": ("Be concise.", "Short answers only."),
+    "manner/1": ("You are a helpful assistant.",),
+    "manner/2": ("Be detailed and precise.", "Always explain yourself fully."),
+    # How many.
+    "told/list": ("{things}:",),
+    "told/of": ("{thing} {i} of {m}:", "{thing} {i}/{m}:"),
+    "told/number": ("There are {number} {things}.",),
+    "told/vague/0": ("There are only a few {things}.",),
+    "told/vague/1": ("There are several {things}.",),
+    "told/vague/2": ("There are many {things}.",),
+    "told/vague/3": ("There are a great many {things}.",),
+    # Of single classes.
+    "things/fact-verification": ("claim|claims",),
+    "things/kbqa-verification": ("claim|claims",),
+    "things/code-checking": ("file|files",),
+    "things/map-reduce-summary": ("chapter|chapters",),
+    "things/plan-and-execute": ("step|steps",),
+    "errand/0": ("Put {thing} in the {place}.",),
+    "errand/1": ("Look for {thing} and put it on the {place}.",),
+    "errand/2": ("Clean {thing} and then put it in the {place}.",),
+    "errand/3": ("Find {thing} and another, heat both, and put both in the {place}.",),
+    "ask/verify": ("Is this true, according to the record below?", "Check the claim against the record."),
+    "ask/equation-verification": ("Check whether this solution is correct.",),
+    "ask/code-checking": ("Review this code.",),
+    "ask/self-consistency": ("Solve the problem.",),
+    "ask/plan": ("Make a plan.",),
+    "ask/step": ("Carry out this step.",),
+    "ask/answer": ("Write the final answer from these notes.",),
+    "ask/merge": ("Merge these two into one.",),
+    "ask/map": ("Summarise this part.",),
+    "ask/reduce": ("Combine these summaries into one.",),
+    "ask/vote": ("Which of these is best?",),
+    "hard/equation-verification/0": ("A linear equation.",),
+    "hard/equation-verification/1": ("A quadratic equation.",),
+    "hard/equation-verification/2": ("A cubic equation.",),
+    "hard/equation-verification/3": ("A system of equations.",),
+    "hard/kbqa-verification/0": ("A single hop.",),
+    "hard/kbqa-verification/1": ("Two hops.",),
+    "hard/kbqa-verification/2": ("Multiple hops.",),
+}
