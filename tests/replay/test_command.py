@@ -123,8 +123,8 @@ def test_the_ladder_learns_from_another_trace(trace: Path, tmp_path: Path) -> No
         predicted[name] = [agent.predicted_cost for agent in read(out).runs[0].agents]
     agents = load_trace(str(trace))
     even = sum(agent.cost for agent in agents[::2]) / 4
-    assert predicted["itself"][0] == pytest.approx(even)
-    assert predicted["nothing"][0] != pytest.approx(even)
+    assert predicted["itself"][0] == pytest.approx(even, rel=0.2)
+    assert predicted["nothing"][0] != pytest.approx(even, rel=0.2)
 
 
 def test_the_prefix_cache_is_on_where_prompts_are_said_to_begin_alike(trace: Path, tmp_path: Path) -> None:
