@@ -5,11 +5,12 @@ beside what came of the task, and models are trained on that; so training and se
 columns are and how they are made: rows and models of another schema are not used.
 
 A row has: the task itself (`sketch`), the agent's first task, how far the agent has come, what agents of its class did before
-(`ladder.Ladder.history`), and what the ladder says. Lengths and costs are logarithms, what is not known is NaN.
+(`ladder.Ladder.history`), what the ladder says, and how the agent differs from its class. Lengths and costs are logarithms,
+what is not known is NaN.
 
-Words are hashed, one and two at a time, into few columns (feature hashing: Weinberger et al., 2009), and only those at the
-edges of a text: instructions stand at its beginning or end, and a prompt of megabytes takes no longer than one of some
-thousand tokens.
+Of a text, what its instructions say is read (`wording`), and their words are hashed into few columns (feature hashing:
+Weinberger et al., 2009). Of a prompt of megabytes only the edges are looked at: it takes no longer than one of some thousand
+tokens.
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from predictor.types import AgentProgress, TaskContent, TaskPrediction
+from predictor.wording import edges, instructions, said, words
 
 Sketch: TypeAlias = NDArray[np.float32]
 Row: TypeAlias = NDArray[np.float32]
 
-EDGE_BYTES = 2048
 TEXT_BUCKETS, SYSTEM_BUCKETS = 128, 32
 CLASS_BITS = 12
-VERSION = 1
+VERSION = 2
 
 _LENGTHS = (
     "prompt_bytes",
@@ -44,19 +46,24 @@ _LENGTHS = (
 )
 _LEXICAL = (
     "lines",
-    "items",
+    "items",  # of lists
     "questions",
-    "words",
+    "spaces",
     "digits",
     "symbols",
-    "numbers",
-    "first_number",
-    "last_number",
     "largest_number",
+    "counted",
+    "parts",
+    "vague",
+    "asked_words",
+    "brief",
+    "thorough",
+    "system_brief",
+    "system_thorough",
 )
+_PLAIN_COLUMNS = (*_LENGTHS, *_LEXICAL)
 SKETCH_COLUMNS = (
-    *_LENGTHS,
-    *_LEXICAL,
+    *_PLAIN_COLUMNS,
     *(f"text_{i}" for i in range(TEXT_BUCKETS)),
     *(f"system_{i}" for i in range(SYSTEM_BUCKETS)),
 )
@@ -72,22 +79,24 @@ HISTORY_COLUMNS = (
     "class_growth",
 )
 GUESS_COLUMNS = ("agent_guess", "decode_guess")
+# things: how many the opening says there are to do. The others are differences to the mean of the class: they mean the same in
+# every class, so that what one teaches holds for the others.
+RELATIVE_COLUMNS = ("things", "things_relative", "expected_relative", "prompt_relative", "arrived_relative")
 COLUMNS = (
     *(f"task_{name}" for name in SKETCH_COLUMNS),
-    *(f"opening_{name}" for name in SKETCH_COLUMNS),
+    *(f"opening_{name}" for name in _PLAIN_COLUMNS),
     *PROGRESS_COLUMNS,
     *HISTORY_COLUMNS,
     *GUESS_COLUMNS,
+    *RELATIVE_COLUMNS,
     *(f"class_bit_{i}" for i in range(CLASS_BITS)),
 )
 COLUMN = {name: place for place, name in enumerate(COLUMNS)}
 SCHEMA = f"{VERSION}-{zlib.crc32(' '.join(COLUMNS).encode()):08x}"
 
-# Small letters, digits and what is not ASCII; everything else separates words.
-_WORDS = bytes(
-    c | 0x20 if 0x41 <= c <= 0x5A else c if 0x61 <= c <= 0x7A or 0x30 <= c <= 0x39 or c >= 0x80 else 0x20
-    for c in range(256)
-)
+_PROMPT_BYTES = _PLAIN_COLUMNS.index("prompt_bytes")
+_TELLING = tuple(_PLAIN_COLUMNS.index(name) for name in ("parts", "items", "counted"))
+
 _DIGITS = b"0123456789"
 _SYMBOLS = b"{}[]()<>=;:+*/_#"
 _NUMBER = re.compile(rb"(?<![\w.])\d{1,7}(?![\w.]*\d)")
@@ -97,11 +106,9 @@ _ITEM = re.compile(rb"\n\s*(?:[-*]|\d{1,3}[.):]) ")
 def sketch(content: TaskContent) -> Sketch:
     """Of one task. Shape (len(SKETCH_COLUMNS),)."""
     made = np.zeros(len(SKETCH_COLUMNS), np.float32)
-    text = _edges(content.text)
-    words, hashes = _hashes(text)
-    numbers = [int(number) for number in _NUMBER.findall(text)]
-    size = max(1, len(text))
-    made[: len(_LENGTHS) + len(_LEXICAL)] = (
+    text, instructing, system = edges(content.text), instructions(content.text), instructions(content.system)
+    asked, always = said(instructing), said(system)
+    made[: len(_PLAIN_COLUMNS)] = (
         _log(content.prompt_bytes),
         _log(len(content.system)),
         _log(content.tool_bytes),
@@ -113,39 +120,50 @@ def sketch(content: TaskContent) -> Sketch:
         _log(text.count(b"\n")),
         _log(len(_ITEM.findall(text))),
         _log(text.count(b"?")),
-        _log(words),
-        (size - len(text.translate(None, _DIGITS))) / size if text else 0.0,
-        (size - len(text.translate(None, _SYMBOLS))) / size if text else 0.0,
-        _log(len(numbers)),
-        _log(numbers[0]) if numbers else math.nan,
-        _log(numbers[-1]) if numbers else math.nan,
-        _log(max(numbers)) if numbers else math.nan,
+        _log(text.count(b" ")),
+        _share(text, _DIGITS),
+        _share(text, _SYMBOLS),
+        _log_of_largest([int(number) for number in _NUMBER.findall(instructing)]),
+        _log_of_largest(asked.counted),
+        _log_of_largest(asked.parts),
+        max(asked.vague, default=math.nan),
+        _log_of_largest(asked.asked_words),
+        asked.brief,
+        asked.thorough,
+        always.brief,
+        always.thorough,
     )
-    if words:
-        made[-SYSTEM_BUCKETS - TEXT_BUCKETS : -SYSTEM_BUCKETS] = _count(hashes, TEXT_BUCKETS)
-    if content.system:
-        made[-SYSTEM_BUCKETS:] = _count(_hashes(content.system[:EDGE_BYTES])[1], SYSTEM_BUCKETS)
+    made[len(_PLAIN_COLUMNS) : -SYSTEM_BUCKETS] = _hashed(instructing, TEXT_BUCKETS)
+    made[-SYSTEM_BUCKETS:] = _hashed(system, SYSTEM_BUCKETS)
     return made
 
 
 def row(progress: AgentProgress, history: tuple[float, ...], agent_guess: float, task_guess: TaskPrediction) -> Row:
     """Of a task that has arrived: `progress.latest`. history: `HISTORY_COLUMNS`. The guesses are the ladder's. Shape
     (len(COLUMNS),)."""
-    assert progress.opening is not None and progress.latest is not None
-    expected = progress.expected_tasks
+    opening, latest = progress.opening, progress.latest
+    assert opening is not None and latest is not None
+    _, class_cost, _, class_tasks, _, _, class_prompt_bytes, _ = history
+    arrived, things = _log(progress.cost_arrived), _things(opening)
+    expected = math.nan if progress.expected_tasks is None else _log(progress.expected_tasks)
     numbers = (
         _log(progress.tasks_arrived),
         _log(progress.tasks_ended),
-        _log(progress.cost_arrived),
+        arrived,
         _log(progress.cost_ended),
         _log(progress.returns),
-        math.nan if expected is None else _log(expected),
+        expected,
         *history,
         _log(agent_guess),
         _log(task_guess.decode_tokens),
+        things,
+        things - class_tasks,
+        expected - class_tasks,
+        float(latest[_PROMPT_BYTES]) - class_prompt_bytes,
+        arrived - class_cost,
         *_class_bits(progress.agent_class),
     )
-    return np.concatenate((progress.latest, progress.opening, np.array(numbers, np.float32)))
+    return np.concatenate((latest, opening[: len(_PLAIN_COLUMNS)], np.array(numbers, np.float32)))
 
 
 def is_kept(arrived: int) -> bool:
@@ -161,20 +179,27 @@ def _log(value: float) -> float:
     return math.log1p(min(max(value, 0.0), 1e30))
 
 
-def _edges(text: bytes) -> bytes:
-    return text if len(text) <= 2 * EDGE_BYTES else text[:EDGE_BYTES] + b"\n" + text[-EDGE_BYTES:]
+def _things(opening: Sketch) -> float:
+    """The surest of what is said: the total of numbered parts, a list, a number. NaN if none is."""
+    parts, items, counted = (float(opening[place]) for place in _TELLING)
+    if not math.isnan(parts):
+        return parts
+    return items if items > _log(1) else counted
 
 
-def _hashes(text: bytes) -> tuple[int, NDArray[np.uint32]]:
-    """How many words, and the hashes of each and of each two that follow one another."""
-    words = text.translate(_WORDS).split()
-    single = np.fromiter(map(zlib.crc32, words), np.uint32, len(words))
-    pairs = (single[:-1] * np.uint32(0x9E3779B1)) ^ single[1:]
-    return len(words), np.concatenate((single, pairs))
+def _share(text: bytes, of: bytes) -> float:
+    return (len(text) - len(text.translate(None, of))) / len(text) if text else 0.0
 
 
-def _count(hashes: NDArray[np.uint32], buckets: int) -> NDArray[np.float32]:
-    # The upper bits: the lower ones of a sum of products are the poorer.
+def _log_of_largest(values: Sequence[int]) -> float:
+    return _log(max(values)) if values else math.nan
+
+
+def _hashed(text: bytes, buckets: int) -> NDArray[np.float32]:
+    """log(1 + how often) its words fall into each bucket."""
+    spoken = words(text)
+    hashes = np.fromiter(map(zlib.crc32, spoken), np.uint32, len(spoken))
+    # The upper bits of a product: the best mixed ones.
     places = (hashes * np.uint32(0x85EBCA6B)) >> np.uint32(32 - (buckets - 1).bit_length())
     return np.log1p(np.bincount(places, minlength=buckets)).astype(np.float32)
 

@@ -18,7 +18,7 @@ class TaskContent:
     """What a request says of itself. Never what only the future knows.
 
     prompt_bytes: of all text of one prompt, tools included. system, text: what instructs the model, and what it is asked; their
-    beginnings and ends suffice (`features.EDGE_BYTES`). max_tokens: the client's limit: a feature, not a fact.
+    beginnings and ends suffice (`wording.EDGE_BYTES`). max_tokens: the client's limit: a feature, not a fact.
     sequences: how many will be decoded for it. structured: an answer of a given form is wanted.
     """
 
