@@ -23,8 +23,9 @@ class Judged(NamedTuple):
     observed: float
 
     @property
-    def log_error(self) -> float:
-        return abs(math.log(self.observed / self.predicted))
+    def error(self) -> float:
+        """Relative to the truth, as `predictor.evaluate` has it."""
+        return abs(self.predicted - self.observed) / self.observed
 
 
 class Accuracy:
@@ -41,9 +42,9 @@ class Accuracy:
         self._judged.append(judged)
         return judged
 
-    def log_error(self, source: str | None = None) -> tuple[int, float]:
-        """How many agents of this source, or of all; and the median of |log(observed/predicted)|, NaN of none."""
-        errors = [judged.log_error for judged in self._judged if source in (None, judged.source)]
+    def error(self, source: str | None = None) -> tuple[int, float]:
+        """How many agents of this source, or of all; and the median of |predicted - observed| / observed, NaN of none."""
+        errors = [judged.error for judged in self._judged if source in (None, judged.source)]
         return len(errors), median(errors) if errors else math.nan
 
     def share_below_p90(self) -> float:

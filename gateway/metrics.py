@@ -141,13 +141,13 @@ class Metrics:
             f"Of the last {WINDOW} agents: Kendall's tau between predicted and observed cost; 1 is the right order.",
         )
         self._recent_error = gauge(
-            "recent_log_error", f"Of the last {WINDOW} agents: median of |log(observed/predicted)| of their costs."
+            "recent_error", f"Of the last {WINDOW} agents: median of |predicted - observed| / observed of their costs."
         )
         self._model_error = gauge(
-            "model_recent_log_error", "The same, of those only that the model that serves has predicted."
+            "model_recent_error", "The same, of those only that the model that serves has predicted."
         )
         self._model_validation_error = gauge(
-            "model_validation_log_error",
+            "model_validation_error",
             "The same, of agents that were held out when the model that serves was trained.",
         )
         self._model_version = gauge("model_version", "Version of the model that serves; 0: none, the ladder serves.")
@@ -203,18 +203,18 @@ class Metrics:
     def model_failed(self, count: int) -> None:
         self._predictor_failures.labels("model").inc(count)
 
-    def predictions_are(self, *, below_p90: float, order: float, log_error: float, model_log_error: float) -> None:
+    def predictions_are(self, *, below_p90: float, order: float, error: float, model_error: float) -> None:
         """NaN for what is not known yet."""
         self._recent_p90.set(below_p90)
         self._recent_order.set(order)
-        self._recent_error.set(log_error)
-        self._model_error.set(model_log_error)
+        self._recent_error.set(error)
+        self._model_error.set(model_error)
 
-    def model_serves(self, version: int, created_at: float, validation_log_error: float) -> None:
+    def model_serves(self, version: int, created_at: float, validation_error: float) -> None:
         """created_at: seconds since 1970."""
         self._model_version.set(version)
         self._model_created.set(created_at)
-        self._model_validation_error.set(validation_log_error)
+        self._model_validation_error.set(validation_error)
 
     def model_refused(self) -> None:
         self._models_refused.inc()

@@ -114,8 +114,8 @@ def _refresh(parts: Parts) -> None:
     parts.metrics.predictions_are(
         below_p90=accuracy.share_below_p90(),
         order=accuracy.order(),
-        log_error=accuracy.log_error()[1],
-        model_log_error=math.nan if serves is None else accuracy.log_error(serves.name)[1],
+        error=accuracy.error()[1],
+        model_error=math.nan if serves is None else accuracy.error(serves.name)[1],
     )
     parts.metrics.engine_is(
         up=engine.up,

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Serves:
-    """created_at: seconds since 1970. log_error: median of |log(observed/predicted)| on agents that were held out."""
+    """created_at: seconds since 1970. error: median of |predicted - observed| / observed of agents
+    that were held out; NaN if nobody says."""
 
     name: str
     version: int
     created_at: float
-    log_error: float
+    error: float
 
 
 class Learning:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -31,8 +32,8 @@ logger = logging.getLogger(__name__)
 POLL_S = 5.0
 # Agents for the first training, unless `train_every` is less.
 FIRST = 100
-# Drift: the model's error on so many agents that it predicted is this many times what it was on those held out, and not small.
-DRIFT_AGENTS, DRIFT_FACTOR, DRIFT_LOG_ERROR = 50, 2.0, 0.25
+# Drift: on so many agents that the model predicted, its error is twice what it was on those held out, and not small.
+DRIFT_AGENTS, DRIFT_ERROR = 50, 0.25
 # A training that failed is tried again after this long, doubled each time.
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 60.0, 3600.0
 # The trainer ends itself at its limit. It is killed if it has not so long after.
@@ -139,12 +140,13 @@ class Training:
 
     def _has_drifted(self) -> bool:
         serves = self._learning.serves
-        if serves is None:
+        if serves is None or math.isnan(serves.error):
             return False
-        agents, error = self._accuracy.log_error(serves.name)
-        if agents < DRIFT_AGENTS or error < max(DRIFT_LOG_ERROR, DRIFT_FACTOR * serves.log_error):
+        agents, error = self._accuracy.error(serves.name)
+        # Who predicts far too little has an error of 1, however much too little: half way there is too far, too.
+        if agents < DRIFT_AGENTS or error < max(DRIFT_ERROR, min(2 * serves.error, (1 + serves.error) / 2)):
             return False
-        logger.info("the model %s has drifted: its error is %.2f, and was %.2f", serves.name, error, serves.log_error)
+        logger.info("the model %s has drifted: its error is %.2f, and was %.2f", serves.name, error, serves.error)
         return True
 
     def _outcome(self, code: int | None, begun_at: float) -> TrainingOutcome:

@@ -21,7 +21,7 @@ def judged(*pairs: tuple[float, float], source: str = "ladder") -> Accuracy:
 
 def test_nothing_is_known_of_nobody() -> None:
     empty = Accuracy()
-    assert all(math.isnan(value) for value in (empty.order(), empty.share_below_p90(), empty.log_error()[1]))
+    assert all(math.isnan(value) for value in (empty.order(), empty.share_below_p90(), empty.error()[1]))
     assert math.isnan(judged((3, 1), (3, 2)).order()), "who predicts the same of all has ordered none"
 
 
@@ -43,10 +43,10 @@ def test_the_order_is_kendalls(pairs: list[tuple[int, int]]) -> None:
 
 def test_errors_are_told_by_source() -> None:
     accuracy = judged((10, 10), (10, 20), (10, 40))
-    assert accuracy.log_error() == (3, pytest.approx(math.log(2)))
-    assert accuracy.log_error("000001") == (0, pytest.approx(math.nan, nan_ok=True))
+    assert accuracy.error() == (3, 0.5)
+    assert accuracy.error("000001") == (0, pytest.approx(math.nan, nan_ok=True))
     accuracy.judge("000001", 10, 10, 5)
-    assert accuracy.log_error("000001") == (1, pytest.approx(math.log(2)))
+    assert accuracy.error("000001") == (1, 1.0)
 
 
 def test_the_share_below_the_ninth_decile_and_only_the_last_count() -> None:
@@ -60,7 +60,7 @@ def test_the_share_below_the_ninth_decile_and_only_the_last_count() -> None:
 def test_what_cannot_be_compared_is_left_out(predicted: float, observed: float) -> None:
     accuracy = Accuracy()
     assert accuracy.judge("ladder", predicted, predicted, observed) is None
-    assert accuracy.log_error()[0] == 0
+    assert accuracy.error()[0] == 0
 
 
 def test_kinds_are_few() -> None:

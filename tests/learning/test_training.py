@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import sys
 import time
@@ -106,10 +105,11 @@ async def test_what_was_trained_is_remembered_over_a_restart_but_not_for_another
 @pytest.mark.parametrize(
     ("validated", "served", "agents", "new", "due"),
     [
-        (0.3, 0.9, 50, 50, True),
-        (0.3, 0.9, 49, 50, False),  # too few to judge by
-        (0.3, 0.9, 50, 49, False),  # too few to learn from
+        (0.3, 0.65, 50, 50, True),
+        (0.3, 0.65, 49, 50, False),  # too few to judge by
+        (0.3, 0.65, 50, 49, False),  # too few to learn from
         (0.3, 0.5, 50, 50, False),  # less than twice as bad
+        (0.6, 0.85, 50, 50, True),  # nothing that is predicted too small can be twice as bad
         (0.05, 0.2, 50, 50, False),  # bad only for one that was very good
     ],
 )
@@ -119,9 +119,9 @@ async def test_drift_makes_a_training_due(
     scene = Scene(tmp_path)
     scene.note(0)
     await scene.finish(new)
-    scene.learning.serves = Serves("000004", 4, 1e9, validated)
+    scene.learning.serves = Serves("xgboost-000004", 4, 1e9, validated)
     for _ in range(agents):
-        scene.accuracy.judge("000004", 100.0, 200.0, 100.0 * math.exp(served))
+        scene.accuracy.judge("xgboost-000004", 100 * (1 - served), 200.0, 100.0)
         scene.accuracy.judge("ladder", 100.0, 200.0, 1e9)  # is not the model's fault
     assert await scene.is_due() is due
 

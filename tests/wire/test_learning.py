@@ -110,8 +110,8 @@ async def test_agents_are_listed_with_who_predicted_them_and_predictions_are_mea
     assert "justitia_prediction_seconds_count 4.0" in told
     assert "justitia_model_version 0.0" in told
     assert 'justitia_trainings_total{outcome="promoted"} 0.0' in told
-    assert "justitia_recent_log_error NaN" not in told
-    assert "justitia_model_recent_log_error NaN" in told
+    assert "justitia_recent_error NaN" not in told
+    assert "justitia_model_recent_error NaN" in told
 
 
 async def test_a_predictor_that_raises_is_counted_and_the_gateway_serves(
