@@ -22,6 +22,9 @@ from predictor.types import AgentPrediction, AgentProgress, FinishedAgent, TaskP
 
 REMEMBERED_AGENTS = 100  # per rung; also the sample size of the paper's predictor
 MAX_RUNGS = 4096  # classes and tenants are the clients' words: the least recently used rung goes first
+# A class has changed when the mean of its last agents' log cost lies so many standard errors from that of those before: then
+# those are forgotten, and with them the older half of the last, which may be from before. The spread is at least that much.
+LAST_AGENTS, CHANGE, LEAST_SPREAD = 8, 4.0, 0.1
 STAGES = 64  # tasks up to which it is remembered how far an agent had come with each
 
 # The prior, until anything has been learned. A byte-level BPE has about four bytes of English to a token.
@@ -95,15 +98,30 @@ class _Memory:
 
     def add(self, seen: _Seen) -> None:
         if len(self.agents) == REMEMBERED_AGENTS:
-            gone = self.agents[0]
-            self._prompt_bytes -= gone.prompt_bytes
-            self._prompt_tokens -= gone.prompt_tokens
-            self.decodes = self.decodes.plus(gone.decode, -1)
+            self._forget_oldest()
         self.agents.append(seen)
         self.decodes = self.decodes.plus(seen.decode)
         self._prompt_bytes += seen.prompt_bytes
         self._prompt_tokens += seen.prompt_tokens
         self.history = None
+
+    def forget_if_changed(self) -> None:
+        costs = [seen.log_cost for seen in self.agents]
+        before, last = costs[:-LAST_AGENTS], costs[-LAST_AGENTS:]
+        if len(before) < LAST_AGENTS:
+            return
+        # The spread from before: that of the last ones is large while a change is under way.
+        spread = max(_deviation(before), LEAST_SPREAD)
+        error = spread * math.sqrt(1 / len(before) + 1 / len(last))
+        if abs(fmean(last) - fmean(before)) > CHANGE * error:
+            while len(self.agents) > LAST_AGENTS // 2:
+                self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        gone = self.agents.popleft()
+        self._prompt_bytes -= gone.prompt_bytes
+        self._prompt_tokens -= gone.prompt_tokens
+        self.decodes = self.decodes.plus(gone.decode, -1)
 
     def totals(self, tasks: int, cost: float) -> list[float]:
         """log of what those cost that came at least as far."""
@@ -186,7 +204,10 @@ class Ladder:
             decode=_log(decoded / sequences),
         )
         for rung in _rungs(agent.agent_class, agent.tenant):
-            self._memories.setdefault(rung, _Memory()).add(seen)
+            memory = self._memories.setdefault(rung, _Memory())
+            memory.add(seen)
+            if None not in rung:  # others see classes and tenants come and go
+                memory.forget_if_changed()
             self._memories.move_to_end(rung)
         while len(self._memories) > MAX_RUNGS:
             self._memories.popitem(last=False)
