@@ -1,8 +1,8 @@
 """A trained model: boosted trees that correct the ladder, and the file that holds them.
 
-One XGBoost booster answers both questions at once, so that an arrival costs one call: of an agent, log(1 + cost), and of a
-task, log(1 + decode length), each as the difference to the ladder's guess, which is in the row. Where the model knows
-nothing it says what the ladder says. Squared errors of logarithms make both medians.
+XGBoost grows them (`train`); here they are asked (`trees`). They answer both questions at once: of an agent, log(1 + cost),
+and of a task, log(1 + decode length), each as the difference to the ladder's guess, which is in the row. Where they know
+nothing the model says what the ladder says. Squared errors of logarithms make both medians.
 
 `cost_p90` is the median times a factor: the ninth decile of truth / median over agents that the model had not seen (conformal
 prediction; Vovk et al., 2005), for the first task and for later ones apart. A booster for the ninth decile itself was worse:
@@ -20,11 +20,11 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import xgboost
 from numpy.typing import NDArray
 
 from predictor.features import COLUMN, COLUMNS, SCHEMA, Row
 from predictor.learned import Answer
+from predictor.trees import Forest, Rows, Trees
 
 FORMAT, FORMAT_VERSION = "justitia-model", 1
 
@@ -79,7 +79,7 @@ class Told(msgspec.Struct, frozen=True):
 class _Contents(msgspec.Struct, frozen=True):
     schema: str
     told: Told
-    booster: bytes  # UBJSON, as XGBoost saves it
+    trees: Trees
 
 
 class _File(msgspec.Struct, frozen=True, array_like=True):
@@ -95,41 +95,42 @@ _decode_contents = msgspec.msgpack.Decoder(_Contents).decode
 
 
 class Boosted:
-    """A `learned.Model`. Not for several threads at once."""
+    """A `learned.Model`. Raises ValueError for trees that cannot be asked."""
 
-    def __init__(self, booster: xgboost.Booster, told: Told, name: str = "xgboost") -> None:
-        booster.set_param({"nthread": 1})  # of one row: more threads wait for each other only
+    def __init__(self, trees: Trees, told: Told, name: str = "xgboost") -> None:
+        self._forest = Forest(trees, len(COLUMNS))
+        if trees.outputs != OUTPUTS:
+            raise ValueError(f"{trees.outputs} outputs instead of {OUTPUTS}")
+        if not all(map(math.isfinite, msgspec.structs.astuple(told.calibration))):
+            raise ValueError("a calibration that is no number")
+        self.trees = trees
         self.told = told
         self.name = name
-        self.booster = booster
-        self._p90_first = told.calibration.cost_p90_first
-        self._p90_later = told.calibration.cost_p90_later
-        self._decode_mean = told.calibration.decode_mean
 
     def predict(self, row: Row) -> Answer:
         """Raises ValueError for a row of another size, or whose guesses are not finite."""
         if row.shape != (len(COLUMNS),):
             raise ValueError(f"a row of shape {row.shape}, not ({len(COLUMNS)},)")
-        cost, decode = self.booster.inplace_predict(row[None])[0].tolist()
+        cost, decode = self._forest.one(row)
         log_cost = float(row[_GUESSES[0]]) + _bounded(cost)
         log_decode = float(row[_GUESSES[1]]) + _bounded(decode)
-        p90 = self._p90_first if row[_TASKS_ARRIVED] < _FIRST_TASK else self._p90_later
+        calibration = self.told.calibration
+        p90 = calibration.cost_p90_first if row[_TASKS_ARRIVED] < _FIRST_TASK else calibration.cost_p90_later
         if not (math.isfinite(log_cost) and math.isfinite(log_decode)):
             raise ValueError(f"the guesses of the row are {row[_GUESSES]}")
-        return Answer(_tokens(log_cost), _tokens(log_cost + p90), _tokens(log_decode + self._decode_mean))
+        return Answer(_tokens(log_cost), _tokens(log_cost + p90), _tokens(log_decode + calibration.decode_mean))
 
-    def medians(self, rows: NDArray[np.float32]) -> NDArray[np.float64]:
+    def medians(self, rows: Rows) -> NDArray[np.float64]:
         """log(1 + x) of an agent's cost, and of a sequence's tokens. rows: shape (n, len(COLUMNS)). Shape (n, OUTPUTS)."""
-        said: NDArray[np.float64] = self.booster.inplace_predict(rows).reshape(len(rows), OUTPUTS).astype(np.float64)
-        return guesses(rows) + np.clip(said, -_LARGEST_CORRECTION, _LARGEST_CORRECTION)
+        return guesses(rows) + np.clip(self._forest.many(rows), -_LARGEST_CORRECTION, _LARGEST_CORRECTION)
 
     def encoded(self) -> bytes:
         """What `decoded` reads."""
-        contents = _encode(_Contents(SCHEMA, self.told, bytes(self.booster.save_raw("ubj"))))
+        contents = _encode(_Contents(SCHEMA, self.told, self.trees))
         return _encode(_File(FORMAT, FORMAT_VERSION, hashlib.sha256(contents).digest(), contents))
 
 
-def guesses(rows: NDArray[np.float32]) -> NDArray[np.float64]:
+def guesses(rows: Rows) -> NDArray[np.float64]:
     """The ladder's, as `Boosted.medians`. Shape (n, OUTPUTS)."""
     return rows[:, _GUESSES].astype(np.float64)
 
@@ -161,19 +162,10 @@ def decoded(data: bytes, path: Path) -> Boosted:
         raise ModelError(path, f"its contents cannot be read: {error}") from error
     if contents.schema != SCHEMA:
         raise ModelError(path, f"made for rows of schema {contents.schema[:40]}; this program makes {SCHEMA}")
-    if not contents.booster:  # of which XGBoost would end the process
-        raise ModelError(path, "its trees are missing")
-    booster = xgboost.Booster()
     try:
-        booster.load_model(bytearray(contents.booster))
-        model = Boosted(booster, contents.told, f"xgboost-{path.stem}")
-        fits = booster.num_features() == len(COLUMNS)
-        fits = fits and model.medians(np.zeros((1, len(COLUMNS)), np.float32)).shape == (1, OUTPUTS)
-    except (xgboost.core.XGBoostError, ValueError) as error:
-        raise ModelError(path, "its trees cannot be read by this version of xgboost") from error
-    if not fits:
-        raise ModelError(path, "its trees are of other columns or answer something else")
-    return model
+        return Boosted(contents.trees, contents.told, f"xgboost-{path.stem}")
+    except ValueError as error:
+        raise ModelError(path, f"its trees cannot be asked: {error}") from error
 
 
 def _tokens(log: float) -> float:

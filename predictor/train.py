@@ -13,6 +13,7 @@ The same agents, seed and number of threads make the same model.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,9 @@ from numpy.typing import NDArray
 
 from predictor.dataset import Dataset, dataset
 from predictor.evaluate import Quality, quality
-from predictor.model import Boosted, Calibration, Settings, Told, guesses
+from predictor.features import COLUMNS
+from predictor.model import OUTPUTS, Boosted, Calibration, Settings, Told, guesses
+from predictor.trees import Trees, grown
 from predictor.types import FinishedAgent
 
 HELD_OUT_SHARE = 0.2
@@ -99,7 +102,7 @@ def train(
     report = _report(known, newest, held_out, challenger, champion)
     told = msgspec.structs.replace(challenger.told, metrics=_metrics(report.challenger))
     if not report.promote:
-        return Trained(Boosted(challenger.booster, told), report)
+        return Trained(Boosted(challenger.trees, told), report)
     judged = (newest, challenger.medians(newest.x))
     told = msgspec.structs.replace(told, agents=count, rows=known.rows, calibration=calibration([left_out, judged]))
     return Trained(Boosted(_boosted(known, settings, seed, nthread), told), report)
@@ -132,9 +135,9 @@ def _left_out(data: Dataset, settings: Settings, seed: int, nthread: int) -> tup
     return data.where(np.concatenate(chosen)), np.concatenate(medians)
 
 
-def _boosted(data: Dataset, settings: Settings, seed: int, nthread: int) -> xgboost.Booster:
+def _boosted(data: Dataset, settings: Settings, seed: int, nthread: int) -> Trees:
     targets = np.stack((data.log_cost, data.log_decode), axis=1) - guesses(data.x)
-    return xgboost.train(
+    booster = xgboost.train(
         {
             "objective": "reg:squarederror",
             "base_score": 0.0,  # the ladder's guess
@@ -149,6 +152,13 @@ def _boosted(data: Dataset, settings: Settings, seed: int, nthread: int) -> xgbo
         xgboost.QuantileDMatrix(data.x, targets, weight=data.weight, nthread=nthread),
         settings.rounds,
     )
+    return trees_of(booster, settings.depth)
+
+
+def trees_of(booster: xgboost.Booster, depth: int) -> Trees:
+    """depth: that none of its trees is deeper than."""
+    grown_trees = json.loads(booster.save_raw("json"))["learner"]["gradient_booster"]["model"]
+    return grown(list(zip(grown_trees["tree_info"], grown_trees["trees"], strict=True)), OUTPUTS, depth, len(COLUMNS))
 
 
 def _report(known: Dataset, newest: Dataset, held_out: int, challenger: Boosted, champion: Boosted | None) -> Report:

@@ -159,10 +159,19 @@ def test_wherever_a_file_is_cut_or_changed_it_is_refused(path: Path) -> None:
             load(path)
 
 
-@pytest.mark.parametrize("booster", [b"", b"{", b"{}", b"no trees" * 100])
-def test_trees_that_xgboost_cannot_read_are_told_in_our_words(path: Path, booster: bytes) -> None:
-    changed(path, booster=booster)
-    with pytest.raises(ModelError, match="its trees"):
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"leaves": b""}, "nodes and leaves do not match"),
+        ({"columns": b"\0\0\0\x7f"}, "nodes and leaves do not match"),
+        ({"depth": 60}, "2 outputs of depth 60"),
+        ({"outputs": 0}, "0 outputs"),
+        ({"outputs": 1}, "1 outputs instead of 2"),
+    ],
+)
+def test_trees_that_cannot_be_asked(path: Path, model: Boosted, change: dict[str, Any], reason: str) -> None:
+    changed(path, trees=msgspec.to_builtins(model.trees, builtin_types=(bytes,)) | change)
+    with pytest.raises(ModelError, match=f"its trees cannot be asked: {reason}"):
         load(path)
 
 
@@ -179,9 +188,9 @@ def test_no_file_and_no_permission(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_serving_without_a_model_loads_none_of_what_training_needs() -> None:
+def test_serving_loads_nothing_that_only_training_needs() -> None:
     code = (
-        "import sys, predictor.learned, predictor.registry; "
+        "import sys, predictor.learned, predictor.model, predictor.registry; "
         "print([name for name in ('xgboost', 'scipy', 'sklearn', 'torch') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
