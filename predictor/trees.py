@@ -26,8 +26,8 @@ CHUNK = 500
 
 class Trees(msgspec.Struct, frozen=True):
     """`outputs` sums of as many trees each, all of `depth` levels. With n trees, those of the first output first, level l has
-    n·2^l nodes; the children of its node i are 2i (below the threshold) and 2i + 1 of the next. columns: int32, levels one after
-    the other, of features with −∞ for unknown, then of those with +∞; thresholds: float32, in the same order; leaves: float32,
+    n·2^l nodes; the children of its node i are 2i (below the threshold) and 2i + 1 of the next. columns: int32, level after
+    level, of features with −∞ for unknown, then of those with +∞; thresholds: float32, in that order; leaves: float32,
     n·2^depth. Little-endian."""
 
     outputs: int
