@@ -76,11 +76,12 @@ def train(
     unseen: int | None = None,
     settings: Settings | None = None,
     seed: int = 0,
-    nthread: int = 2,
+    nthread: int = 1,
     created: str = "",
 ) -> Trained:
     """agents: in the order in which they finished. unseen: how many of the newest the champion has not learned from; judged is
-    on no others, for those it knows by heart. created: see `Told`. Raises `TooFewAgents`."""
+    on no others, for those it knows by heart. nthread: where others are at work too, two wait for each other most of the time.
+    created: see `Told`. Raises `TooFewAgents`."""
     settings = settings or Settings()
     known = dataset(agents)
     count = len(known.classes)
