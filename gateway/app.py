@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from importlib.metadata import version as distribution_version
@@ -21,6 +21,7 @@ from gateway.errors import GatewayError, NoEngine
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
 from gateway.learning.serving import Learning
+from gateway.learning.training import Training
 from gateway.metrics import Metrics
 from gateway.operations import operation_routes
 from gateway.parts import Parts
@@ -75,7 +76,7 @@ async def create_app(
         ),
         metrics=metrics,
         accuracy=accuracy,
-        learning=Learning(),
+        learning=Learning(predictor, settings.models_directory, metrics),
         suspect=asyncio.Event(),
         max_queue_s=settings.max_queue_s,
         keep_text=settings.keep_text,
@@ -96,11 +97,12 @@ def _lifespan(
         remembered = await parts.feedback.recall()
         logger.info("learned from %d agents that the state store had kept", remembered)
         link = settings.link
-        watches = [
+        watches: list[Callable[[], Awaitable[None]]] = [
             partial(watch_health, parts),
             partial(follow_link, parts, link) if link is not None else partial(poll_metrics, parts),
             partial(sweep_agents, parts, settings.agent_idle_s),
         ]
+        watches += _learning_watches(settings, parts, store)
         tasks = [asyncio.create_task(keep_running(watch)) for watch in watches]
         yield
         for task in tasks:
@@ -111,6 +113,19 @@ def _lifespan(
         await parts.client.close()
 
     return lifespan
+
+
+def _learning_watches(settings: GatewaySettings, parts: Parts, store: Store) -> list[Callable[[], Awaitable[None]]]:
+    models = settings.models_directory
+    if models is None or parts.learning.learned is None:
+        logger.info("no models: %s", "the state is in memory (--state)" if models is None else "this predictor takes none")
+        return []
+    watches: list[Callable[[], Awaitable[None]]] = [parts.learning.watch]
+    if settings.state == "memory:":
+        logger.info("no models are trained: the state is in memory (--state)")
+    elif settings.train:
+        watches.append(Training(settings, models, store, parts.learning, parts.accuracy, parts.metrics).watch)
+    return watches
 
 
 def _answer_errors(app: FastAPI) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from engine import tiny_model
 from engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState
-from gateway.learning.command import ExportSettings, run_export
+from gateway.learning.command import ExportSettings, run_export, run_predictor
 from gateway.logs import set_up_logs
 from gateway.server import PortTaken, start_gateway
 from gateway.settings import GatewaySettings, ServeSettings, cache_home, load
@@ -28,6 +28,7 @@ usage: justitia COMMAND [OPTIONS]
   gateway    the gateway alone, before an engine that is already there (--engine URL)
   demo       a mix of agents before a real engine, once as fcfs and once as justitia, and what changed
   replay     agents through any policy and vLLM's own scheduler on a virtual clock: no GPU, no waiting
+  predictor  the models that say what agents will cost: list, show, promote, rollback, train, evaluate
   export     the agents that a gateway has served, as a trace for replay
   version    print the version
 
@@ -46,7 +47,8 @@ def main() -> None:
         "gateway": lambda arguments: _run(_gateway(load(GatewaySettings, arguments, program="justitia gateway"))),
         "demo": _demo,
         "replay": _replay,
-        "export": lambda arguments: _run(run_export(load(ExportSettings, arguments, program="justitia export"))),
+        "predictor": run_predictor,
+        "export": _export,
         "version": lambda arguments: print(distribution_version("justitia")) or 0,
     }
     if command in ("-h", "--help", "help"):
@@ -70,6 +72,10 @@ def _replay(arguments: list[str]) -> int:
     from gateway.replay.command import ReplaySettings, run_replay  # needs an engine's extra, for vLLM
 
     return run_replay(load(ReplaySettings, arguments, program="justitia replay"))
+
+
+def _export(arguments: list[str]) -> int:
+    return _run(run_export(load(ExportSettings, arguments, program="justitia export")))
 
 
 def _run(command: Coroutine[Any, Any, int]) -> int:

@@ -132,6 +132,8 @@ class Metrics:
             "Predictions that could not be had: of the model, where the ladder answered; of the predictor, where nobody did.",
             "part",
         )
+        for part in ("model", "predictor"):
+            self._predictor_failures.labels(part)
         self._recent_p90 = gauge(
             "recent_share_below_p90",
             f"Of the last {WINDOW} agents: the share that cost at most the predicted ninth decile.",

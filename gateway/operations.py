@@ -109,6 +109,7 @@ def _refresh(parts: Parts) -> None:
     parts.metrics.agents_are(
         waiting=states.count("waiting"), running=states.count("running"), idle=states.count("idle")
     )
+    parts.metrics.model_failed(parts.learning.new_failures())
     accuracy = parts.accuracy
     serves = parts.learning.serves
     parts.metrics.predictions_are(

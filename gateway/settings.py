@@ -24,7 +24,7 @@ from pydantic_settings import (
 )
 
 PREFIX = "JUSTITIA_"
-OTHER_PREFIXES = ("JUSTITIA_DEMO_", "JUSTITIA_REPLAY_")
+OTHER_PREFIXES = ("JUSTITIA_DEMO_", "JUSTITIA_REPLAY_", "JUSTITIA_EVALUATE_")
 PolicyName = Literal["justitia", "fcfs", "agent-fcfs", "vtc", "las", "sjf", "srjf"]
 
 
@@ -71,7 +71,7 @@ class StateSettings(BaseSettings):
         " `$XDG_STATE_HOME/justitia` with Redis; none with `memory:`.",
     )
     train_limit_s: float = Field(900, gt=0, description="Seconds that a training may take; then it is ended.")
-    train_memory_mib: int = Field(4096, ge=256, description="Memory that a training may take, in MiB.")
+    train_memory_mib: int = Field(2048, ge=512, description="Memory that a training may take, in MiB.")
 
     @field_validator("state")
     @classmethod

@@ -85,7 +85,7 @@ class Stage:
         url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "gateway.cli", "gateway", "--engine", self.engine.url]
         command += ["--link", self.engine.link_address, "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--policy", policy, "--state", f"sqlite:///{self.state(name)}"]
+        command += ["--policy", policy, "--state", f"sqlite:///{self.state(name)}", "--no-train"]
         log = self.settings.out / "logs" / f"gateway-{name}.log"
         async with (
             watching(self.engine.link_address) as watch,

@@ -1,14 +1,33 @@
-"""The model that serves."""
+"""The model that serves: what the registry says is current, loaded beside the requests.
+
+Whoever promotes a version or rolls one back, a training or a user, changes the registry alone; it is looked at every few
+seconds. A model that cannot be loaded is refused, and what served before goes on: the model before it, or the ladder.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import math
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from gateway.metrics import Metrics
+from predictor.learned import Learned
+from predictor.model import Told, load
+from predictor.registry import Registry, RegistryError
+from predictor.types import Predictor
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Serves:
-    """created_at: seconds since 1970. error: median of |predicted - observed| / observed of agents
-    that were held out; NaN if nobody says."""
+    """created_at: seconds since 1970, 0 if nobody says. error: median of |predicted - observed| / observed of agents that
+    were held out; NaN if nobody says."""
 
     name: str
     version: int
@@ -17,7 +36,76 @@ class Serves:
 
 
 class Learning:
-    serves: Serves | None = None
+    """models: None, or of a predictor that takes no model: nothing is ever loaded."""
+
+    def __init__(self, predictor: Predictor, models: Path | None, metrics: Metrics, *, poll_s: float = POLL_S) -> None:
+        self.serves: Serves | None = None
+        self.learned = predictor if isinstance(predictor, Learned) and models is not None else None
+        self._registry = Registry(models or Path())
+        self._metrics, self._poll_s = metrics, poll_s
+        self._seen: int | None = None  # the version that was looked at last, whether it serves or was refused
+        self._told: str | None = None
+        self._failures = 0
+        self._looking = asyncio.Lock()
+
+    async def watch(self) -> None:
+        while True:
+            await self.look()
+            await asyncio.sleep(self._poll_s)
 
     async def look(self) -> None:
         """Let what is current serve, if it does not yet."""
+        if self.learned is None:
+            return
+        async with self._looking:  # the watch may look while a training ends
+            try:
+                version = await asyncio.to_thread(self._registry.current)
+            except RegistryError as error:
+                self._refuse(f"which model is to serve cannot be read: {error}")
+                return
+            self._told = None
+            if version != self._seen:
+                await self._change(version, self.learned)
+
+    def new_failures(self) -> int:
+        """Of models, since this was asked last."""
+        if self.learned is None:
+            return 0
+        before, self._failures = self._failures, self.learned.failures
+        return self._failures - before
+
+    async def _change(self, version: int | None, learned: Learned) -> None:
+        self._seen = version
+        if version is None:
+            learned.model, self.serves = None, None
+            self._metrics.model_serves(0, 0.0, math.nan)
+            logger.info("no model is current: the ladder serves")
+            return
+        try:
+            model = await asyncio.to_thread(load, self._registry.path(version))
+        except Exception as error:  # whatever a library makes of a bad file
+            self._refuse(f"the model {version:06} is refused: {error or type(error).__name__}")
+            return
+        learned.model = model
+        self.serves = serves = Serves(model.name, version, created_at(model.told), error_of(model.told))
+        self._metrics.model_serves(version, serves.created_at, serves.error)
+        logger.info("the model %s serves, made from %d agents", model.name, model.told.agents)
+
+    def _refuse(self, reason: str) -> None:
+        """Counted and said once for each reason."""
+        if reason != self._told:
+            self._metrics.model_refused()
+            logger.warning("%s; %s serves on", reason, "the ladder" if self.serves is None else self.serves.name)
+        self._told = reason
+
+
+def created_at(told: Told) -> float:
+    """In seconds since 1970; 0 if nobody says."""
+    try:
+        return datetime.fromisoformat(told.created).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def error_of(told: Told) -> float:
+    return told.metrics.get("median_error", math.nan)

@@ -101,14 +101,14 @@ class Training:
 
     async def train(self) -> TrainingOutcome:
         """Train once, whether it is due or not. What comes of it is in the metrics, and the next is put off if it failed."""
-        begun_s, begun_at = self._clock(), time.time()
+        begun_s, before = self._clock(), read_note(self._models)
         logger.info("training a new model")
         try:
             code = await run(self._command, self._environment(), self._settings.train_limit_s + self._grace_s)
         except OSError as error:
             logger.warning("the trainer cannot be started: %s", error)
             code = 1
-        outcome = self._outcome(code, begun_at)
+        outcome = self._outcome(code, before)
         self._metrics.trained(outcome, self._clock() - begun_s)
         if outcome in (TrainingOutcome.PROMOTED, TrainingOutcome.UNCHANGED, TrainingOutcome.TOO_FEW):
             logger.info("training took %.1f s: %s", self._clock() - begun_s, outcome)
@@ -149,7 +149,7 @@ class Training:
         logger.info("the model %s has drifted: its error is %.2f, and was %.2f", serves.name, error, serves.error)
         return True
 
-    def _outcome(self, code: int | None, begun_at: float) -> TrainingOutcome:
+    def _outcome(self, code: int | None, before: Note | None) -> TrainingOutcome:
         if code is None or code == -signal.SIGALRM:
             return TrainingOutcome.LATE
         if code < 0:
@@ -157,7 +157,7 @@ class Training:
         if code == TOO_FEW_AGENTS:
             return TrainingOutcome.TOO_FEW
         note = read_note(self._models)
-        if code == 0 and note is not None and note.at >= begun_at:
+        if code == 0 and note is not None and note != before:
             return note.outcome
         return TrainingOutcome.FAILED
 
@@ -172,9 +172,13 @@ class Training:
             "JUSTITIA_MODELS": str(self._models),
             "JUSTITIA_TRAIN_LIMIT_S": str(settings.train_limit_s),
             "JUSTITIA_TRAIN_MEMORY_MIB": str(settings.train_memory_mib),
-            # Half of the machine at most is for what is not urgent.
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)),
+            "OMP_NUM_THREADS": str(threads()),
         }
+
+
+def threads() -> int:
+    """For a training: half of the machine at most, as it is not urgent. OpenMP's wait for each other at full speed."""
+    return max(1, (os.cpu_count() or 1) // 2)
 
 
 async def run(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> int | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,9 @@ from gateway.learning.export import traced
 from gateway.state import open_store
 from predictor.features import COLUMN, SCHEMA, is_kept
 from predictor.learned import Learned
+from predictor.registry import Registry
 from predictor.types import AgentProgress, FinishedAgent
+from tests.predictor.made import Gateway
 from tests.wire.conftest import GatewayUnderTest, StartGateway
 
 HEADERS = {"X-Agent-Class": "kind", "X-Agent-Tasks": "3"}
@@ -134,3 +139,91 @@ async def test_a_store_that_fails_is_counted_and_the_gateway_serves(start: Start
     assert (await gateway.chat("a", headers={"X-Agent-Final": "true"})).status_code == 200
     await gateway.parts.feedback.flush()
     assert "justitia_state_errors_total 2.0" in (await gateway.client.get("/metrics")).text, "to recall, and to keep"
+
+
+async def test_it_learns_while_it_serves(start: StartGateway, tmp_path: Path) -> None:
+    """Agents that are kept, a real training in a process of its own, and the model serves the next that come."""
+    state = f"sqlite:///{tmp_path}/state.db"
+    store = open_store(state)
+    for agent in Gateway().serve(150):
+        await store.append(agent)
+    await store.close()
+    gateway = await start(state=state, train_every=100)
+    await gateway.chat("before", headers=HEADERS)
+    await gateway.until(lambda: gateway.parts.learning.serves is not None)
+    assert (await gateway.chat("after", headers=HEADERS)).status_code == 200
+    listed = {agent["id"]: agent for agent in (await gateway.client.get("/v1/agents")).json()["data"]}
+    assert listed["before"]["predicted_by"] in ("ladder", "xgboost-000001")
+    assert listed["after"]["predicted_by"] == "xgboost-000001"
+    await gateway.chat("whole", headers={**HEADERS, "X-Agent-Final": "true"})
+    registry, promoted = gateway.parts.metrics.registry, {"outcome": "promoted"}
+    # The model may serve before the process that made it has ended.
+    await gateway.until(lambda: registry.get_sample_value("justitia_trainings_total", promoted) == 1)
+    told = (await gateway.client.get("/metrics")).text
+    assert "justitia_model_version 1.0" in told
+    assert 'justitia_agent_cost_ratio_count{source="model"} 1.0' in told
+    assert 'justitia_predictor_failures_total{part="model"}' in told
+    models = Registry(tmp_path / "models")
+    models.promote(models.add(b"damaged"))
+    await gateway.parts.learning.look()
+    assert (await gateway.chat("again", headers=HEADERS)).status_code == 200
+    told = (await gateway.client.get("/metrics")).text
+    assert "justitia_models_refused_total 1.0" in told
+    assert "justitia_model_version 1.0" in told
+
+
+async def test_a_model_that_fails_is_passed_over_and_counted(start: StartGateway, tmp_path: Path) -> None:
+    gateway = await start(models=tmp_path)
+
+    class Fails:
+        name = "fails"
+
+        def predict(self, row: Any) -> Any:
+            raise RuntimeError("as told")
+
+    gateway.parts.predictor.model = Fails()  # type: ignore[attr-defined]
+    assert (await gateway.chat("a")).status_code == 200
+    (listed,) = (await gateway.client.get("/v1/agents")).json()["data"]
+    assert listed["predicted_by"] == "ladder"
+    told = (await gateway.client.get("/metrics")).text
+    assert 'justitia_predictor_failures_total{part="model"} 1.0' in told
+    assert 'justitia_predictor_failures_total{part="predictor"} 0.0' in told
+
+
+async def test_where_no_model_can_be_written_trainings_fail_and_the_gateway_serves(
+    start: StartGateway, tmp_path: Path
+) -> None:
+    state = f"sqlite:///{tmp_path}/state.db"
+    store = open_store(state)
+    for agent in Gateway().serve(100):
+        await store.append(agent)
+    await store.close()
+    gateway = await start(state=state, models="/proc/models")
+    failed = {"outcome": "failed"}
+    registry = gateway.parts.metrics.registry
+    await gateway.until(lambda: registry.get_sample_value("justitia_trainings_total", failed) == 1)
+    assert (await gateway.chat("a")).status_code == 200
+
+
+async def test_the_gateway_stops_though_a_training_runs(start: StartGateway, tmp_path: Path) -> None:
+    state = f"sqlite:///{tmp_path}/state.db"
+    store = open_store(state)
+    for agent in Gateway().serve(100):
+        await store.append(agent)
+    await store.close()
+    gateway = await start(state=state)
+    lock = tmp_path / "models" / "training.lock"
+    await gateway.until(lock.exists)
+    async with asyncio.timeout(20):
+        await gateway.running.stop()
+    with lock.open("ab") as alone:
+        fcntl.flock(alone, fcntl.LOCK_EX)  # when the trainer is gone
+
+
+@pytest.mark.parametrize("settings", [{}, {"models": "kept"}])
+async def test_with_the_state_in_memory_nothing_is_trained_and_that_is_said_once(
+    start: StartGateway, tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, str]
+) -> None:
+    with caplog.at_level(logging.INFO):
+        await start(**{name: tmp_path / value for name, value in settings.items()})
+    assert caplog.text.count("the state is in memory (--state)") == 1
