@@ -118,7 +118,9 @@ def _lifespan(
 def _learning_watches(settings: GatewaySettings, parts: Parts, store: Store) -> list[Callable[[], Awaitable[None]]]:
     models = settings.models_directory
     if models is None or parts.learning.learned is None:
-        logger.info("no models: %s", "the state is in memory (--state)" if models is None else "this predictor takes none")
+        logger.info(
+            "no models: %s", "the state is in memory (--state)" if models is None else "this predictor takes none"
+        )
         return []
     watches: list[Callable[[], Awaitable[None]]] = [parts.learning.watch]
     if settings.state == "memory:":
