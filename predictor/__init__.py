@@ -1,5 +1,7 @@
 """The predictor: what an agent will cost, and how long a task will decode.
 
-No I/O and no clock. `cost` is the formula, `types` the protocol that every predictor fulfils, `ladder` the one that needs no
-training and learns from each agent that finishes.
+While serving: `types` is the protocol, `cost` the formula, `wording` and `features` what is known of a task as one row of
+numbers, `ladder` the predictor that needs no training, `model` one that has been trained, asked by way of `trees`, and
+`learned` both together. Beside it: `dataset`, `train` and `evaluate` make models and judge them, `registry` keeps their
+versions; `mlp` is the paper's predictor, to measure by. There is no clock, and no I/O but for model files.
 """

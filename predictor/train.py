@@ -89,7 +89,8 @@ def train(
         raise TooFewAgents(f"{count} agents with rows of this version; {FEWEST_AGENTS} are needed")
     held_out = round(HELD_OUT_SHARE * count)
     if champion is not None and unseen is not None:
-        held_out = min(held_out, unseen)
+        # Not all of them have rows.
+        held_out = min(held_out, len(dataset(agents[max(0, len(agents) - unseen) :]).classes))
     older, newest = known.split(held_out)
     held_out = newest.first_tasks().rows
     if held_out < FEWEST_HELD_OUT:

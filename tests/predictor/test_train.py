@@ -99,6 +99,9 @@ def test_judged_is_on_agents_that_the_champion_has_not_seen(past: list[FinishedA
     assert train(past, trained.model, unseen=20, settings=FAST, nthread=1).report.held_out == 20
     with pytest.raises(TooFewAgents, match="5 new agents to judge by; 12 are needed"):
         train(past, trained.model, unseen=5, settings=FAST, nthread=1)
+    without_rows = replaced_rows(past[:8], lambda row: b"")
+    with pytest.raises(TooFewAgents, match="7 new agents to judge by"):
+        train([*past, *without_rows], trained.model, unseen=15, settings=FAST, nthread=1)
 
 
 def test_too_few_agents(past: list[FinishedAgent]) -> None:
