@@ -50,8 +50,8 @@ class Settings(msgspec.Struct, frozen=True):
     shares change the median error by a hundredth."""
 
     rounds: int = 300
-    depth: int = 4
-    learning_rate: float = 0.06
+    depth: int = 3
+    learning_rate: float = 0.04
     rows_share: float = 0.7
     columns_share: float = 0.3
 

@@ -17,7 +17,7 @@ from engine.collector import collector_at_rest
 from engine.profile import ProfileError, load_profile
 from gateway.bench.environment import versions
 from gateway.fairness import POLICIES
-from gateway.replay.predictors import COSTS, UnknownPredictor, beliefs
+from gateway.replay.predictors import COSTS, LEARNED, Beliefs, UnknownPredictor, beliefs
 from gateway.replay.results import ReleaseName, Replay, Run, against_vtc, label, own_release, write
 from gateway.replay.simulation import Setup, simulate
 from gateway.replay.traces import BUILT_IN, built_in, describe
@@ -41,10 +41,13 @@ class ReplaySettings(BaseSettings):
         description="Policies, separated by commas. NAME@RELEASE takes another release than the policy's own: memory (by"
         " predicted memory; justitia's), engine (what the engine has room for; all others'), all (everything at once).",
     )
-    predictor: str = Field("exact", description="What is believed of costs: exact, ladder, or noise:SIGMA.")
+    predictor: str = Field(
+        "exact", description="What is believed of costs: exact, xgboost, mlp, ladder, or noise:SIGMA."
+    )
     learn_from: str = Field(
         "",
-        description="Traces that the ladder has learned from, separated by commas; default: other seeds of this one.",
+        description="Traces that a predictor has learned from, separated by commas, or `nothing`; default: other"
+        " seeds of this one.",
     )
     seed: int = Field(0, ge=0, description="Seed of the noise.")
     profile: str = Field("llama-7b-a100", description="Step times of an engine: a shipped profile, or a TOML file.")
@@ -99,10 +102,10 @@ def run_replay(settings: ReplaySettings) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         agents = load_trace(settings.trace)
-        past = load_past(settings.trace, settings.learn_from) if settings.predictor == "ladder" else []
+        past = load_past(settings.trace, settings.learn_from) if settings.predictor in LEARNED else []
         setup = _setup(settings, agents)
         cost = COSTS[settings.cost]
-        beliefs(settings.predictor, seed=settings.seed, past=past, cost=cost)
+        believed: Beliefs | None = beliefs(settings.predictor, seed=settings.seed, past=past, cost=cost)
     except (TraceError, ProfileError, UnknownPredictor, OSError) as error:
         console.print(f"justitia replay: {error}", markup=False)
         return 2
@@ -115,7 +118,7 @@ def run_replay(settings: ReplaySettings) -> int:
         for policy, release in settings.runs():
             name = label(policy, release)
             bar = progress.add_task(name, total=len(agents))
-            believed = beliefs(settings.predictor, seed=settings.seed, past=past, cost=cost)
+            believed = believed or beliefs(settings.predictor, seed=settings.seed, past=past, cost=cost)
             try:
                 run = simulate(
                     agents,
@@ -130,6 +133,7 @@ def run_replay(settings: ReplaySettings) -> int:
                 console.print(f"justitia replay: {error}", markup=False)
                 return 2
             runs.append(run)
+            believed = None  # the next one has not seen these agents
             if not console.is_terminal:
                 console.print(f"{name}: mean JCT {run.summary.mean_jct_s:.1f} s")
     replay = Replay(_config(settings), describe(agents), against_vtc(runs))
@@ -163,6 +167,8 @@ def begin_alike(agents: Sequence[AgentTrace]) -> bool:
 
 def load_past(spec: str, learn_from: str) -> list[AgentTrace]:
     """What a ladder has learned before the trace begins: other seeds of a built-in trace, unless told otherwise."""
+    if learn_from == "nothing":
+        return []
     if learn_from:
         return [agent for each in learn_from.split(",") for agent in load_trace(each.strip())]
     name, *rest = spec.split(":")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
+from statistics import fmean
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -15,7 +16,24 @@ from predictor.cost import task_cost
 from predictor.features import SCHEMA, Sketch, is_kept
 from predictor.ladder import PRIOR_BYTES_PER_TOKEN
 from predictor.learned import Learned
-from predictor.types import AgentProgress, FinishedAgent, FinishedTask, Predictor, TaskContent, TaskPrediction
+from predictor.mlp import MlpUnavailable, PaperMlp, Sample
+from predictor.model import Boosted
+from predictor.train import FEWEST_AGENTS, TooFewAgents, train
+from predictor.types import (
+    AgentPrediction,
+    AgentProgress,
+    Arrival,
+    FinishedAgent,
+    FinishedTask,
+    Predictor,
+    TaskContent,
+    TaskPrediction,
+)
+
+LEARNED = ("xgboost", "mlp", "ladder")
+ABLATIONS = ("text", "class", "growth")
+# Agents after which a model is trained anew, at most, and on how many of the newest.
+TRAIN_EVERY, TRAIN_ON = 200, 10_000
 
 Cost = Callable[[float, float, float], float]  # of prompt, decode and cached tokens
 
@@ -59,6 +77,10 @@ class Beliefs(Protocol):
         """finished: by task."""
         ...
 
+    def forget(self, agent: AgentTrace) -> None:
+        """It was only asked about."""
+        ...
+
 
 class Exact:
     """All lengths and costs are known."""
@@ -74,6 +96,9 @@ class Exact:
         return sum(self._cost(task.prompt_tokens, task.output_tokens, 0.0) for task in agent.tasks)
 
     def learn(self, agent: AgentTrace, finished: Mapping[str, FinishedTask]) -> None:
+        pass
+
+    def forget(self, agent: AgentTrace) -> None:
         pass
 
 
@@ -106,11 +131,13 @@ class _Alive:
 
 
 class Serving:
-    """A predictor as it serves: told what a gateway sees, and learning from each agent that finishes."""
+    """A predictor as it serves: told what a gateway sees, and learning from each agent that finishes. finished: those, in
+    order. train: called after each of them."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, train: Callable[[Serving], None] | None = None) -> None:
         self.predictor = predictor
         self.finished: list[FinishedAgent] = []
+        self._train = train
         self._alive: dict[str, _Alive] = {}
 
     def arrive(self, agent: AgentTrace, task: TaskTrace, progress: Progress) -> Arrived:
@@ -130,6 +157,11 @@ class Serving:
         done = FinishedAgent(agent.agent_class or None, agent.tenant, tasks, SCHEMA)
         self.predictor.learn(done)
         self.finished.append(done)
+        if self._train is not None:
+            self._train(self)
+
+    def forget(self, agent: AgentTrace) -> None:
+        del self._alive[agent.agent_id]
 
 
 def finished_task(task: TaskTrace, cached_tokens: int, held: float | None = None) -> FinishedTask:
@@ -157,7 +189,7 @@ def taught(agents: Sequence[AgentTrace], serving: Serving) -> None:
         serving.learn(agent, {task.id: finished_task(task, task.cached_tokens) for task in agent.tasks})
 
 
-def arrivals(agent: AgentTrace, serving: Serving) -> Iterator[Arrived]:
+def arrivals(agent: AgentTrace, serving: Beliefs) -> Iterator[Arrived]:
     """What is believed at each task's arrival, in order, if the agent is served alone: those that wait for others arrive when
     these have ended."""
     cost = cost_ended = 0.0
@@ -195,22 +227,107 @@ COSTS: dict[str, Cost] = {"memory": task_cost, "compute": compute_cost}
 
 
 def beliefs(name: str, *, seed: int = 0, past: Sequence[AgentTrace] = (), cost: Cost = task_cost) -> Beliefs:
-    """`exact`, `ladder`, or `noise:SIGMA`. Raises `UnknownPredictor`."""
+    """`exact`, `noise:SIGMA`, or one of `LEARNED`. Raises `UnknownPredictor`."""
     if name == "exact":
         return Exact(cost)
-    if name == "ladder":
+    if name in LEARNED:
         if cost is not task_cost:
-            raise UnknownPredictor("the ladder learns memory-centric costs only: take exact or noise:SIGMA")
-        serving = Serving(Learned())
-        taught(past, serving)
-        return serving
+            raise UnknownPredictor(f"{name} learns memory-centric costs only: take exact or noise:SIGMA")
+        return serving(name, past, seed=seed)
     kind, _, sigma = name.partition(":")
     try:
         if kind == "noise" and 0 <= float(sigma) < math.inf:
             return Noise(float(sigma), seed, cost)
     except ValueError:
         pass
-    raise UnknownPredictor(f"no predictor {name!r}: exact, ladder, or noise:SIGMA with a number of at least 0")
+    raise UnknownPredictor(
+        f"no predictor {name!r}: exact, {', '.join(LEARNED)}, or noise:SIGMA with a number of at least 0"
+    )
+
+
+def serving(name: str, past: Sequence[AgentTrace], *, seed: int = 0, without: str = "") -> Serving:
+    """One of `LEARNED`, which has learned from the past. without: one of `ABLATIONS`. Raises `UnknownPredictor`."""
+    if name == "ladder":
+        found = Serving(Learned())
+        taught(past, found)
+    elif name == "xgboost":
+        training = Training(seed)
+        found = Serving(Blind(without) if without else Learned(), training.after)
+        training.resting = True
+        taught(past, found)
+        training.resting = False
+        training.train(found)
+    elif name == "mlp":
+        mlp = PaperMlp(seed)
+        found = Serving(mlp)
+        taught(past, found)
+        try:
+            mlp.fit([_sample(agent) for agent in past])
+        except MlpUnavailable as error:
+            raise UnknownPredictor(str(error)) from error
+    else:
+        raise UnknownPredictor(f"no predictor {name!r} that learns: {', '.join(LEARNED)}")
+    return found
+
+
+def _sample(agent: AgentTrace) -> Sample:
+    first = agent.tasks[0]
+    text = "\n".join(filter(None, (first.system, first.prompt)))
+    return Sample(agent.agent_class or None, text, agent.cost, fmean(task.output_tokens for task in agent.tasks))
+
+
+class Blind(Learned):
+    """It does not see the text, or of which class an agent is, or how it grows."""
+
+    def __init__(self, to: str) -> None:
+        super().__init__()
+        self._to = to
+
+    def arrive(self, content: TaskContent, progress: AgentProgress) -> Arrival:
+        if self._to == "text":
+            content = replace(content, system=b"", text=b"")
+        return super().arrive(content, self._hidden(progress))
+
+    def predict_agent(self, progress: AgentProgress) -> AgentPrediction:
+        return super().predict_agent(self._hidden(progress))
+
+    def _hidden(self, progress: AgentProgress) -> AgentProgress:
+        if self._to == "class":
+            return replace(progress, agent_class=None)
+        if self._to == "growth":  # as if each task were the first
+            return replace(
+                progress, tasks_arrived=0, tasks_ended=0, cost_arrived=0.0, cost_ended=0.0, returns=0, opening=None
+            )
+        return progress
+
+
+class Training:
+    """As the gateway trains, but between two iterations: when there are enough agents for the first time, and then when there
+    are half as many again, or so many more. resting: not now."""
+
+    def __init__(self, seed: int) -> None:
+        self.resting = False
+        self._seed, self._trained_on = seed, 0
+
+    def after(self, one: Serving) -> None:
+        new = len(one.finished) - self._trained_on
+        if not self.resting and new >= min(TRAIN_EVERY, max(FEWEST_AGENTS, self._trained_on // 2)):
+            self.train(one)
+
+    def train(self, one: Serving) -> None:
+        """If there are agents enough, and if the new model is better."""
+        learned = one.predictor
+        assert isinstance(learned, Learned)
+        champion = learned.model
+        assert champion is None or isinstance(champion, Boosted)
+        unseen = len(one.finished) - self._trained_on
+        try:
+            trained = train(one.finished[-TRAIN_ON:], champion, unseen=unseen, seed=self._seed)
+        except TooFewAgents:
+            return
+        self._trained_on = len(one.finished)
+        if trained.report.promote:
+            learned.model = trained.model
 
 
 def _progress(agent: AgentTrace, progress: Progress, alive: _Alive) -> AgentProgress:

@@ -21,7 +21,7 @@ from gateway.bench.environment import machine, versions
 from gateway.bench.report import mean
 from gateway.replay import plot
 from gateway.replay.results import Summary
-from gateway.replay.studies import BETAS, LOADS, MICE, PROFILE, SIGMAS, Job, Row, jobs, run_all
+from gateway.replay.studies import BETAS, LEARNED_BY, LOADS, MICE, PROFILE, SIGMAS, Job, Row, jobs, run_all
 from gateway.replay.traces import built_in, describe
 
 DOCS = Path("docs/benchmarks")
@@ -153,7 +153,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _targets(report: Report) -> str:
-    exact, learned = (report.of("paper", "justitia", p, 3) for p in ("exact", "ladder"))
+    exact, learned = (report.of("paper", "justitia", p, 3) for p in ("exact", LEARNED_BY))
     sigma_1, sigma_0 = (report.of("error", "justitia", None, x) for x in (1.0, 0.0))
     compute = report.of("compute", "justitia")
     held = all(
@@ -208,11 +208,11 @@ def _targets(report: Report) -> str:
 def _loads(report: Report) -> str:
     policies = [
         ("justitia", "exact"),
-        ("justitia", "ladder"),
+        ("justitia", LEARNED_BY),
         ("srjf@all", "exact"),
         ("srjf", "exact"),
         ("srjf@memory", "exact"),
-        ("srjf@memory", "ladder"),
+        ("srjf@memory", LEARNED_BY),
         ("vtc", "exact"),
         ("vtc@memory", "exact"),
         ("justitia@engine", "exact"),
@@ -239,7 +239,7 @@ def _loads(report: Report) -> str:
     return _table([*header, "preempted (load 3)"], rows)
 
 
-BELIEFS = {"exact": "exact", "ladder": "learned"}
+BELIEFS = {"exact": "exact", LEARNED_BY: "learned"}
 AGAINST = (
     "trace",
     "costs",
@@ -296,7 +296,7 @@ def _betas(report: Report) -> str:
     rows = []
     for beta in BETAS:
         cells = [f"{beta:g}"]
-        for predictor in ("exact", "ladder", "noise:1"):
+        for predictor in ("exact", LEARNED_BY, "noise:1"):
             found = report.of("beta", "justitia", predictor, beta)
             cells += [
                 _jct(found),
@@ -317,8 +317,8 @@ def _betas(report: Report) -> str:
 
 def _elephant(report: Report) -> str:
     rows = []
-    for policy, predictor in (("justitia", "exact"), ("justitia", "ladder"), ("srjf@all", "exact"), ("vtc", "exact")):
-        name = f"{policy}, learned" if predictor == "ladder" else policy
+    for policy, predictor in (("justitia", "exact"), ("justitia", LEARNED_BY), ("srjf@all", "exact"), ("vtc", "exact")):
+        name = f"{policy}, learned" if predictor == LEARNED_BY else policy
         by_mice = [mean([o.elephant_jct_s for o in report.of("elephant", policy, predictor, m)]) for m in MICE]
         worst = max(
             last.elephant_jct_s / first.elephant_jct_s
@@ -356,7 +356,7 @@ def _prefix(report: Report) -> str:
     rows = []
     for policy, predictor in (
         ("justitia", "exact"),
-        ("justitia", "ladder"),
+        ("justitia", LEARNED_BY),
         ("srjf@all", "exact"),
         ("vtc", "exact"),
         ("vtc@memory", "exact"),
@@ -380,7 +380,7 @@ def _prefix(report: Report) -> str:
 
 def _tenants(report: Report) -> str:
     rows = []
-    for policy, predictor in (("justitia", "exact"), ("justitia", "ladder"), ("vtc", "exact"), ("srjf@all", "exact")):
+    for policy, predictor in (("justitia", "exact"), ("justitia", LEARNED_BY), ("vtc", "exact"), ("srjf@all", "exact")):
         shares = [o.tenants["split"] / sum(o.tenants.values()) for o in report.of("tenants", policy, predictor)]
         rows.append(
             (

@@ -15,7 +15,7 @@ import msgspec
 from engine.collector import collector_at_rest
 from engine.profile import load_profile
 from gateway.replay.command import begin_alike, load_past, load_trace
-from gateway.replay.predictors import COSTS, beliefs
+from gateway.replay.predictors import COSTS, LEARNED, beliefs
 from gateway.replay.results import ReleaseName, Summary, own_release
 from gateway.replay.simulation import Setup, simulate
 
@@ -27,7 +27,9 @@ BETAS = (0.8, 0.9, 0.95, 1.0, 1.05, 1.1)
 MICE = (100, 300, 500)
 FEWER_SEEDS = range(3)  # where runs differ little
 
-JUSTITIA = (("justitia", "exact"), ("justitia", "ladder"))
+# What stands for learned costs on the page.
+LEARNED_BY = "xgboost"
+JUSTITIA = (("justitia", "exact"), ("justitia", LEARNED_BY))
 FIELD = (("vtc", "exact"), ("agent-fcfs", "exact"), ("srjf@all", "exact"))
 
 
@@ -57,10 +59,18 @@ class Row(msgspec.Struct, frozen=True):
 
 def jobs(public: Sequence[str] = ()) -> Iterator[Job]:
     """`public`: paths of public traces, for their arrivals."""
-    everybody = (*JUSTITIA, *FIELD, ("fcfs", "exact"), ("las", "exact"), ("sjf", "exact"), ("srjf", "exact"))
+    everybody = (
+        *JUSTITIA,
+        ("justitia", "ladder"),
+        *FIELD,
+        ("fcfs", "exact"),
+        ("las", "exact"),
+        ("sjf", "exact"),
+        ("srjf", "exact"),
+    )
     with_release = (
         ("srjf@memory", "exact"),
-        ("srjf@memory", "ladder"),
+        ("srjf@memory", LEARNED_BY),
         ("vtc@memory", "exact"),
         ("justitia@engine", "exact"),
     )
@@ -82,7 +92,7 @@ def jobs(public: Sequence[str] = ()) -> Iterator[Job]:
         )
         yield from _each("tenants", f"tenants:{seed}", seed, 0, (*JUSTITIA, ("vtc", "exact"), ("srjf@all", "exact")))
     for seed in FEWER_SEEDS:
-        for beta, predictor in itertools.product(BETAS, ("exact", "ladder", "noise:1")):
+        for beta, predictor in itertools.product(BETAS, ("exact", LEARNED_BY, "noise:1")):
             yield Job("beta", f"paper:{seed}:3", seed, beta, "justitia", predictor, beta=beta)
         for place, path in enumerate(public):
             yield from _each("public", f"public:{path}:{seed}:3", seed, place, (*JUSTITIA, *FIELD))
@@ -100,7 +110,7 @@ def run_all(todo: Sequence[Job], processes: int) -> Iterator[Row]:
 def run_one(job: Job) -> Row:
     agents = load_trace(job.trace)
     policy, _, release = job.policy.partition("@")
-    past = load_past(job.trace, _past_of_public(job)) if job.predictor == "ladder" else []
+    past = load_past(job.trace, _past_of_public(job)) if job.predictor in LEARNED else []
     cost = COSTS[job.cost]
     setup = Setup(
         profile=load_profile(PROFILE),
