@@ -169,6 +169,39 @@ def memory_over_time(run: Run, path: Path, capacity_tokens: float | None = None)
     _save(figure, path)
 
 
+def dots(places: Sequence[str], values: Mapping[str, Sequence[float]], title: str, what: str, path: Path) -> None:
+    """A row for each place, and in it a dot for each name."""
+    figure, axes = _figure(title, values, beside=0.6)
+    box = axes.get_position()
+    left = (0.3 + LETTER_WIDTH * max(map(len, places))) / WIDTH
+    axes.set_position((left, box.y0, box.x1 - left, box.height))
+    rows = range(len(places), 0, -1)
+    for (name, along), colour in zip(values.items(), AGENT_COLOURS, strict=False):
+        axes.plot(along, rows, "o", color=colour, ms=7, label=name, zorder=3)
+    axes.hlines(rows, 0, max(map(max, values.values())), color=GRID, linewidth=0.8, zorder=1)
+    axes.set_yticks(rows, places)
+    axes.set_xlim(0, None)
+    axes.set_xlabel(what)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=10, labelcolor=INK)
+    _save(figure, path)
+
+
+def ranges(values: Mapping[str, Sequence[float]], title: str, what: str, path: Path) -> None:
+    """A bar for each name, as long as the mean, and a dot for each value."""
+    figure, axes = _figure(title, ())
+    box = axes.get_position()
+    left = (0.3 + LETTER_WIDTH * max(map(len, values))) / WIDTH
+    axes.set_position((left, box.y0, box.x1 - left, box.height))
+    for row, (along, colour) in enumerate(zip(values.values(), AGENT_COLOURS, strict=False)):
+        axes.barh(-row, mean(along), height=0.6, color=colour, alpha=0.55, zorder=2)
+        axes.plot(along, [-row] * len(along), "o", color=INK, ms=4, zorder=3)
+    axes.set_yticks([-row for row in range(len(values))], list(values))
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    axes.set_xlabel(what)
+    _save(figure, path)
+
+
 # How they are drawn
 
 

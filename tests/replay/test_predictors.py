@@ -150,10 +150,10 @@ def test_predictors_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "xgboost", "Exact", "exact:1", "noise", "noise:", "noise:x", "noise:-1", "noise:nan", "noise:inf"]
+    "name", ["", "XGBoost", "Exact", "exact:1", "noise", "noise:", "noise:x", "noise:-1", "noise:nan", "noise:inf"]
 )
 def test_what_is_no_predictor_is_refused_in_words(name: str) -> None:
-    with pytest.raises(UnknownPredictor, match="exact, ladder, or noise:SIGMA"):
+    with pytest.raises(UnknownPredictor, match="exact, xgboost, mlp, ladder, or noise:SIGMA"):
         beliefs(name)
 
 
