@@ -5,7 +5,6 @@ python -m gateway.replay.predictor_costs
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -31,12 +30,12 @@ SEED = 7
 
 class Costs(msgspec.Struct, frozen=True):
     prompt_tokens: int = PROMPT_TOKENS
-    arrive_ms_p50: float = math.nan
-    arrive_ms_p99: float = math.nan
+    arrive_ms_p50: float = 0.0
+    arrive_ms_p99: float = 0.0
     trained_agents: int = TRAINED_AGENTS
     threads: int = THREADS
-    train_s: float = math.nan
-    train_gib: float = math.nan
+    train_s: float = 0.0
+    train_gib: float = 0.0
 
 
 def measure() -> Costs:
