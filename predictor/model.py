@@ -46,8 +46,8 @@ class ModelError(ValueError):
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """Of training. On 900 agents of nine classes whose texts decide what they cost, other depths and shares, or twice the rounds,
-    change the median error by a hundredth; where only the class is known, deeper trees at a higher rate learn noise."""
+    """Of training. On 900 agents of nine classes whose texts decide what they cost, other depths and shares, or twice the
+    rounds, change the median error by a hundredth; where only the class is known, deeper trees at a higher rate learn noise."""
 
     rounds: int = 300
     depth: int = 3

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from pydantic import Field
-from pydantic_settings import BaseSettings, CliPositionalArg
+from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -47,7 +47,7 @@ class Evaluation(msgspec.Struct, frozen=True):
 class EvaluateSettings(BaseSettings):
     """`justitia predictor evaluate`: how well predictors predict the agents of a trace."""
 
-    model_config = command_config("JUSTITIA_EVALUATE_")
+    model_config = command_config("JUSTITIA_EVALUATE_") | SettingsConfigDict(cli_shortcuts={"out": "json"})
 
     trace: CliPositionalArg[str] = Field(
         description="A file of agents (JSON Lines), or a built-in trace: " + "; ".join(BUILT_IN.values())
