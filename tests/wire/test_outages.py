@@ -132,7 +132,10 @@ async def nothing_is_left(client: httpx.AsyncClient, recorder: Recorder) -> None
     for number in range(3):
         assert await ask(client, f"next-{number}", "short") == "answered"
     await until(lambda: is_idle(recorder))
-    assert await states(client) == {}
+    async with asyncio.timeout(END_S):
+        # An agent ends when the engine has said what its last task held, which may come after the answer.
+        while await states(client):
+            await asyncio.sleep(0.02)
     for state in ("waiting", "in_flight"):
         assert await metric(client, f'tasks{{state="{state}"}}') == 0
     last = recorder.last
