@@ -23,6 +23,8 @@ MAX_ROWS = 100_000
 # Of a logarithm: what `features.row` makes is at most that.
 MOST_GUESS = 70.0
 
+# log(1 + tasks) of more than anybody sends.
+_MOST_TASKS = 20.0
 _ROW_BYTES = len(COLUMNS) * np.dtype(np.float32).itemsize
 
 
@@ -32,7 +34,7 @@ class Dataset:
 
     x: shape (rows, len(COLUMNS)), NaN for unknown. log_cost: log(1 + cost) of the row's agent, in token·iterations. log_decode:
     log(1 + tokens) of a sequence of the row's task. agent: which one of `classes`. task: which of its agent's tasks arrived,
-    from 1. weight: the rows of an agent share 1. left_out: rows that are not used.
+    from 1, as the row says. weight: the rows of an agent share 1. left_out: rows that are not used.
     """
 
     x: NDArray[np.float32]
@@ -74,7 +76,6 @@ class _Kept(NamedTuple):
     log_cost: float
     log_decode: float
     agent: int
-    task: int
     weight: float
 
 
@@ -97,15 +98,13 @@ def dataset(agents: Sequence[FinishedAgent], rows_per_agent: int = ROWS_PER_AGEN
         for place in chosen:
             task = agent.tasks[place]
             decode = task.decode_tokens / max(1, task.sequences)
-            kept.append(
-                _Kept(
-                    task.row, math.log1p(cost), math.log1p(max(0.0, decode)), len(classes), place + 1, 1 / len(chosen)
-                )
-            )
+            kept.append(_Kept(task.row, math.log1p(cost), math.log1p(max(0.0, decode)), len(classes), 1 / len(chosen)))
         classes.append(agent.agent_class)
     x = np.frombuffer(b"".join(one.row for one in kept), np.float32).reshape(len(kept), len(COLUMNS)).copy()
     # Rows that were damaged where they were stored.
     x[np.isinf(x)] = np.nan
+    # Not by their places among the agent's tasks: of those that came at once, any may stand first.
+    tasks_arrived = np.clip(np.nan_to_num(x[:, COLUMN["tasks_arrived"]].astype(np.float64)), 0.0, _MOST_TASKS)
     guesses = x[:, [COLUMN[name] for name in GUESS_COLUMNS]]
     usable: NDArray[np.bool_] = np.all((guesses >= 0) & (guesses <= MOST_GUESS), axis=1)
     made = Dataset(
@@ -113,7 +112,7 @@ def dataset(agents: Sequence[FinishedAgent], rows_per_agent: int = ROWS_PER_AGEN
         np.array([one.log_cost for one in kept], np.float32),
         np.array([one.log_decode for one in kept], np.float32),
         np.array([one.agent for one in kept], np.int32),
-        np.array([one.task for one in kept], np.int32),
+        np.rint(np.expm1(tasks_arrived)).astype(np.int32),
         np.array([one.weight for one in kept], np.float32),
         tuple(classes),
         left_out + int(np.count_nonzero(~usable)),

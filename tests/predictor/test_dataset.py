@@ -81,12 +81,30 @@ def test_a_row_without_a_guess_is_left_out(guess: float) -> None:
 
 def test_rows_of_an_agent_are_limited_to_some_over_its_life(monkeypatch: pytest.MonkeyPatch) -> None:
     (agent,) = Gateway().serve(1)
-    long = FinishedAgent("a", "t", [agent.tasks[0]] * 41, agent.schema)
+    row = agent.tasks[0].row
+    long = FinishedAgent("a", "t", [FinishedTask(4, 1, 0, 1, row=arrived(row, n)) for n in range(1, 42)], agent.schema)
     assert dataset([long], rows_per_agent=5).task.tolist() == [1, 11, 21, 31, 41]
     assert dataset([long], rows_per_agent=1).task.tolist() == [1]
     monkeypatch.setattr(module, "MAX_ROWS", 6)
     assert dataset([long] * 3).task.tolist() == [1, 41] * 3
     assert dataset([long] * 9).task.tolist() == [1] * 9
+
+
+def test_which_task_it_is_says_its_row_not_its_place() -> None:
+    """Of those that arrive at once, the first to end may stand first."""
+    (agent,) = Gateway().serve(1)
+    row = agent.tasks[0].row
+    swapped = FinishedAgent("a", "t", [FinishedTask(4, 1, 0, n, row=arrived(row, n)) for n in (2, 1)], agent.schema)
+    made = dataset([swapped])
+    assert made.task.tolist() == [2, 1]
+    assert made.first_tasks().log_decode == pytest.approx(math.log1p(1))
+
+
+def arrived(row: bytes, tasks: int) -> bytes:
+    """It, as that of its agent's so-manieth task."""
+    values = np.frombuffer(row, np.float32).copy()
+    values[COLUMN["tasks_arrived"]] = math.log1p(tasks)
+    return values.tobytes()
 
 
 def test_the_newest_are_split_off() -> None:
