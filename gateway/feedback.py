@@ -108,6 +108,7 @@ class Feedback:
         except StateError as error:
             self._state_failed(error)
             return 0
+        self._metrics.state_is(unreadable=self._store.unreadable)
         for agent in agents:
             self._learn(agent)
         return len(agents)

@@ -76,7 +76,11 @@ def open_store(url: str, kept_agents: int = KEPT_AGENTS) -> Store:
 
 
 def pack(agent: FinishedAgent) -> bytes:
-    return zlib.compress(_encode(agent), _LEVEL)
+    """Raises `StateError` for what no store can hold, as a client's limit of more than 64 bits."""
+    try:
+        return zlib.compress(_encode(agent), _LEVEL)
+    except (msgspec.EncodeError, OverflowError, ValueError) as error:
+        raise StateError(f"an agent cannot be packed: {error}") from error
 
 
 def unpack(blobs: Iterable[bytes]) -> tuple[list[FinishedAgent], int]:

@@ -129,6 +129,13 @@ async def test_an_idle_agents_kv_is_kept_and_its_wait_is_learned() -> None:
     assert ToolWaits().worth_keeping("kind") == UNKNOWN
 
 
+async def test_what_cannot_be_read_of_the_store_is_told() -> None:
+    scene = Scene()
+    scene.store.unreadable = 3
+    assert await scene.feedback.recall() == 0
+    assert scene.registry.get_sample_value("justitia_state_unreadable_agents") == 3
+
+
 async def test_what_is_kept_tells_when_and_what_was_said_and_what_was_predicted_is_judged() -> None:
     scene = Scene()
     record = scene.task(1, held=NET)

@@ -173,6 +173,18 @@ def test_an_agent_of_an_older_version_is_still_read() -> None:
     assert not unreadable
 
 
+async def test_what_cannot_be_packed_is_an_error_of_the_store(redis_url: str, tmp_path: Path) -> None:
+    """A client may send a limit of more than 64 bits."""
+    huge = FinishedAgent("kind", "t", [FinishedTask(40, 10, 0, 7, max_tokens=2**70)])
+    for url in ("memory:", f"sqlite:///{tmp_path}/state.db", redis_url):
+        store = open_store(url)
+        before = await store.added()
+        with pytest.raises(StateError, match="cannot be packed"):
+            await store.append(huge)
+        assert await store.added() == before
+        await store.close()
+
+
 def test_a_blob_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway.state, "LARGEST_BYTES", 1000)
     assert unpack([zlib.compress(msgspec.msgpack.encode({"agent_class": "x" * 10_000}))]) == ([], 1)
