@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 from pydantic import Field
 
 from gateway.learning.kept import console, kept_store
@@ -58,7 +59,9 @@ def step_back(limit_s: float, memory_mib: int) -> None:
     with contextlib.suppress(OSError):  # not everybody is let
         Path("/proc/self/oom_score_adj").write_text(str(FIRST_TO_GO))
     # Data, not addresses: XGBoost and BLAS reserve far more of those than they come to use.
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_mib * 2**20, resource.RLIM_INFINITY))
+    wanted, (_, hard) = memory_mib * 2**20, resource.getrlimit(resource.RLIMIT_DATA)
+    # Where somebody has set a limit already, nobody may ask for more.
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
     # Without a handler the alarm ends the process, also in the midst of native code.
     signal.setitimer(signal.ITIMER_REAL, limit_s)
 
@@ -146,9 +149,17 @@ def _train(settings: TrainSettings, models: Path, kept: Kept) -> int:
 async def _read(store: Store) -> Kept:
     """Raises `StateError`."""
     try:
-        return Kept(time.time(), await store.added(), [agent async for agent in store.read()])
+        return Kept(time.time(), await store.added(), [_without_texts(agent) async for agent in store.read()])
     finally:
         await store.close()
+
+
+def _without_texts(agent: FinishedAgent) -> FinishedAgent:
+    """Nothing is learned from them, and they can be many times the rest."""
+    if all(task.prompt is None and task.system is None for task in agent.tasks):
+        return agent
+    replace = msgspec.structs.replace
+    return replace(agent, tasks=[replace(task, prompt=None, system=None) for task in agent.tasks])
 
 
 def _champion(registry: Registry) -> Boosted | None:

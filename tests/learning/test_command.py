@@ -14,9 +14,10 @@ import msgspec
 import pytest
 
 from gateway.learning.command import run_predictor
-from gateway.learning.trainer import LOCK, unseen
+from gateway.learning.trainer import LOCK, _read, unseen
 from gateway.learning.training import TOO_FEW_AGENTS, read_note
 from gateway.metrics import TrainingOutcome
+from gateway.state import open_store
 from predictor.model import Settings, Told
 from predictor.registry import Registry
 from predictor.train import train
@@ -223,6 +224,23 @@ except MemoryError:
 while True:
     time.sleep(60)
 """
+
+
+def test_a_trainer_asks_for_no_more_than_it_may_have() -> None:
+    program = (
+        "import resource; from gateway.learning.trainer import step_back;"
+        "resource.setrlimit(resource.RLIMIT_DATA, (2**29, 2**30)); step_back(60, 2048);"
+        "print(resource.getrlimit(resource.RLIMIT_DATA) == (2**30, 2**30))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.stdout == "True\n", ended.stderr
+
+
+async def test_a_trainer_lets_go_of_texts(state: State) -> None:
+    task = FinishedTask(40, 10, 0, 7, row=b"row", prompt="private", system="too")
+    await state.keep([FinishedAgent("kind", "t", [task])])
+    (agent,) = (await _read(open_store(state.url))).agents
+    assert agent.tasks == [FinishedTask(40, 10, 0, 7, row=b"row")]
 
 
 def test_a_trainer_steps_back_and_is_bounded() -> None:
