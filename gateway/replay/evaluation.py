@@ -65,7 +65,7 @@ class EvaluateSettings(BaseSettings):
 
 
 def run_evaluate(settings: EvaluateSettings) -> int:
-    """0, or 2 when a trace or a predictor cannot be had."""
+    """0; 1 when the results cannot be written; 2 when a trace or a predictor cannot be had."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         past, agents = past_and_held_out(settings.trace, settings.learn_from, settings.per_class)
@@ -77,7 +77,12 @@ def run_evaluate(settings: EvaluateSettings) -> int:
     Console(highlight=False).print(table(found))
     if settings.out is not None:
         config = {**settings.model_dump(mode="json", exclude={"out"}), "versions": versions(), "machine": machine()}
-        settings.out.write_bytes(msgspec.json.format(msgspec.json.encode({"config": config, "runs": found}), indent=1))
+        results = msgspec.json.format(msgspec.json.encode({"config": config, "runs": found}), indent=1)
+        try:
+            settings.out.write_bytes(results)
+        except OSError as error:
+            console.print(f"justitia predictor evaluate: {error}", markup=False)
+            return 1
     return 0
 
 
@@ -96,6 +101,8 @@ def past_and_held_out(
         ordered = sorted(agents, key=lambda agent: agent.arrival_s)
         border = round(PAST_SHARE * len(ordered))
         past, agents = ordered[:border], ordered[border:]
+        if not agents:
+            raise TraceError(f"{trace}: one agent is too few to learn from some and predict others")
     return newest_of_each_class(past, per_class), agents
 
 
