@@ -92,6 +92,7 @@ class _File(msgspec.Struct, frozen=True, array_like=True):
 _encode = msgspec.msgpack.Encoder().encode
 _decode_file = msgspec.msgpack.Decoder(_File).decode
 _decode_contents = msgspec.msgpack.Decoder(_Contents).decode
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Boosted:
@@ -148,7 +149,7 @@ def decoded(data: bytes, path: Path) -> Boosted:
     """path: where they come from. Raises `ModelError`."""
     try:
         file = _decode_file(data)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise ModelError(path, "no model, or damaged") from error
     if file.format != FORMAT:
         raise ModelError(path, f"of the format {file.format[:40]!r}, not {FORMAT!r}")
@@ -158,7 +159,7 @@ def decoded(data: bytes, path: Path) -> Boosted:
         raise ModelError(path, "damaged: its contents are not those that its checksum is of")
     try:
         contents = _decode_contents(file.contents)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise ModelError(path, f"its contents cannot be read: {error}") from error
     if contents.schema != SCHEMA:
         raise ModelError(path, f"made for rows of schema {contents.schema[:40]}; this program makes {SCHEMA}")

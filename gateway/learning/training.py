@@ -58,7 +58,7 @@ def read_note(models: Path) -> Note | None:
     """None if there is none that can be read: then it is as if nothing had been trained."""
     try:
         return msgspec.json.decode((models / NOTE).read_bytes(), type=Note)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 

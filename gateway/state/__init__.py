@@ -89,7 +89,7 @@ def unpack(blobs: Iterable[bytes]) -> tuple[list[FinishedAgent], int]:
     for blob in blobs:
         try:
             agents.append(_decode(_decompress(blob)))
-        except (zlib.error, msgspec.DecodeError, ValueError, TypeError) as error:
+        except (zlib.error, msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
             unreadable += 1
             reason = str(error)
     if unreadable:

@@ -185,6 +185,10 @@ async def test_what_cannot_be_packed_is_an_error_of_the_store(redis_url: str, tm
         await store.close()
 
 
+def test_a_blob_cannot_be_too_deep() -> None:
+    assert unpack([zlib.compress(b"\x81\xa3new" + b"\x91" * 100_000)]) == ([], 1)
+
+
 def test_a_blob_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway.state, "LARGEST_BYTES", 1000)
     assert unpack([zlib.compress(msgspec.msgpack.encode({"agent_class": "x" * 10_000}))]) == ([], 1)

@@ -272,3 +272,6 @@ def test_a_note_comes_back(tmp_path: Path) -> None:
     note = Note(5, 1e9, 2.5, TrainingOutcome.TOO_FEW)
     write_note(tmp_path, note)
     assert read_note(tmp_path) == note
+    for odd in (b'{"outcome":"\xff"}', b'{"new":' + b"[" * 100_000):  # no UTF-8; too deep
+        (tmp_path / NOTE).write_bytes(odd)
+        assert read_note(tmp_path) is None

@@ -151,6 +151,10 @@ def test_wherever_a_file_is_cut_or_changed_it_is_refused(path: Path) -> None:
         path.write_bytes(whole[:end])
         with pytest.raises(ModelError, match="no model, or damaged"):
             load(path)
+    for odd in (b"\x94\xa1\xff", b"\x95\xa1x\x01\xc4\0\xc4\0" + b"\x91" * 100_000):  # no UTF-8; too deep
+        path.write_bytes(odd)
+        with pytest.raises(ModelError, match="no model, or damaged"):
+            load(path)
     for place in np.random.default_rng(1).integers(0, len(whole), 60).tolist():
         flipped = bytearray(whole)
         flipped[place] ^= 0x10
