@@ -20,6 +20,7 @@ from rich.progress import track
 from gateway.bench.environment import machine, versions
 from gateway.bench.report import mean
 from gateway.replay import plot
+from gateway.replay.predictors import LEARNED
 from gateway.replay.results import Summary
 from gateway.replay.studies import BETAS, LEARNED_BY, LOADS, MICE, PROFILE, SIGMAS, Job, Row, jobs, run_all
 from gateway.replay.traces import built_in, describe
@@ -62,24 +63,24 @@ class Report(msgspec.Struct, frozen=True):
         return found
 
 
-def compare(rows: Sequence[Row]) -> list[Outcome]:
-    exact = {
-        (r.job.trace, r.job.policy): r
-        for r in rows
-        if r.job.predictor == "exact" and r.job.cost == "memory" and r.job.study not in ("beta", "error")
-    }
+def compare(rows: Sequence[Row], before: Sequence[Outcome] = ()) -> list[Outcome]:
+    """before: outcomes of an earlier run that stand, which the rows are compared with as well."""
+    exact = {(r.job.trace, r.job.policy): r for r in rows if _is_compared_with(r.job)}
+    mean_jct_s = {(r.job.trace, r.job.policy): r.summary.mean_jct_s for r in exact.values()}
+    mean_jct_s |= {(o.job.trace, o.job.policy): o.summary.mean_jct_s for o in before if _is_compared_with(o.job)}
     outcomes = []
     for row in rows:
+        trace = _without_folders(row.job.trace)
 
-        def ratio(policy: str, row: Row = row) -> float | None:
-            other = exact.get((row.job.trace, policy))
-            return row.summary.mean_jct_s / other.summary.mean_jct_s if other else None
+        def ratio(policy: str, row: Row = row, trace: str = trace) -> float | None:
+            other = mean_jct_s.get((row.job.trace, policy)) or mean_jct_s.get((trace, policy))
+            return row.summary.mean_jct_s / other if other else None
 
         vtc = exact.get((row.job.trace, "vtc"))
         ratios = [mine / theirs for mine, theirs in zip(row.jcts, vtc.jcts, strict=True)] if vtc else []
         outcomes.append(
             Outcome(
-                job=msgspec.structs.replace(row.job, trace=_without_folders(row.job.trace)),
+                job=msgspec.structs.replace(row.job, trace=trace),
                 summary=row.summary,
                 to_vtc=ratio("vtc"),
                 to_agent_fcfs=ratio("agent-fcfs"),
@@ -91,6 +92,10 @@ def compare(rows: Sequence[Row]) -> list[Outcome]:
             )
         )
     return outcomes
+
+
+def _is_compared_with(job: Job) -> bool:
+    return job.predictor == "exact" and job.cost == "memory" and job.study not in ("beta", "error")
 
 
 def _without_folders(trace: str) -> str:
@@ -493,21 +498,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("public", nargs="*", help="public traces (CSV), for their arrivals")
     parser.add_argument("--from-json", action="store_true", help="page and pictures only, from the last run's JSON")
+    parser.add_argument(
+        "--only-learned", action="store_true", help="run what learns, and keep the last run's JSON of all else"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     results = DOCS / "results" / "replay.json"
     if not options.from_json:
-        todo = list(jobs(options.public))
+        todo, stand = list(jobs(options.public)), []
+        if options.only_learned:
+            last = msgspec.json.decode(results.read_bytes(), type=Report)
+            stand = [outcome for outcome in last.outcomes if outcome.job.predictor not in LEARNED]
+            learned = {job.trace for job in todo if job.predictor in LEARNED}
+            vtc = ("vtc", "exact")
+            todo = [
+                job
+                for job in todo
+                if job.predictor in LEARNED or (job.trace in learned and (job.policy, job.predictor) == vtc)
+            ]
         rows = list(track(run_all(todo, options.processes), total=len(todo), console=Console(stderr=True)))
-        write(rows, results)
+        if options.only_learned:  # who is compared with only has run to be compared with
+            found = [outcome for outcome in compare(rows, stand) if outcome.job.predictor in LEARNED]
+        else:
+            found = compare(rows)
+        write([*stand, *found], results)
     report = msgspec.json.decode(results.read_bytes(), type=Report)
     pictures(report, DOCS)
     runs_pictures(DOCS)
     (DOCS / "replay.md").write_text(page(report))
 
 
-def write(rows: Sequence[Row], path: Path) -> None:
-    report = Report({"machine": machine(), "versions": versions(), "profile": PROFILE}, compare(rows))
+def write(outcomes: Sequence[Outcome], path: Path) -> None:
+    report = Report({"machine": machine(), "versions": versions(), "profile": PROFILE}, list(outcomes))
     path.write_bytes(b"\n".join(_lines(report)))
 
 

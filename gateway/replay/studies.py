@@ -8,14 +8,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from multiprocessing import get_context
+from typing import Any
 
 import msgspec
 
 from engine.collector import collector_at_rest
 from engine.profile import load_profile
 from gateway.replay.command import begin_alike, load_past, load_trace
-from gateway.replay.predictors import COSTS, LEARNED, beliefs
+from gateway.replay.predictors import COSTS, LEARNED, Beliefs, beliefs
 from gateway.replay.results import ReleaseName, Summary, own_release
 from gateway.replay.simulation import Setup, simulate
 
@@ -110,7 +112,6 @@ def run_all(todo: Sequence[Job], processes: int) -> Iterator[Row]:
 def run_one(job: Job) -> Row:
     agents = load_trace(job.trace)
     policy, _, release = job.policy.partition("@")
-    past = load_past(job.trace, _past_of_public(job)) if job.predictor in LEARNED else []
     cost = COSTS[job.cost]
     setup = Setup(
         profile=load_profile(PROFILE),
@@ -119,14 +120,29 @@ def run_one(job: Job) -> Row:
         prefix_caching=begin_alike(agents),
     )
     chosen: ReleaseName = release or own_release(policy)  # type: ignore[assignment]
-    believed = beliefs(job.predictor, seed=job.seed, past=past, cost=cost)
     with collector_at_rest():
-        run = simulate(agents, policy, chosen, believed, setup, predictor=job.predictor)
+        run = simulate(agents, policy, chosen, _believed(job), setup, predictor=job.predictor)
     # Until the first of the tenants has nothing left, both are backlogged.
     tenants = sorted({agent.tenant for agent in run.agents})
     until_s = min(max(a.finish_s for a in run.agents if a.tenant == tenant) for tenant in tenants)
     done = {t: sum(a.cost for a in run.agents if a.tenant == t and a.finish_s <= until_s) for t in tenants}
     return Row(job, run.summary, [agent.jct_s for agent in run.agents], run.agents[0].jct_s, done)
+
+
+# What was learned last, and from what: the next job often learns from the same agents.
+_learned: dict[tuple[Any, ...], Beliefs] = {}
+
+
+def _believed(job: Job) -> Beliefs:
+    cost = COSTS[job.cost]
+    if job.predictor not in LEARNED:
+        return beliefs(job.predictor, seed=job.seed, cost=cost)
+    past = load_past(job.trace, _past_of_public(job))
+    key = (job.predictor, job.seed, job.cost, *((agent.agent_id, agent.cost) for agent in past))
+    if key not in _learned:
+        _learned.clear()
+        _learned[key] = beliefs(job.predictor, seed=job.seed, past=past, cost=cost)
+    return deepcopy(_learned[key])
 
 
 def _past_of_public(job: Job) -> str:
