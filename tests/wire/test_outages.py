@@ -169,7 +169,7 @@ def heard(recorder: Recorder) -> dict[str, int]:
 @pytest.fixture(autouse=True)
 async def recorder(engine: LiveEngine) -> AsyncIterator[Recorder]:
     engine.wait_ready()
-    engine.lengths({"short": 5, "some": 250, "many": 900})
+    engine.lengths({"short": 5, "some": 600, "many": 900})
     async with recording(engine.link_address) as recorder:
         await until(lambda: is_idle(recorder))
         yield recorder
