@@ -168,7 +168,7 @@ def row(progress: AgentProgress, history: tuple[float, ...], agent_guess: float,
 
 
 def is_kept(arrived: int) -> bool:
-    """Whether the row of an agent's so-manieth task is kept for training: the first eight, then ever fewer."""
+    """Whether a row is kept for training, that of its agent's first task being number 1: the first eight, then ever fewer."""
     if arrived <= 8:
         return True
     step = 1 << (arrived.bit_length() - 2)  # 9 to 16 by 4, 17 to 32 by 8, …

@@ -101,7 +101,7 @@ def test_which_task_it_is_says_its_row_not_its_place() -> None:
 
 
 def arrived(row: bytes, tasks: int) -> bytes:
-    """It, as that of its agent's so-manieth task."""
+    """It, as if so many tasks of its agent had arrived with it."""
     values = np.frombuffer(row, np.float32).copy()
     values[COLUMN["tasks_arrived"]] = math.log1p(tasks)
     return values.tobytes()
