@@ -47,6 +47,7 @@ class Learned(Predictor):
         self.ladder = Ladder()
         self.model = model
         self.failures = 0  # of the model
+        self._told: Model | None = None  # the one whose failure was logged last
 
     def arrive(self, content: TaskContent, progress: AgentProgress) -> Arrival:
         made = sketch(content)
@@ -90,7 +91,9 @@ class Learned(Predictor):
         try:
             answer = self.model.predict(arrived)
         except Exception:
-            logger.exception("the model %s failed", self.model.name)
+            if self._told is not self.model:  # it may fail at every request
+                logger.exception("the model %s failed", self.model.name)
+            self._told = self.model
         else:
             if all(0 <= value < math.inf for value in answer):
                 return answer

@@ -61,6 +61,17 @@ def test_a_model_that_fails_is_passed_over_and_counted(answer: Callable[[], Answ
     assert predictor.failures == 2
 
 
+def test_a_model_that_fails_at_every_request_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    predictor = Learned(Told(fails))
+    for _ in range(3):
+        predictor.arrive(CONTENT, NEW)
+    assert caplog.text.count("the model told failed") == 1
+    predictor.model = Told(fails)
+    predictor.arrive(CONTENT, NEW)
+    assert caplog.text.count("the model told failed") == 2, "once each"
+    assert predictor.failures == 4
+
+
 def test_an_agent_that_outgrew_its_prediction_is_asked_for_again() -> None:
     predictor = Learned(Told(lambda: Answer(5e6, 9e6, 30.0)))
     arrival = predictor.arrive(CONTENT, NEW)
