@@ -12,14 +12,17 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MOST_VERSIONS = 10
 PROMOTED = "promoted"
 # Far more than anybody rolls back.
 MOST_PROMOTIONS = 1000
+# Nobody is that long about writing a file: who began it has died.
+ABANDONED_S = 3600.0
 
 _NAME = re.compile(r"(\d{6})\.model")
 
@@ -87,7 +90,9 @@ class Registry:
         return promoted[-2]
 
     def prune(self) -> list[int]:
-        """Keeps the newest versions, and in any case the one that serves and the one that did before. Those that went."""
+        """Keeps the newest versions, and in any case the one that serves and the one that did before. Those that went.
+
+        What others who died have left half done goes too."""
         versions, needed = self.versions(), self._promoted()[-2:]
         spare = [version for version in versions if version not in needed]
         room = MOST_VERSIONS - (len(versions) - len(spare))
@@ -95,7 +100,19 @@ class Registry:
         with self._told():
             for version in gone:
                 self.path(version).unlink(missing_ok=True)
+            if self.directory.exists():
+                self._clear_abandoned()
         return gone
+
+    def _clear_abandoned(self) -> None:
+        before_s = time.time() - ABANDONED_S
+        for entry in list(self.directory.iterdir()):
+            temporary = entry.name.startswith(".") and entry.suffix == ".tmp"
+            if temporary or _NAME.fullmatch(entry.name):
+                with suppress(FileNotFoundError):  # somebody else was faster
+                    found = entry.stat()
+                    if found.st_mtime < before_s and (temporary or not found.st_size):
+                        entry.unlink()
 
     def _entries(self) -> Iterator[tuple[int, Path]]:
         for entry in self.directory.iterdir():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from predictor.registry import MOST_VERSIONS, PROMOTED, Registry, RegistryError
+from predictor.registry import ABANDONED_S, MOST_VERSIONS, PROMOTED, Registry, RegistryError
 
 
 @pytest.fixture
@@ -102,6 +103,23 @@ def test_a_crash_between_number_and_contents_leaves_an_empty_file_that_is_no_ver
     assert registry.path(2).read_bytes() == b""
     assert registry.versions() == [1]
     assert registry.add(b"c") == 3
+
+
+def test_what_was_left_half_done_goes_when_nobody_can_be_at_it_any_more(registry: Registry) -> None:
+    registry.add(b"a")
+    half_done = [registry.directory / name for name in (".half.tmp", "000002.model")]
+    others = [registry.directory / name for name in ("training.json", ".hidden", "000001.model")]
+    half_done[0].write_bytes(b"half")
+    for path in (half_done[1], *others[:2]):
+        path.touch()
+    registry.prune()
+    assert all(path.exists() for path in half_done), "somebody may be at it"
+    old = time.time() - ABANDONED_S - 1
+    for path in (*half_done, *others):
+        os.utime(path, (old, old))
+    assert registry.prune() == []
+    assert not any(path.exists() for path in half_done)
+    assert all(path.exists() for path in others)
 
 
 def test_garbage_where_the_history_should_be(registry: Registry) -> None:
