@@ -43,7 +43,7 @@ class Learning:
         self.learned = predictor if isinstance(predictor, Learned) and models is not None else None
         self._registry = Registry(models or Path())
         self._metrics, self._poll_s = metrics, poll_s
-        self._seen: int | None = None  # the version that was looked at last, whether it serves or was refused
+        self._seen: int | None = None  # the version that serves, or was refused for good
         self._told: str | None = None
         self._failures = 0
         self._looking = asyncio.Lock()
@@ -63,8 +63,9 @@ class Learning:
             except RegistryError as error:
                 self._refuse(f"which model is to serve cannot be read: {error}")
                 return
-            self._told = None
-            if version != self._seen:
+            if version == self._seen:
+                self._told = None
+            else:
                 await self._change(version, self.learned)
 
     def new_failures(self) -> int:
@@ -75,8 +76,8 @@ class Learning:
         return self._failures - before
 
     async def _change(self, version: int | None, learned: Learned) -> None:
-        self._seen = version
         if version is None:
+            self._seen, self._told = None, None
             learned.model, self.serves = None, None
             self._metrics.model_serves(0, 0.0, math.nan)
             logger.info("no model is current: the ladder serves")
@@ -84,8 +85,11 @@ class Learning:
         try:
             model = await asyncio.to_thread(load, self._registry.path(version))
         except Exception as error:  # whatever a library makes of a bad file
-            self._refuse(f"the model {version:06} is refused: {error or type(error).__name__}")
+            self._refuse(f"the model {version:06} is refused: {str(error) or type(error).__name__}")
+            if not _may_pass(error):
+                self._seen = version
             return
+        self._seen, self._told = version, None
         learned.model = model
         self.serves = serves = Serves(model.name, version, created_at(model.told), error_of(model.told))
         self._metrics.model_serves(version, serves.created_at, serves.error)
@@ -97,6 +101,11 @@ class Learning:
             self._metrics.model_refused()
             logger.warning("%s; %s serves on", reason, "the ladder" if self.serves is None else self.serves.name)
         self._told = reason
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it is not the model's fault: of files that are open, of the disk, of memory."""
+    return isinstance(error, (OSError, MemoryError)) or isinstance(error.__cause__, OSError)
 
 
 def created_at(told: Told) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
 from pathlib import Path
@@ -94,6 +95,33 @@ async def test_a_model_that_cannot_be_loaded_is_refused_by_name_and_the_one_befo
     assert scene.metric("model_version") == 2
     assert scene.learning.serves is not None
     assert scene.learning.serves.name == "xgboost-000002"
+
+
+async def test_a_model_that_cannot_be_read_for_now_is_tried_again(
+    tmp_path: Path, model: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = Scene(tmp_path)
+    scene.models.promote(scene.models.add(model))
+
+    def too_many(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", too_many)
+        for _ in range(3):
+            await scene.learning.look()
+    assert (scene.name, scene.metric("models_refused_total")) == (None, 1)
+    await scene.learning.look()
+    assert scene.name == "xgboost-000001"
+
+
+async def test_a_damaged_model_is_not_read_again(tmp_path: Path, model: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(tmp_path)
+    scene.models.promote(scene.models.add(model[:-10] + bytes(10)))
+    await scene.learning.look()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read again"))
+    await scene.learning.look()
+    assert scene.metric("models_refused_total") == 1
 
 
 async def test_a_registry_that_cannot_be_read_changes_nothing_and_is_said_once(
