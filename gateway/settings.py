@@ -1,7 +1,8 @@
 """Every setting, once: name, default, bounds, and a sentence of help.
 
 A flag (`--max-queue-s 60`) goes over the environment (`JUSTITIA_MAX_QUEUE_S`), over a TOML file (`--config`, or
-`JUSTITIA_CONFIG`), over the default. A name that is not known is an error in all three.
+`JUSTITIA_CONFIG`), over the default. A name that is not known is an error in all three. What `export` or `predictor …` takes
+beyond what it shares with the gateway is no variable: one that is set for all commands would mean something to that one alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -99,7 +101,14 @@ class StateSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, _SharedFile(settings_cls)
+        return init_settings, _SharedEnvironment(settings_cls), _SharedFile(settings_cls)
+
+
+class _SharedEnvironment(EnvSettingsSource):
+    """What is not the gateway's is a flag alone."""
+
+    def __call__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__call__().items() if name in ServeSettings.model_fields}
 
 
 class _SharedFile(TomlConfigSettingsSource):
@@ -229,13 +238,12 @@ def _config_file(arguments: list[str]) -> Path | None:
 
 def _refuse_unknown_names(settings: type[BaseSettings]) -> None:
     """A variable that begins like ours and is no setting is a slip of the pen. Other commands' settings are let be."""
-    known = {
-        f"{of.model_config.get('env_prefix', '')}{name}".upper()
-        for of in (ServeSettings, settings)
-        for name in of.model_fields
-    }
+    known = {f"{PREFIX}{name}".upper() for name in ServeSettings.model_fields}
+    own = settings.model_config.get("env_prefix", "")
+    if own != PREFIX:
+        known |= {f"{own}{name}".upper() for name in settings.model_fields}
     unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
-    others = tuple(prefix for prefix in OTHER_PREFIXES if prefix != settings.model_config.get("env_prefix"))
+    others = tuple(prefix for prefix in OTHER_PREFIXES if prefix != own)
     unknown = [name for name in unknown if not name.startswith(others)]
     if unknown:
         raise SystemExit(_fail(*(f"environment: {name} is not a setting" for name in unknown)))

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from gateway.fairness import POLICIES
-from gateway.settings import GatewaySettings, ServeSettings, load
+from gateway.learning.command import ExportSettings, PromoteSettings
+from gateway.learning.trainer import TrainSettings
+from gateway.settings import GatewaySettings, ServeSettings, StateSettings, load
 
 
 def settings(*arguments: str) -> GatewaySettings:
@@ -58,6 +60,40 @@ def test_an_unknown_name_in_the_environment_is_an_error(
     with pytest.raises(SystemExit):
         settings()
     assert "JUSTITIA_POTR is not a setting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "name"),
+    [
+        (ExportSettings, [], "JUSTITIA_TEXT"),
+        (ExportSettings, [], "JUSTITIA_SINCE"),
+        (PromoteSettings, ["2"], "JUSTITIA_VERSION"),
+        (PromoteSettings, [], "JUSTITIA_VERSION"),
+        (TrainSettings, [], "JUSTITIA_SEED"),
+    ],
+)
+def test_what_only_one_command_takes_is_a_flag_alone(
+    command: type[StateSettings],
+    arguments: list[str],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(name, "3")
+    for settings_of in (command, GatewaySettings):
+        with pytest.raises(SystemExit) as exit_:
+            load(settings_of, arguments, program="justitia")
+        assert exit_.value.code == 2
+        assert f"{name} is not a setting" in capsys.readouterr().err
+
+
+def test_the_environment_is_for_what_commands_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUSTITIA_STATE", "redis://r")
+    monkeypatch.setenv("JUSTITIA_PORT", "1")
+    given = load(ExportSettings, ["--text"], program="justitia export")
+    assert (given.state, given.text) == ("redis://r", True)
+    monkeypatch.setenv("justitia_text", "1")  # as good as the name in capitals, where it is one
+    assert not load(ExportSettings, [], program="justitia export").text
 
 
 def test_an_unknown_name_in_the_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
