@@ -21,12 +21,14 @@ _RATIO = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10)
 
 
 class TrainingOutcome(StrEnum):
-    """of a training. unchanged: the new model was no better. too_few: agents to learn from. late: it took too long, and was
-    ended. killed: by somebody else, as when memory ran out."""
+    """of a training. unchanged: the new model was no better. too_few: agents to learn from. busy: another gateway, or a user,
+    was training on the same models. late: it took too long, and was ended. killed: by somebody else, as when memory ran
+    out."""
 
     PROMOTED = "promoted"
     UNCHANGED = "unchanged"
     TOO_FEW = "too_few"
+    BUSY = "busy"
     FAILED = "failed"
     LATE = "late"
     KILLED = "killed"

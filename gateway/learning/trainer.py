@@ -23,7 +23,7 @@ from pydantic import Field
 
 from gateway.learning.kept import console, kept_store
 from gateway.learning.serving import created_at
-from gateway.learning.training import TOO_FEW_AGENTS, Note, threads, write_note
+from gateway.learning.training import BUSY, TOO_FEW_AGENTS, Note, threads, write_note
 from gateway.metrics import TrainingOutcome
 from gateway.settings import StateSettings
 from gateway.state import StateError, Store
@@ -80,7 +80,7 @@ def alone(models: Path) -> Iterator[bool]:
 
 
 def run_train(settings: TrainSettings) -> int:
-    """0; 1 when it failed; 2 when there is no such state; `TOO_FEW_AGENTS`."""
+    """0; 1 when it failed; 2 when there is no such state; `TOO_FEW_AGENTS`; `BUSY` when another is at work."""
     models = settings.models_directory
     store = kept_store("predictor train", settings)
     if store is None or models is None:
@@ -91,6 +91,7 @@ def run_train(settings: TrainSettings) -> int:
             if is_alone:
                 return _train(settings, models, asyncio.run(_read(store)))
             _say("another training is at work on these models")
+            return BUSY
     except MemoryError:
         _say(
             f"{settings.train_memory_mib} MiB of memory are not enough (--train-memory-mib, --kept-agents of the gateway)"

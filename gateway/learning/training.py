@@ -39,7 +39,7 @@ BACKOFF_FIRST_S, BACKOFF_MAX_S = 60.0, 3600.0
 # The trainer ends itself at its limit. It is killed if it has not so long after.
 GRACE_S = 10.0
 
-TOO_FEW_AGENTS = 3  # exit code of the command; the others are as of all commands
+TOO_FEW_AGENTS, BUSY = 3, 4  # exit codes of the command; the others are as of all commands
 NOTE = "training.json"
 
 
@@ -115,6 +115,11 @@ class Training:
             self._failures = 0
             await self._learning.look()
             return outcome
+        if outcome is TrainingOutcome.BUSY:
+            # What comes of the other one is noted when it ends, and then none may be due.
+            self._not_before_s = self._clock() + BACKOFF_FIRST_S
+            logger.info("another training is at work on these models; looked at again in %g s", BACKOFF_FIRST_S)
+            return outcome
         wait_s = min(BACKOFF_FIRST_S * 2**self._failures, BACKOFF_MAX_S)
         self._failures += 1
         self._not_before_s = self._clock() + wait_s
@@ -156,6 +161,8 @@ class Training:
             return TrainingOutcome.KILLED
         if code == TOO_FEW_AGENTS:
             return TrainingOutcome.TOO_FEW
+        if code == BUSY:
+            return TrainingOutcome.BUSY
         note = read_note(self._models)
         if code == 0 and note is not None and note != before:
             return note.outcome

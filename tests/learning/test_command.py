@@ -15,7 +15,7 @@ import pytest
 
 from gateway.learning.command import run_predictor
 from gateway.learning.trainer import LOCK, _read, unseen
-from gateway.learning.training import TOO_FEW_AGENTS, read_note
+from gateway.learning.training import BUSY, TOO_FEW_AGENTS, read_note
 from gateway.metrics import TrainingOutcome
 from gateway.state import open_store
 from predictor.model import Settings, Told
@@ -183,7 +183,7 @@ async def test_two_trainings_at_once_there_are_not(state: State, agents: list[Fi
     with (models / LOCK).open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         ended = command(state, "train")
-    assert ended.returncode == 1
+    assert ended.returncode == BUSY
     assert "another training is at work" in ended.stderr
 
 

@@ -142,6 +142,7 @@ async def test_a_training_that_went_well_is_told_and_what_is_current_is_looked_a
     [
         ("raise SystemExit(1)", TrainingOutcome.FAILED),
         ("raise SystemExit(3)", TrainingOutcome.TOO_FEW),
+        ("raise SystemExit(4)", TrainingOutcome.BUSY),
         ("pass", TrainingOutcome.FAILED),  # a good end, but nothing was noted
         (SAY + "os.kill(os.getpid(), signal.SIGKILL)", TrainingOutcome.KILLED),  # as when memory runs out
         (SAY + "os.kill(os.getpid(), signal.SIGALRM)", TrainingOutcome.LATE),
@@ -175,6 +176,17 @@ async def test_failures_put_the_next_one_off_ever_longer_and_a_success_forgets_t
     scene.training._command[-1] = "raise SystemExit(1)"
     await scene.training.train()
     assert scene.training._not_before_s - scene.now == 60
+
+
+async def test_while_another_gateway_trains_this_one_waits_and_that_is_no_failure(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, "raise SystemExit(4)")
+    for _ in range(4):
+        assert await scene.training.train() is TrainingOutcome.BUSY
+        assert scene.training._not_before_s - scene.now == 60
+    scene.training._command[-1] = "raise SystemExit(1)"
+    await scene.training.train()
+    assert scene.training._not_before_s - scene.now == 60, "the first failure"
+    assert (scene.trained("busy"), scene.trained("failed")) == (4, 1)
 
 
 async def test_the_watch_trains_once_at_a_time_and_waits_after_a_failure(tmp_path: Path) -> None:
