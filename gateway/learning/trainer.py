@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import msgspec
 from pydantic import Field
 
 from gateway.learning.kept import console, kept_store
@@ -26,7 +25,7 @@ from gateway.learning.serving import created_at
 from gateway.learning.training import BUSY, TOO_FEW_AGENTS, Note, threads, write_note
 from gateway.metrics import TrainingOutcome
 from gateway.settings import StateSettings
-from gateway.state import StateError, Store
+from gateway.state import StateError, Store, without_texts
 from predictor.model import Boosted, ModelError, load
 from predictor.registry import Registry, RegistryError
 from predictor.types import FinishedAgent
@@ -150,17 +149,9 @@ def _train(settings: TrainSettings, models: Path, kept: Kept) -> int:
 async def _read(store: Store) -> Kept:
     """Raises `StateError`."""
     try:
-        return Kept(time.time(), await store.added(), [_without_texts(agent) async for agent in store.read()])
+        return Kept(time.time(), await store.added(), [without_texts(agent) async for agent in store.read()])
     finally:
         await store.close()
-
-
-def _without_texts(agent: FinishedAgent) -> FinishedAgent:
-    """Nothing is learned from them, and they can be many times the rest."""
-    if all(task.prompt is None and task.system is None for task in agent.tasks):
-        return agent
-    replace = msgspec.structs.replace
-    return replace(agent, tasks=[replace(task, prompt=None, system=None) for task in agent.tasks])
 
 
 def _champion(registry: Registry) -> Boosted | None:

@@ -52,7 +52,7 @@ class Store(Protocol):
         ...
 
     async def newest(self, limit: int) -> list[FinishedAgent]:
-        """The last so many, the oldest first."""
+        """The last so many, the oldest first, without their texts: so many of those would fill the memory."""
         ...
 
     def read(self) -> AsyncIterator[FinishedAgent]:
@@ -83,12 +83,21 @@ def pack(agent: FinishedAgent) -> bytes:
         raise StateError(f"an agent cannot be packed: {error}") from error
 
 
-def unpack(blobs: Iterable[bytes]) -> tuple[list[FinishedAgent], int]:
-    """The agents, and how many could not be read."""
+def without_texts(agent: FinishedAgent) -> FinishedAgent:
+    """Nothing is learned from them, and they can be many times the rest."""
+    if all(task.prompt is None and task.system is None for task in agent.tasks):
+        return agent
+    replace = msgspec.structs.replace
+    return replace(agent, tasks=[replace(task, prompt=None, system=None) for task in agent.tasks])
+
+
+def unpack(blobs: Iterable[bytes], *, texts: bool = True) -> tuple[list[FinishedAgent], int]:
+    """The agents, and how many could not be read. Without texts, there are never those of more than one agent."""
     agents, unreadable = [], 0
     for blob in blobs:
         try:
-            agents.append(_decode(_decompress(blob)))
+            agent = _decode(_decompress(blob))
+            agents.append(agent if texts else without_texts(agent))
         except (zlib.error, msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
             unreadable += 1
             reason = str(error)

@@ -25,7 +25,7 @@ class MemoryStore:
         return self._added
 
     async def newest(self, limit: int) -> list[FinishedAgent]:
-        return await self._unpack(list(islice(reversed(self._blobs), limit))[::-1])
+        return await self._unpack(list(islice(reversed(self._blobs), limit))[::-1], texts=False)
 
     async def read(self) -> AsyncIterator[FinishedAgent]:
         blobs = list(self._blobs)
@@ -36,7 +36,7 @@ class MemoryStore:
     async def close(self) -> None:
         return None
 
-    async def _unpack(self, blobs: list[bytes]) -> list[FinishedAgent]:
-        agents, unreadable = await asyncio.to_thread(unpack, blobs)
+    async def _unpack(self, blobs: list[bytes], *, texts: bool = True) -> list[FinishedAgent]:
+        agents, unreadable = await asyncio.to_thread(unpack, blobs, texts=texts)
         self.unreadable += unreadable
         return agents

@@ -49,7 +49,7 @@ class RedisStore:
 
     async def newest(self, limit: int) -> list[FinishedAgent]:
         entries: _Entries = await _asked(self._redis.xrevrange(AGENTS, count=limit))
-        return await self._unpack(entries[::-1])
+        return await self._unpack(entries[::-1], texts=False)
 
     async def read(self) -> AsyncIterator[FinishedAgent]:
         after = "-"
@@ -64,8 +64,9 @@ class RedisStore:
     async def close(self) -> None:
         await self._redis.aclose()
 
-    async def _unpack(self, entries: _Entries) -> list[FinishedAgent]:
-        agents, unreadable = await asyncio.to_thread(unpack, [fields.get(_FIELD, b"") for _, fields in entries])
+    async def _unpack(self, entries: _Entries, *, texts: bool = True) -> list[FinishedAgent]:
+        blobs = [fields.get(_FIELD, b"") for _, fields in entries]
+        agents, unreadable = await asyncio.to_thread(unpack, blobs, texts=texts)
         self.unreadable += unreadable
         return agents
 

@@ -50,7 +50,7 @@ class SqliteStore:
     async def newest(self, limit: int) -> list[FinishedAgent]:
         def read(connection: sqlite3.Connection) -> list[FinishedAgent]:
             rows = connection.execute(_NEWEST, (limit,)).fetchall()
-            return self._unpack([blob for (blob,) in reversed(rows)])
+            return self._unpack([blob for (blob,) in reversed(rows)], texts=False)
 
         return await self._run(read)
 
@@ -74,8 +74,8 @@ class SqliteStore:
         rows = connection.execute(_AFTER, (after, BATCH)).fetchall()
         return (rows[-1][0] if rows else None), self._unpack([blob for _, blob in rows])
 
-    def _unpack(self, blobs: list[bytes]) -> list[FinishedAgent]:
-        agents, unreadable = unpack(blobs)
+    def _unpack(self, blobs: list[bytes], *, texts: bool = True) -> list[FinishedAgent]:
+        agents, unreadable = unpack(blobs, texts=texts)
         self.unreadable += unreadable
         return agents
 

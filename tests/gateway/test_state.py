@@ -18,7 +18,7 @@ import gateway.state.memory
 import gateway.state.redis
 import gateway.state.sqlite
 from gateway.bench.processes import free_port
-from gateway.state import StateError, Store, open_store, pack, unpack
+from gateway.state import StateError, Store, open_store, pack, unpack, without_texts
 from predictor.types import FinishedAgent, FinishedTask
 
 
@@ -57,6 +57,10 @@ def agent(number: int) -> FinishedAgent:
     return FinishedAgent("class", "tenant", [task], "1-schema", 1e9 + number, 2.0, 5)
 
 
+def bare(number: int) -> FinishedAgent:
+    return without_texts(agent(number))
+
+
 async def everything(store: Store) -> list[FinishedAgent]:
     return [kept async for kept in store.read()]
 
@@ -66,7 +70,7 @@ async def test_what_was_kept_comes_back_in_order(store: Store) -> None:
     for number in range(3):
         await store.append(agent(number))
     assert (await everything(store))[len(before) :] == [agent(0), agent(1), agent(2)]
-    assert await store.newest(2) == [agent(1), agent(2)]
+    assert await store.newest(2) == [bare(1), bare(2)], "without texts"
 
 
 async def test_concurrent_writes_are_all_kept(store: Store) -> None:
@@ -90,7 +94,8 @@ async def test_only_the_newest_are_kept_and_the_count_goes_on(small: Store) -> N
     added = await small.added()
     for number in range(9):
         await small.append(agent(number))
-    assert await everything(small) == await small.newest(100) == [agent(number) for number in range(4, 9)]
+    assert await everything(small) == [agent(number) for number in range(4, 9)]
+    assert await small.newest(100) == [bare(number) for number in range(4, 9)]
     assert await small.added() == added + 9
 
 
@@ -115,7 +120,7 @@ async def test_two_gateways_share_a_store(redis_url: str, tmp_path: Path) -> Non
         added = await first.added()
         await first.append(agent(1))
         await second.append(agent(2))
-        assert await second.newest(2) == await first.newest(2) == [agent(1), agent(2)]
+        assert await second.newest(2) == await first.newest(2) == [bare(1), bare(2)]
         assert await first.added() == await second.added() == added + 2
         await first.close()
         await second.close()
@@ -138,16 +143,15 @@ BAD = [b"", b"not compressed", zlib.compress(b"not packed"), pack(agent(1))[:-9]
 async def test_what_cannot_be_read_is_passed_over_and_counted(
     tmp_path: Path, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for url in (f"sqlite:///{tmp_path}/state.db", redis_url):
+    for url in (f"sqlite:///{tmp_path}/state.db", redis_url.removesuffix("0") + "1"):  # nobody else's
         store = open_store(url, 100)
-        before = await store.newest(100)
         await store.append(agent(0))
         await _smuggle(url, [*BAD, 5] if url.startswith("sqlite") else BAD)
         await store.append(agent(2))
-        assert (await store.newest(100))[-2:] == [agent(0), agent(2)]
+        assert await store.newest(100) == [bare(0), bare(2)]
         unreadable = store.unreadable
         assert unreadable >= len(BAD)
-        assert await everything(store) == [*before, agent(0), agent(2)][-len(await everything(store)) :]
+        assert await everything(store) == [agent(0), agent(2)]
         assert store.unreadable > unreadable
         assert "cannot be read and are passed over" in caplog.text
         await store.close()
