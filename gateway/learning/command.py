@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -212,7 +213,7 @@ async def run_export(settings: ExportSettings) -> int:
 
 
 def _write(agents: list[AgentTrace], out: Path | None) -> None:
-    """A file is there as a whole or not at all. Raises `TraceError` and `OSError`."""
+    """A file is there as a whole or not at all, and for its owner alone. Raises `TraceError` and `OSError`."""
     lines = (encode(agent) + b"\n" for agent in agents)
     if out is None:
         sys.stdout.buffer.writelines(lines)
@@ -220,7 +221,8 @@ def _write(agents: list[AgentTrace], out: Path | None) -> None:
         return
     new = out.with_name(out.name + ".new")
     try:
-        with new.open("wb") as file:
+        new.unlink(missing_ok=True)
+        with os.fdopen(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             file.writelines(lines)
         new.replace(out)
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ _Result = TypeVar("_Result")
 
 
 class SqliteStore:
-    """path: the file; its directory is made. Other processes may have it open too."""
+    """path: the file; its directory is made, and both are for their owner alone. Other processes may have it open too."""
 
     def __init__(self, path: str, kept_agents: int = KEPT_AGENTS) -> None:
         self.unreadable = 0
@@ -82,7 +84,7 @@ class SqliteStore:
     async def _run(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
         def in_thread() -> _Result:
             if self._connection is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._connection = _opened(self._path)
             return work(self._connection)
 
@@ -93,9 +95,13 @@ class SqliteStore:
 
 
 def _opened(path: Path) -> sqlite3.Connection:
+    # What SQLite writes beside it is as the file is. One that is there is not touched: to close it would end others' locks.
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     connection = sqlite3.connect(path, timeout=5)
     try:
         connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the last agents, never the file
         connection.execute(_SCHEMA)
     except sqlite3.Error:
         connection.close()

@@ -137,6 +137,26 @@ async def test_sqlite_keeps_over_a_restart(tmp_path: Path) -> None:
     await store.close()
 
 
+async def test_what_sqlite_keeps_is_for_its_owner_alone(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        store = open_store(f"sqlite:///{tmp_path}/deep/state.db")
+        await store.append(agent(1))
+    finally:
+        os.umask(before)
+    directory = tmp_path / "deep"
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (directory, *directory.iterdir())}
+    assert modes == {"deep": 0o700, "state.db": 0o600, "state.db-wal": 0o600, "state.db-shm": 0o600}
+    await store.close()
+
+
+async def test_sqlite_does_not_wait_for_the_disk_at_each_agent(tmp_path: Path) -> None:
+    connection = gateway.state.sqlite._opened(tmp_path / "state.db")
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert connection.execute("PRAGMA synchronous").fetchone() == (1,), "NORMAL"
+    connection.close()
+
+
 BAD = [b"", b"not compressed", zlib.compress(b"not packed"), pack(agent(1))[:-9], zlib.compress(bytes(1000))]
 
 

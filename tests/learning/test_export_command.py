@@ -31,6 +31,7 @@ async def test_to_a_file_and_to_standard_output(
 ) -> None:
     await state.keep([agent(1e9), agent(1e9 + 60)])
     assert await export("--state", state.url, "--out", str(tmp_path / "trace.jsonl")) == 0
+    assert (tmp_path / "trace.jsonl").stat().st_mode & 0o777 == 0o600
     agents = read_trace(tmp_path / "trace.jsonl")
     assert [(each.arrival_s, each.tasks[0].prompt) for each in agents] == [(0, None), (60, None)]
     assert await export("--state", state.url, "--text") == 0
