@@ -225,10 +225,10 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         self._gone[request.request_id] = request
         super()._preempt_request(request, *args, **kwargs)
 
-    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         hints = hints_of(request)
         # The token that a step samples counts as held in it, as in the formula of a cost.
-        held = vars(request)["justitia_cost"] = self.ledger.leave(request) + request.num_output_tokens
+        held = request.justitia_cost = self.ledger.leave(request) + request.num_output_tokens
         if hints.task >= 0:
             others = self._by_task[hints.task]
             others.remove(request)
@@ -356,7 +356,7 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         if tokens >= self.max_num_scheduled_tokens:
             return []  # nobody is admitted in this step
         blocks += sum(next_blocks.values())
-        victims: list[Request] = []
+        victims: list[Any] = []
         lost = self.displaced_tokens
         self.running.sort(key=victims_last)
         for request in reversed(self.running):
@@ -365,7 +365,7 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
             hints = hints_of(request)
             if hints.tag <= urgent.tag + self._displace_margin:
                 return []
-            by: tuple[str, ...] = vars(request).get("justitia_displaced_by", ())
+            by: tuple[str, ...] = getattr(request, "justitia_displaced_by", ())
             if (
                 hints.agent == urgent.agent
                 or urgent.agent in by
@@ -381,12 +381,12 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         if slots > 0 or blocks > 0:
             return []
         now = time.monotonic()
-        for request in victims:
+        for victim in victims:
             self.displaced += 1
-            vars(request)["justitia_displaced_by"] = (*vars(request).get("justitia_displaced_by", ()), urgent.agent)
-            self.running.remove(request)
-            self._preempt_request(request, now)
-            self.waiting.remove_request(request)
+            victim.justitia_displaced_by = (*getattr(victim, "justitia_displaced_by", ()), urgent.agent)
+            self.running.remove(victim)
+            self._preempt_request(victim, now)
+            self.waiting.remove_request(victim)
         self.displaced_tokens = lost
         return victims
 

@@ -193,9 +193,9 @@ class _ModellessJustitia(_Modelless, JustitiaScheduler):
         self.ledger.steady_step()
         self._computed_tokens += len(self.running)
 
-    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)
-        self.costs[request.request_id] = vars(request)["justitia_cost"]
+        self.costs[request.request_id] = request.justitia_cost
         return freed
 
 
