@@ -8,6 +8,7 @@ the first of them: it is then that times are measured.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -43,7 +44,14 @@ class Report(msgspec.Struct, frozen=True):
 
     def of(self, study: str, predictor: str, **more: Any) -> list[Row]:
         """One for each seed."""
-        wanted = {"study": study, "predictor": predictor, "without": "", "renamed": False, "hints": ""} | more
+        wanted = {
+            "study": study,
+            "predictor": predictor,
+            "without": "",
+            "renamed": False,
+            "hints": "",
+            "own_tenant": False,
+        } | more
         found = [row for row in self.rows if all(getattr(row.job, name) == value for name, value in wanted.items())]
         if not found:
             raise KeyError(f"no {study} {predictor} {more}")
@@ -64,6 +72,8 @@ def page(report: Report) -> str:
         replays=_replays(report),
         cold=_cold(report),
         hints=_hints(report),
+        gain_of_tenant=_gain(report, own_tenant=True),
+        gain_of_agent=_gain(report, own_tenant=False),
         costs=_costs(report.costs),
     )
 
@@ -157,18 +167,31 @@ def _cold(report: Report) -> str:
 
 
 def _hints(report: Report) -> str:
-    true = report.of("hints", "xgboost", hints="true")
     rows = []
-    for hints, name in (("true", "the truth"), ("few", "a tenth of it"), ("many", "ten times as many")):
-        found = report.of("hints", "xgboost", hints=hints)
-        cells = [name]
+    said = (("true", "the truth"), ("few", "a tenth of it"), ("many", "ten times as many"))
+    for own_tenant, (hints, name) in itertools.product((True, False), said):
+        true = report.of("hints", "xgboost", hints="true", own_tenant=own_tenant)
+        found = report.of("hints", "xgboost", hints=hints, own_tenant=own_tenant)
+        cells = [
+            "half of all, a tenant of their own" if own_tenant else "every tenth, among others of their tenant",
+            name,
+        ]
         for half in (0, 1):
             jcts, honest = [row.liars_jct_s[half] for row in found], [row.liars_jct_s[half] for row in true]
             cells.append(
                 f"{mean(jcts):.1f} s" + ("" if hints == "true" else f" ({_signed(mean(jcts) / mean(honest) - 1)})")
             )
         rows.append((*cells, _jct(found)))
-    return _table(("their clients say", "first half", "second half", "mean JCT of all, s"), rows)
+    return _table(("who", "their clients say", "first half", "second half", "mean JCT of all, s"), rows)
+
+
+def _gain(report: Report, own_tenant: bool) -> str:
+    """Of those that say a tenth, over the whole run."""
+    few, true = (
+        mean([sum(row.liars_jct_s) for row in report.of("hints", "xgboost", hints=hints, own_tenant=own_tenant)])
+        for hints in ("few", "true")
+    )
+    return _signed(few / true - 1)
 
 
 def _costs(costs: Costs) -> str:
@@ -206,7 +229,7 @@ def pictures(report: Report, directory: Path) -> None:
     )
     losses = {
         _named(name): [100 * (loss - 1) for loss in _losses(report, report.of("replay", name))]
-        for name in ("oracle", "xgboost", "mlp", "ladder", *NOISES)
+        for name in (*PREDICTORS, *NOISES)
     }
     plot.ranges(
         losses,
@@ -266,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--anew",
-        choices=("all", "runs", "costs", "nothing"),
+        choices=("all", "runs", "missing", "costs", "nothing"),
         default="all",
         help="what is not taken from the last JSON",
     )
@@ -278,17 +301,22 @@ def main() -> None:
         before = msgspec.json.decode(results.read_bytes(), type=Report)
     if options.anew != "nothing":
         costs = measure() if options.anew in ("all", "costs") else before.costs  # before others are at work
-        rows = _run(options.processes) if options.anew in ("all", "runs") else before.rows
+        kept = before.rows if options.anew in ("missing", "costs") else []
+        rows = kept if options.anew == "costs" else _run(options.processes, kept)
         results.write_bytes(b"\n".join(_lines(Report({"machine": machine(), "versions": versions()}, costs, rows))))
     report = msgspec.json.decode(results.read_bytes(), type=Report)
     pictures(report, DOCS)
     (DOCS / "predictor.md").write_text(page(report))
 
 
-def _run(processes: int) -> list[Row]:
-    todo = list(jobs())
+def _run(processes: int, kept: Sequence[Row]) -> list[Row]:
+    """All jobs' rows, in order; those that are kept are not run."""
+    done = {row.job: row for row in kept}
+    todo = [job for job in jobs() if job not in done]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return list(track(pool.map(run_one, todo), total=len(todo), console=Console(stderr=True)))
+        found = track(pool.map(run_one, todo), total=len(todo), console=Console(stderr=True))
+        done |= {row.job: row for row in found}
+    return [done[job] for job in jobs()]
 
 
 def _lines(report: Report) -> Iterator[bytes]:

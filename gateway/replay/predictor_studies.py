@@ -34,8 +34,9 @@ PROFILE = "llama-7b-a100"
 SEEDS = range(5)
 PER_CLASS, HELD_OUT_PER_CLASS = 100, 30
 NOISES = ("noise:0.25", "noise:0.5")
-# Every tenth agent has a client that tells untruths, by this factor.
+# Every tenth agent has a client that tells untruths, by this factor; or every other one, all of them of one tenant.
 LIARS, LIE = 10, 10
+LIARS_OF_A_TENANT = 2
 # Seeds of what is learned from; none of those that are asked about.
 PAST_SEED = 101
 
@@ -45,7 +46,8 @@ Hints = Literal["", "true", "few", "many"]
 
 class Job(msgspec.Struct, frozen=True):
     """predictor: as `justitia replay` has it, or `oracle`. per_class: agents learned from, of each class. renamed: they were of
-    other classes, by name. hints: what the liars' clients say of how many tasks they will send."""
+    other classes, by name. hints: what the liars' clients say of how many tasks they will send. own_tenant: the liars
+    are a tenant of their own, with half of the work."""
 
     study: Study
     seed: int
@@ -54,6 +56,7 @@ class Job(msgspec.Struct, frozen=True):
     per_class: int = PER_CLASS
     renamed: bool = False
     hints: Hints = ""
+    own_tenant: bool = False
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -79,6 +82,7 @@ def jobs() -> Iterator[Job]:
         yield Job("cold", seed, "xgboost", renamed=True)
         for hints in ("true", "few", "many"):
             yield Job("hints", seed, "xgboost", hints=hints)
+            yield Job("hints", seed, "xgboost", hints=hints, own_tenant=True)
 
 
 def run_one(job: Job) -> Row:
@@ -93,12 +97,13 @@ def run_one(job: Job) -> Row:
         asked = serving(job.predictor, past, seed=job.seed, without=job.without)
         return Row(job, evaluate(asked, agents, job.predictor, job.without))
     agents = texts(job.seed, held_out=True)
+    every = LIARS_OF_A_TENANT if job.own_tenant else LIARS
     if job.hints:
-        agents = _with_liars(agents, job.hints)
+        agents = _with_liars(agents, job.hints, every, "liar" if job.own_tenant else "")
     believed = _believed(job, past)
     with collector_at_rest():
         run = simulate(agents, "justitia", "memory", believed, Setup(profile=load_profile(PROFILE)))
-    liars = [agent.jct_s for agent in run.agents[::LIARS]]
+    liars = [agent.jct_s for agent in run.agents[::every]]
     half = len(liars) // 2
     return Row(
         job,
@@ -136,12 +141,12 @@ def _believed(job: Job, past: Sequence[AgentTrace]) -> Beliefs:
     return beliefs(job.predictor, seed=job.seed, past=past)
 
 
-def _with_liars(agents: Sequence[AgentTrace], hints: Hints) -> list[AgentTrace]:
-    """The liars are tenants like all others; what they say is true, or too few, or too many by a factor of `LIE`."""
+def _with_liars(agents: Sequence[AgentTrace], hints: Hints, every: int, tenant: str) -> list[AgentTrace]:
+    """What the liars say is true, or too few, or too many by a factor of `LIE`."""
     factor = {"true": 1.0, "few": 1 / LIE, "many": float(LIE)}[hints]
     return [
-        msgspec.structs.replace(agent, expected_tasks=max(1, round(factor * len(agent.tasks))))
-        if place % LIARS == 0
+        msgspec.structs.replace(agent, expected_tasks=max(1, round(factor * len(agent.tasks))), tenant=tenant)
+        if place % every == 0
         else agent
         for place, agent in enumerate(agents)
     ]

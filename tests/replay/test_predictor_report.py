@@ -39,7 +39,7 @@ def test_the_page_has_means_and_ranges_of_the_seeds(report: Report) -> None:
     made = page(msgspec.json.decode(msgspec.json.encode(report), type=Report))
     assert "**27 % (25 % to 29 %)**" in made
     assert "| xgboost | 46.0 | +15.0 % (+10.0 % to +20.0 %) | 100 |" in made
-    assert "| a tenth of it | 10.0 s (+0.0 %) | 20.0 s (+0.0 %) | 46.0 |" in made
+    assert "of their tenant | a tenth of it | 10.0 s (+0.0 %) | 20.0 s (+0.0 %) | 46.0 |" in made
     assert "0.31 ms, 0.72 ms" in made
     assert "$" not in made
 
@@ -63,9 +63,9 @@ def test_the_oracle_knows_what_is_implied_and_sees_what_has_arrived() -> None:
 @pytest.mark.parametrize(("hints", "factor"), [("true", 1.0), ("few", 0.1), ("many", 10.0)])
 def test_liars_lie_and_the_others_say_what_they_did(hints: str, factor: float) -> None:
     honest = texts(3, agents=30)
-    told = _with_liars(honest, hints)  # type: ignore[arg-type]
+    told = _with_liars(honest, hints, LIARS, "liar")  # type: ignore[arg-type]
     for place, (agent, before) in enumerate(zip(told, honest, strict=True)):
         if place % LIARS == 0:
-            assert agent.expected_tasks == max(1, round(factor * len(agent.tasks)))
+            assert (agent.tenant, agent.expected_tasks) == ("liar", max(1, round(factor * len(agent.tasks))))
         else:
             assert agent == before
