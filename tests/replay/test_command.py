@@ -173,7 +173,7 @@ def test_a_malformed_line_stops_it_with_its_number(
         (["/"], "directory"),
         (["paper:0"], "paper:SEED:LOAD"),
         (["elephant:many"], "whole number"),
-        (["elephant:3", "--predictor", "xgboost"], "no predictor 'xgboost'"),
+        (["elephant:3", "--predictor", "lightgbm"], "no predictor 'lightgbm'"),
         (["elephant:3", "--predictor", "noise:-1"], "noise:SIGMA"),
         (["elephant:3", "--predictor", "ladder", "--cost", "compute"], "memory-centric"),
         (["elephant:3", "--predictor", "ladder", "--learn-from", "/nowhere"], "no file /nowhere"),
