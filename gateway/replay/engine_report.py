@@ -24,6 +24,7 @@ from engine.profile import load_profile
 from gateway.bench.environment import machine, versions
 from gateway.bench.report import mean, percentile
 from gateway.replay.command import begin_alike, load_trace
+from gateway.replay.page import table
 from gateway.replay.predictors import beliefs
 from gateway.replay.results import AgentResult, ReleaseName, Summary
 from gateway.replay.simulation import Setup, simulate
@@ -163,7 +164,7 @@ def _pressure(rows: Sequence[Row]) -> str:
         "ours, released by memory",
         "ours to stock",
     )
-    return _table(heading, lines)
+    return table(heading, lines)
 
 
 def _held(rows: Sequence[Row]) -> str:
@@ -188,7 +189,7 @@ def _held(rows: Sequence[Row]) -> str:
         "no later than the reference: formula",
         "held",
     )
-    return _table(heading, sorted(lines))
+    return table(heading, sorted(lines))
 
 
 def _keep(rows: Sequence[Row]) -> str:
@@ -215,7 +216,7 @@ def _keep(rows: Sequence[Row]) -> str:
         "to stock cache",
         "found in the cache",
     )
-    return _table(heading, lines)
+    return table(heading, lines)
 
 
 def _cache(rows: Sequence[Row]) -> str:
@@ -230,7 +231,7 @@ def _cache(rows: Sequence[Row]) -> str:
                 *(f"{row.summary.prefix_hit_rate:.0%}" for row in (without, kept)),
             )
         )
-    return _table(("KV cache, tokens", "mean JCT, s: stock cache", "kept", "", "found: stock cache", "kept"), lines)
+    return table(("KV cache, tokens", "mean JCT, s: stock cache", "kept", "", "found: stock cache", "kept"), lines)
 
 
 def _displace(rows: Sequence[Row]) -> str:
@@ -258,12 +259,7 @@ def _displace(rows: Sequence[Row]) -> str:
             )
         )
     who = ("buyers, mean JCT, s", "others") if rows[0].job.buyers else ("mean JCT, s",)
-    return _table(("margin, token·iterations", *who, "median JCT, s", "preemptions", "recomputed tokens"), lines)
-
-
-def _table(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [heading, ["---"] * len(heading), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return table(("margin, token·iterations", *who, "median JCT, s", "preemptions", "recomputed tokens"), lines)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from gateway.bench.environment import machine, versions
 from gateway.bench.report import mean
 from gateway.replay import plot
 from gateway.replay.evaluation import Evaluation
+from gateway.replay.page import mean_of_known, signed, table
 from gateway.replay.predictor_costs import Costs, measure
 from gateway.replay.predictor_studies import NOISES, PER_CLASS, Row, jobs, run_one
 from predictor.evaluate import Quality
@@ -105,14 +106,14 @@ def _classes(report: Report) -> str:
     rows = []
     for agent_class in sorted(report.evaluations("xgboost")[0].first.classes):
         errors = [
-            _mean(one.first.classes[agent_class].median_error for one in report.evaluations(name))
+            mean_of_known(one.first.classes[agent_class].median_error for one in report.evaluations(name))
             for name in PREDICTORS
         ]
         cells = [agent_class, *map(_percent, errors)]
         ours = [one.first.classes[agent_class] for one in report.evaluations("xgboost")]
-        cells += [_two(_mean(one.tau for one in ours)), _percent(_mean(one.coverage for one in ours))]
+        cells += [_two(mean_of_known(one.tau for one in ours)), _percent(mean_of_known(one.coverage for one in ours))]
         rows.append(cells)
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _ablations(report: Report) -> str:
@@ -132,16 +133,16 @@ def _ablations(report: Report) -> str:
         rows.append(
             (
                 name,
-                _percent(_mean(one.first.median_error for one in found)),
-                _two(_mean(one.first.tau for one in found)),
-                _two(_mean(one.first.tau_within for one in found)),
-                _percent(_mean(one.formed.median_error for one in found)),
-                _two(_mean(one.formed.tau for one in found)),
-                _percent(_mean(one.half.median_error for one in found)),
-                _percent(_mean(one.decode.median_error for one in found)),
+                _percent(mean_of_known(one.first.median_error for one in found)),
+                _two(mean_of_known(one.first.tau for one in found)),
+                _two(mean_of_known(one.first.tau_within for one in found)),
+                _percent(mean_of_known(one.formed.median_error for one in found)),
+                _two(mean_of_known(one.formed.tau for one in found)),
+                _percent(mean_of_known(one.half.median_error for one in found)),
+                _percent(mean_of_known(one.decode.median_error for one in found)),
             )
         )
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _replays(report: Report) -> str:
@@ -151,7 +152,7 @@ def _replays(report: Report) -> str:
         rows.append(
             (_named(name), _jct(found), _loss(report, found), f"{mean([row.preemptions for row in found]):.0f}")
         )
-    return _table(("costs by", "mean JCT, s", "against exact (range of seeds)", "preempted"), rows)
+    return table(("costs by", "mean JCT, s", "against exact (range of seeds)", "preempted"), rows)
 
 
 def _cold(report: Report) -> str:
@@ -163,7 +164,7 @@ def _cold(report: Report) -> str:
         ("oracle", report.of("replay", "oracle")),
     )
     rows = [(name, _jct(found), _loss(report, found)) for name, found in known]
-    return _table(("", "mean JCT, s", "against exact (range of seeds)"), rows)
+    return table(("", "mean JCT, s", "against exact (range of seeds)"), rows)
 
 
 def _hints(report: Report) -> str:
@@ -182,7 +183,7 @@ def _hints(report: Report) -> str:
                 f"{mean(jcts):.1f} s" + ("" if hints == "true" else f" ({_signed(mean(jcts) / mean(honest) - 1)})")
             )
         rows.append((*cells, _jct(found)))
-    return _table(("who", "their clients say", "first half", "second half", "mean JCT of all, s"), rows)
+    return table(("who", "their clients say", "first half", "second half", "mean JCT of all, s"), rows)
 
 
 def _gain(report: Report, own_tenant: bool) -> str:
@@ -209,14 +210,14 @@ def _costs(costs: Costs) -> str:
             f"{costs.train_s:.0f} s, {costs.train_gib:.1f} GiB",
         ),
     )
-    return _table(("", "paper", "target", "here"), rows)
+    return table(("", "paper", "target", "here"), rows)
 
 
 def pictures(report: Report, directory: Path) -> None:
     classes = sorted(report.evaluations("xgboost")[0].first.classes)
     errors = {
         NAMES[name]: [
-            100 * _mean(one.first.classes[c].median_error for one in report.evaluations(name)) for c in classes
+            100 * mean_of_known(one.first.classes[c].median_error for one in report.evaluations(name)) for c in classes
         ]
         for name in PREDICTORS
     }
@@ -264,25 +265,16 @@ def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
     return f"{form(mean(values))} ({form(min(values))} to {form(max(values))})"
 
 
-def _mean(values: Iterator[float | None]) -> float:
-    return mean([value for value in values if value is not None])
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
 def _signed(share: float) -> str:
-    return f"{100 * share:+.1f} %".replace("-", "−")
+    return signed(100 * share)
 
 
 def _two(value: float) -> str:
     return f"{value:.2f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from rich.progress import track
 from gateway.bench.environment import machine, versions
 from gateway.bench.report import mean
 from gateway.replay import plot
+from gateway.replay.page import mean_of_known, signed, table
 from gateway.replay.predictors import LEARNED
 from gateway.replay.results import Summary
 from gateway.replay.studies import BETAS, LEARNED_BY, LOADS, MICE, PROFILE, SIGMAS, Job, Row, jobs, run_all
@@ -113,7 +114,7 @@ def page(report: Report) -> str:
         profile=PROFILE,
         targets=_targets(report),
         loads=_loads(report),
-        mixes=_table(
+        mixes=table(
             AGAINST, [_against(m, p, report.of(m, "justitia", p)) for m in ("light", "heavy") for p in BELIEFS]
         ),
         errors=_errors(report),
@@ -128,19 +129,11 @@ def page(report: Report) -> str:
 
 
 def _change(values: Iterable[float | None]) -> str:
-    return _signed(100 * (_mean(values) - 1))
-
-
-def _mean(values: Iterable[float | None]) -> float:
-    return mean([value for value in values if value is not None])
-
-
-def _signed(percent: float, digits: int = 1) -> str:
-    return f"{percent:+.{digits}f} %".replace("-", "−")
+    return signed(100 * (mean_of_known(values) - 1))
 
 
 def _percent(values: Iterable[float | None]) -> str:
-    return f"{100 * _mean(values):.1f} %"
+    return f"{100 * mean_of_known(values):.1f} %"
 
 
 def _jct(outcomes: Sequence[Outcome]) -> str:
@@ -150,11 +143,6 @@ def _jct(outcomes: Sequence[Outcome]) -> str:
 def _worst(outcomes: Sequence[Outcome]) -> str:
     worst = [o.worst for o in outcomes if o.worst is not None]
     return f"{mean(worst):.2f} ({min(worst):.2f} to {max(worst):.2f})"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _targets(report: Report) -> str:
@@ -202,12 +190,12 @@ def _targets(report: Report) -> str:
             _percent(o.no_later for o in learned),
         ),
         ("worst ratio to VTC (of five seeds: mean, range)", "1.26", "1.15", _worst(exact), "1.26", _worst(learned)),
-        ("mean JCT at an error of σ = 1 against none", "–", "+25 %", _signed(100 * (slower - 1)), "", ""),
+        ("mean JCT at an error of σ = 1 against none", "–", "+25 %", signed(100 * (slower - 1)), "", ""),
         ("the bound held, in all runs of this page", "–", "always", "yes" if held else "**no**", "", ""),
-        ("compute-centric cost instead", "+42.3 %", "shown", _signed(100 * (dearer - 1)), "", ""),
+        ("compute-centric cost instead", "+42.3 %", "shown", signed(100 * (dearer - 1)), "", ""),
     ]
     header = ("`paper:SEED:3`, five seeds", "paper", "target, exact", "exact costs", "target, learned", "learned costs")
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _loads(report: Report) -> str:
@@ -234,14 +222,14 @@ def _loads(report: Report) -> str:
             cells += [
                 _jct(found),
                 _percent(o.no_later for o in found),
-                f"{_mean(o.worst for o in found):.2f}",
+                f"{mean_of_known(o.worst for o in found):.2f}",
             ]
         cells.append(f"{mean([o.summary.preemptions for o in report.of('paper', policy, predictor, 3)]):.0f}")
         rows.append(cells)
     header = ["policy", "costs"]
     for load in LOADS:
         header += [f"load {load}: mean JCT, s", "no later", "worst"]
-    return _table([*header, "preempted (load 3)"], rows)
+    return table([*header, "preempted (load 3)"], rows)
 
 
 BELIEFS = {"exact": "exact", LEARNED_BY: "learned"}
@@ -279,7 +267,7 @@ def _errors(report: Report) -> str:
             cells += [
                 _jct(found),
                 _percent(o.no_later for o in found),
-                f"{_mean(o.worst for o in found):.2f}",
+                f"{mean_of_known(o.worst for o in found):.2f}",
             ]
         found = report.of("error", "justitia", None, sigma)
         cells.append(f"{max(o.summary.worst_tag_lateness_iterations / o.summary.bound_iterations for o in found):.2f}")
@@ -294,7 +282,7 @@ def _errors(report: Report) -> str:
         "worst",
         "latest over bound",
     )
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _betas(report: Report) -> str:
@@ -317,7 +305,7 @@ def _betas(report: Report) -> str:
         "noise σ = 1: mean JCT, s",
         "preempted",
     )
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _elephant(report: Report) -> str:
@@ -337,8 +325,8 @@ def _elephant(report: Report) -> str:
             [
                 name,
                 *(f"{value:.0f}" for value in by_mice),
-                _signed(100 * (by_mice[-1] / by_mice[0] - 1), 0),
-                _signed(100 * (worst - 1), 0),
+                signed(100 * (by_mice[-1] / by_mice[0] - 1), 0),
+                signed(100 * (worst - 1), 0),
             ]
         )
     header = (
@@ -347,14 +335,14 @@ def _elephant(report: Report) -> str:
         f"from {MICE[0]} to {MICE[-1]} mice",
         "largest of the seeds",
     )
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _tools(report: Report) -> str:
     rows = [_against("tools", p, report.of("tools", "justitia", p)) for p in BELIEFS]
     las, fcfs = (mean([o.summary.mean_jct_s for o in report.of("tools", policy)]) for policy in ("las", "agent-fcfs"))
     more = f"Mean JCT of `las`: {las:.1f} s; of `agent-fcfs`: {fcfs:.1f} s."
-    return _table(AGAINST, rows) + f"\n\n{more}"
+    return table(AGAINST, rows) + f"\n\n{more}"
 
 
 def _prefix(report: Report) -> str:
@@ -380,7 +368,7 @@ def _prefix(report: Report) -> str:
             )
         )
     header = ("policy", "costs", "prompt tokens found in the cache", "mean JCT, s", "makespan, s", "worst ratio to VTC")
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _tenants(report: Report) -> str:
@@ -394,7 +382,7 @@ def _tenants(report: Report) -> str:
                 f"{_percent(shares)} ({_percent([min(shares)])} to {_percent([max(shares)])})",
             )
         )
-    return _table(("policy", "costs", "share of `split` in the work done: mean (range)"), rows)
+    return table(("policy", "costs", "share of `split` in the work done: mean (range)"), rows)
 
 
 def _public(report: Report) -> str:
@@ -403,7 +391,7 @@ def _public(report: Report) -> str:
         return "(None was given.)"
     by_place: dict[float, str] = {o.job.x: o.job.trace.split(":")[1].removesuffix(".csv") for o in found}
     rows = [_against(by_place[x], p, report.of("public", "justitia", p, x)) for x in sorted(by_place) for p in BELIEFS]
-    return _table(AGAINST, rows)
+    return table(AGAINST, rows)
 
 
 def _workload() -> str:
@@ -433,7 +421,7 @@ def _workload() -> str:
         "share of all work",
         "error of a class's mean",
     )
-    return _table(header, rows)
+    return table(header, rows)
 
 
 # Pictures
