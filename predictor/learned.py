@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from predictor.features import Row, Sketch, row, sketch
@@ -52,13 +51,7 @@ class Learned(Predictor):
     def arrive(self, content: TaskContent, progress: AgentProgress) -> Arrival:
         made = sketch(content)
         task = self.ladder.predict_task(progress.agent_class, progress.tenant, content.prompt_bytes, content.max_tokens)
-        progress = replace(
-            progress,
-            tasks_arrived=progress.tasks_arrived + 1,
-            cost_arrived=progress.cost_arrived + content.sequences * task.cost,
-            opening=made if progress.opening is None else progress.opening,
-            latest=made,
-        )
+        progress = progress.with_task(content.sequences * task.cost, made)
         agent = self.ladder.predict_agent(progress)
         arrived = self._row(progress, agent, task)
         answer = self._ask(arrived)

@@ -87,13 +87,15 @@ class PaperMlp(Predictor):
         task = self.ladder.predict_task(progress.agent_class, progress.tenant, content.prompt_bytes, content.max_tokens)
         known = self._classes.get(progress.agent_class)
         if known is None:
-            return Arrival(task, self.ladder.predict_agent(_with(progress, content, task)), made, b"")
+            return Arrival(
+                task, self.ladder.predict_agent(progress.with_task(content.sequences * task.cost, made)), made, b""
+            )
         log_cost, log_decode = _said(known, _text(content))
         decode_tokens = max(1.0, math.exp(log_decode))
         if content.max_tokens is not None:
             decode_tokens = max(1.0, min(decode_tokens, content.max_tokens))
         task = TaskPrediction(task.prompt_tokens, decode_tokens)
-        progress = _with(progress, content, task)
+        progress = progress.with_task(content.sequences * task.cost, made)
         cost = math.exp(log_cost)
         if cost < progress.cost_arrived:
             return Arrival(task, self.ladder.predict_agent(progress), made, b"")
@@ -105,17 +107,6 @@ class PaperMlp(Predictor):
     def learn(self, agent: FinishedAgent) -> None:
         """The ladder does; the networks learn in `fit` only."""
         self.ladder.learn(agent)
-
-
-def _with(progress: AgentProgress, content: TaskContent, task: TaskPrediction) -> AgentProgress:
-    return AgentProgress(
-        progress.agent_class,
-        progress.tenant,
-        progress.tasks_arrived + 1,
-        progress.tasks_ended,
-        progress.cost_arrived + content.sequences * task.cost,
-        progress.cost_ended,
-    )
 
 
 def _text(content: TaskContent) -> str:

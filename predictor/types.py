@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -51,6 +51,16 @@ class AgentProgress:
     expected_tasks: int | None = None
     opening: Sketch | None = None
     latest: Sketch | None = None
+
+    def with_task(self, cost: float, sketch: Sketch) -> AgentProgress:
+        """When a task more has arrived, of this predicted cost."""
+        return replace(
+            self,
+            tasks_arrived=self.tasks_arrived + 1,
+            cost_arrived=self.cost_arrived + cost,
+            opening=sketch if self.opening is None else self.opening,
+            latest=sketch,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from graphlib import TopologicalSorter
 from random import Random
 from statistics import fmean
 from typing import NamedTuple, Protocol
@@ -132,12 +133,12 @@ class _Alive:
 
 class Serving:
     """A predictor as it serves: told what a gateway sees, and learning from each agent that finishes. finished: those, in
-    order. train: called after each of them."""
+    order. learned: called after each of them, if it is set."""
 
-    def __init__(self, predictor: Predictor, train: Callable[[Serving], None] | None = None) -> None:
+    def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
         self.finished: list[FinishedAgent] = []
-        self._train = train
+        self.learned: Callable[[Serving], None] | None = None
         self._alive: dict[str, _Alive] = {}
 
     def arrive(self, agent: AgentTrace, task: TaskTrace, progress: Progress) -> Arrived:
@@ -157,8 +158,8 @@ class Serving:
         done = FinishedAgent(agent.agent_class or None, agent.tenant, tasks, SCHEMA)
         self.predictor.learn(done)
         self.finished.append(done)
-        if self._train is not None:
-            self._train(self)
+        if self.learned is not None:
+            self.learned(self)
 
     def forget(self, agent: AgentTrace) -> None:
         del self._alive[agent.agent_id]
@@ -206,15 +207,13 @@ def arrivals(agent: AgentTrace, serving: Beliefs) -> Iterator[Arrived]:
 
 def waves(agent: AgentTrace) -> list[list[TaskTrace]]:
     """The tasks by how many have to end, one after the other, before them."""
-    depth: dict[str, int] = {}
-    left = list(agent.tasks)
-    while left:
-        ready = [task for task in left if all(name in depth for name in task.after)]
-        depth |= {task.id: max((depth[name] + 1 for name in task.after), default=0) for task in ready}
-        left = [task for task in left if task.id not in depth]
-    found: list[list[TaskTrace]] = [[] for _ in range(max(depth.values()) + 1)]
-    for task in agent.tasks:
-        found[depth[task.id]].append(task)
+    sorter = TopologicalSorter({task.id: task.after for task in agent.tasks})
+    sorter.prepare()
+    found = []
+    while sorter.is_active():
+        ready = set(sorter.get_ready())
+        found.append([task for task in agent.tasks if task.id in ready])
+        sorter.done(*ready)
     return found
 
 
@@ -251,12 +250,11 @@ def serving(name: str, past: Sequence[AgentTrace], *, seed: int = 0, without: st
         found = Serving(Learned())
         taught(past, found)
     elif name == "xgboost":
-        training = Training(seed)
-        found = Serving(Blind(without) if without else Learned(), training.after)
-        training.resting = True
+        found = Serving(Blind(without) if without else Learned())
         taught(past, found)
-        training.resting = False
+        training = Training(seed)
         training.train(found)
+        found.learned = training.after
     elif name == "mlp":
         mlp = PaperMlp(seed)
         found = Serving(mlp)
@@ -303,15 +301,14 @@ class Blind(Learned):
 
 class Training:
     """As the gateway trains, but between two iterations: when there are enough agents for the first time, and then when there
-    are half as many again, or so many more. resting: not now."""
+    are half as many again, or so many more."""
 
     def __init__(self, seed: int) -> None:
-        self.resting = False
         self._seed, self._trained_on = seed, 0
 
     def after(self, one: Serving) -> None:
         new = len(one.finished) - self._trained_on
-        if not self.resting and new >= min(TRAIN_EVERY, max(FEWEST_AGENTS, self._trained_on // 2)):
+        if new >= min(TRAIN_EVERY, max(FEWEST_AGENTS, self._trained_on // 2)):
             self.train(one)
 
     def train(self, one: Serving) -> None:
