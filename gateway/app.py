@@ -15,11 +15,14 @@ from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 
 from gateway.accuracy import Accuracy
+from gateway.background import Background
 from gateway.capacity import EngineView
-from gateway.engine_client import EngineClient, EngineUnreachable
-from gateway.errors import GatewayError, NoEngine
+from gateway.dialects import OPENAI
+from gateway.engine_client import EngineClient
+from gateway.errors import GatewayError
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
+from gateway.identify import Roots
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
 from gateway.metrics import Metrics
@@ -77,13 +80,15 @@ async def create_app(
         metrics=metrics,
         accuracy=accuracy,
         learning=Learning(predictor, settings.models_directory, metrics),
+        roots=Roots(),
+        background=Background(),
         suspect=asyncio.Event(),
         max_queue_s=settings.max_queue_s,
         keep_text=settings.keep_text,
     )
     app = FastAPI(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
     app.state.parts = parts
-    app.include_router(task_routes(parts, max_body_bytes=int(settings.max_body_mib * MIB)))
+    app.router.routes += task_routes(parts, max_body_bytes=int(settings.max_body_mib * MIB))
     app.include_router(operation_routes(parts, version=version, policy=settings.policy))
     _answer_errors(app)
     return app
@@ -108,6 +113,7 @@ def _lifespan(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await parts.background.cancel()
         await parts.feedback.flush()
         await store.close()
         await parts.client.close()
@@ -135,9 +141,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(GatewayError)
     async def gateway_error(request: Request, error: GatewayError) -> Response:
-        if isinstance(error, EngineUnreachable):
-            error = NoEngine(error.message, retry_after_s=5)
-        return Response(error.body(), error.status, error.headers(), media_type="application/json")
+        return Response(OPENAI.error(error), error.status, error.headers(), media_type="application/json")
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

@@ -13,6 +13,7 @@ from enum import Enum
 import aiohttp
 import httpx
 
+from engine.hints import PRIORITY_HEADER
 from gateway.errors import EngineLost
 
 CONNECT_S = 5.0
@@ -21,7 +22,15 @@ CONTROL_S = 5.0
 KEEPALIVE_S = 3.0
 CHUNK_BYTES = 65536
 
-_RELAYED_HEADERS = ("authorization", "content-type", "traceparent", "tracestate", "x-request-id")
+_RELAYED_HEADERS = (
+    "authorization",
+    "x-api-key",
+    "content-type",
+    "traceparent",
+    "tracestate",
+    "x-request-id",
+    PRIORITY_HEADER,
+)
 _RELAYED_BACK = ("retry-after", "x-request-id")
 
 
@@ -36,13 +45,17 @@ class EngineUnreachable(EngineLost):
 
 
 class Answer:
-    """What the engine answers: status, headers, and the body as it comes."""
+    """What the engine answers: status, those of its headers that are for the client, and the body as it comes."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self.status = response.status
         self.content_type = response.headers.get("content-type", "application/json")
-        self.headers = {name: response.headers[name] for name in _RELAYED_BACK if name in response.headers}
+        self.headers = [
+            (name.encode("ascii"), response.headers[name].encode("latin-1"))
+            for name in _RELAYED_BACK
+            if name in response.headers
+        ]
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive. Raises `EngineLost` if it breaks off."""
@@ -82,12 +95,15 @@ class EngineClient:
         self._control = httpx.AsyncClient(transport=transport, base_url=self._base, timeout=CONTROL_S, trust_env=False)
 
     @asynccontextmanager
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[Answer]:
-        """Send a task. Leaving the context before the answer's end closes the connection, on which vLLM aborts the task."""
+    async def ask(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[Answer]:
+        """Send a request. Leaving the context before the answer's end closes the connection, on which vLLM aborts the task."""
         relayed = {name: headers[name] for name in _RELAYED_HEADERS if name in headers}
-        relayed.setdefault("content-type", "application/json")
+        if body:
+            relayed.setdefault("content-type", "application/json")
         try:
-            response = await self._session.post(self._base + path, data=body, headers=relayed, allow_redirects=False)
+            response = await self._session.request(
+                method, self._base + path, data=body or None, headers=relayed, allow_redirects=False
+            )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise EngineUnreachable("the engine cannot be reached") from error
         except (aiohttp.ClientError, OSError) as error:
