@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from gateway.identify import DEFAULT_TENANT
 from gateway.intake import ClientGone, headers_of, read_body
 from gateway.leaving import Client
 from gateway.parts import Parts
+
+logger = logging.getLogger(__name__)
 
 # At once. They cost the engine's front-end some work.
 MAX_AT_ONCE = 256
@@ -78,6 +81,10 @@ class Passing:
             await answers.send_error(error, self._passed.dialect, send)
         except ClientGone:
             pass
+        except Exception:
+            logger.exception("a request failed")
+            outcome = Outcome.FAILED
+            await answers.send_error(GatewayError("internal error"), self._passed.dialect, send)
         finally:
             self._at_once.requests -= 1
             self._parts.metrics.request_ended(self._passed.path, outcome, time.monotonic() - arrived_s)
@@ -88,7 +95,7 @@ class Passing:
             raise QueueFull(f"{MAX_AT_ONCE} requests of such a kind are being served already", retry_after_s=1)
         headers, tenant = headers_of(scope), DEFAULT_TENANT
         path = self._passed.path
-        if (answer_id := scope["path_params"].get("id")) is not None:
+        if (answer_id := scope.get("path_params", {}).get("id")) is not None:
             if not owns(tenant, answer_id):
                 raise NotFound(f"no response {answer_id[:80]!r} is kept")
             path = path.format(id=answer_id)
@@ -106,18 +113,17 @@ class Passing:
             client.done()
 
     async def _relay(self, path: str, body: bytes, headers: dict[str, str], client: Client) -> Outcome:
-        started = False
         try:
-            async with self._parts.client.ask(self._passed.method, path, body, headers) as answer:
-                await client.send(answers.start(answer.status, answer.content_type, answer.headers))
-                started = True
-                async for chunk in answer.chunks():
-                    await client.send(answers.body(chunk, more=True))
-                await client.send(answers.body(b"", more=False))
-                return outcome_of(answer.status)
+            answer = await self._parts.client.ask(self._passed.method, path, body, headers)
         except EngineUnreachable as error:
             raise NoEngine(error.message, retry_after_s=5) from error
+        try:
+            await client.send(answers.start(answer.status, answer.content_type, answer.headers))
+            while chunk := await answer.read_some():
+                await client.send(answers.body(chunk, more=True))
+            await client.send(answers.body(b"", more=False))
         except EngineLost:
-            if not started:
-                raise
             return Outcome.FAILED  # the connection is closed in the middle of the answer, which says it all
+        finally:
+            answer.close()
+        return outcome_of(answer.status)

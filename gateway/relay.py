@@ -155,12 +155,12 @@ class Relay:
         """Raises `EngineLost` if the engine breaks off; nothing may have been sent by then."""
         request, client = self._request, self._parts.client
         hints = Hints(to_tag(release.rank), release.task.agent_id, release.task.id)
-        headers = request.headers
-        if not request.body.endpoint.priority:
-            headers = {**headers, PRIORITY_HEADER: str(hints.tag)}
+        endpoint = request.body.endpoint
+        own = None if endpoint.priority else {PRIORITY_HEADER: str(hints.tag)}
         body = request.body.for_engine(hints, request.answer_id)
         asked_s = time.monotonic()
-        async with client.ask("POST", request.body.endpoint.path, body, headers) as answer:
+        answer = await client.ask("POST", endpoint.path, body, request.headers, own)
+        try:
             self._engine_s += time.monotonic() - asked_s
             if answer.status >= 500 and await client.health() is not Health.UP:
                 raise EngineLost("the engine died")
@@ -168,6 +168,8 @@ class Relay:
                 await self._relay_events(answer, send)
             else:
                 await self._relay_whole(answer, send)
+        finally:
+            answer.close()
 
     async def _relay_whole(self, answer: Answer, send: Send) -> None:
         asked_s = time.monotonic()
@@ -187,7 +189,7 @@ class Relay:
         clock = time.monotonic
         since_s = clock()
         try:
-            async for chunk in answer.chunks():
+            while chunk := await answer.read_some():
                 self._engine_s += clock() - since_s
                 if data := events.feed(chunk):
                     if not self._started:

@@ -6,6 +6,7 @@ They are ASGI of our own among FastAPI's routes: what FastAPI does for a request
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Iterator
 
@@ -25,6 +26,8 @@ from gateway.intake import ClientGone, headers_of, read_body
 from gateway.parts import Parts
 from gateway.passing import passing_routes
 from gateway.relay import Relay, TaskRequest
+
+logger = logging.getLogger(__name__)
 
 
 def task_routes(parts: Parts, *, max_body_bytes: int) -> list[Route]:
@@ -53,6 +56,10 @@ class TaskRoute:
             await send_error(error, self._endpoint.dialect, send)
         except ClientGone:
             self._never_a_task(Outcome.CANCELLED, arrived_s)
+        except Exception:
+            logger.exception("a request failed")
+            self._never_a_task(Outcome.FAILED, arrived_s)
+            await send_error(GatewayError("internal error"), self._endpoint.dialect, send)
         else:
             await Relay(self._parts, request).serve(receive, send)
 
