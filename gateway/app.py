@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -22,13 +23,14 @@ from gateway.background import Background
 from gateway.capacity import EngineView
 from gateway.dialects import OPENAI
 from gateway.engine_client import EngineClient
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, InvalidRequest
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
 from gateway.identify import Roots
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
 from gateway.metrics import Metrics
+from gateway.openapi import describe
 from gateway.operations import operation_routes
 from gateway.parts import Parts
 from gateway.release import Dispatcher
@@ -54,7 +56,7 @@ class Gateway(FastAPI):
 
     def serve(self, routes: list[Route]) -> None:
         self.router.routes += routes  # for what they do not take: a wrong method, a path with an id in it
-        for route in routes:
+        for route in [route for route in routes if "{" not in route.path]:
             self._straight |= {(method, route.path): route.app for method in route.methods or ()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,6 +116,7 @@ async def create_app(
     app.serve(task_routes(parts, max_body_bytes=int(settings.max_body_mib * MIB)))
     app.include_router(operation_routes(parts, version=version, policy=settings.policy))
     _answer_errors(app)
+    describe(app)
     return app
 
 
@@ -165,6 +168,11 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(GatewayError)
     async def gateway_error(request: Request, error: GatewayError) -> Response:
         return Response(OPENAI.error(error), error.status, error.headers(), media_type="application/json")
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return await gateway_error(request, InvalidRequest(first["msg"], param=str(first["loc"][-1])))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

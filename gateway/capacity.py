@@ -6,6 +6,7 @@ itself; `release` asks it.
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -22,6 +23,16 @@ CAPACITY_ENOUGH, CAPACITY_HORIZON = 200.0, 2000.0
 CAPACITY_ITERATIONS = 256
 # Tasks that have ended, of which it is known what they held, and not yet asked.
 REMEMBERED_ENDS = 4096
+# What a stock engine counts is less than that.
+MOST_COUNTED = 2.0**53
+_COUNT = re.compile(r"[0-9]{1,12}")
+_READ = (
+    "vllm:iteration_tokens_total_count",
+    "vllm:num_preemptions_total",
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+)
 
 
 class ServedCapacity:
@@ -156,24 +167,28 @@ class EngineView:
     def read_metrics(self, exposition: str, now_s: float) -> None:
         """A stock vLLM's `/metrics`, for what can be had of it. Raises `ValueError` for anything else."""
         values: dict[str, float] = {}
+        capacity_tokens = self.engine_capacity_tokens
         for family in text_string_to_metric_families(exposition):
             for sample in family.samples:
                 if sample.name == "vllm:cache_config_info":
-                    blocks, size = sample.labels.get("num_gpu_blocks", ""), sample.labels.get("block_size", "")
-                    if blocks.isdigit() and size.isdigit():
-                        self.engine_capacity_tokens = int(blocks) * int(size)
+                    told = [sample.labels.get(name, "") for name in ("num_gpu_blocks", "block_size")]
+                    if all(map(_COUNT.fullmatch, told)):
+                        capacity_tokens = int(told[0]) * int(told[1])
                 elif not sample.name.endswith("_created"):
                     values[sample.name] = values.get(sample.name, 0.0) + sample.value
-        iteration = values.get("vllm:iteration_tokens_total_count")
-        if iteration is None:
+        iteration, preempted, running, waiting, usage = (values.get(name, 0.0) for name in _READ)
+        if _READ[0] not in values:
             raise ValueError("the engine's /metrics have no vllm:iteration_tokens_total")
+        if not all(0 <= value <= MOST_COUNTED for value in (iteration, preempted, running, waiting, usage)):
+            raise ValueError("the engine's /metrics have a value that none can have")  # nor NaN
         self.heard_s = now_s
+        self.engine_capacity_tokens = capacity_tokens
         if self._life is None or iteration < (self._iteration or 0.0):
             self._begin_life(f"metrics-{self.restarts + (self._life is not None)}")
-        self._count(iteration, Counters(int(values.get("vllm:num_preemptions_total", 0))))
-        self.running = int(values.get("vllm:num_requests_running", 0))
-        self.waiting = int(values.get("vllm:num_requests_waiting", 0))
-        self.held_tokens = values.get("vllm:kv_cache_usage_perc", 0.0) * self.engine_capacity_tokens
+        self._count(iteration, Counters(int(preempted)))
+        self.running = int(running)
+        self.waiting = int(waiting)
+        self.held_tokens = usage * capacity_tokens
         self.reporting = True
 
     def _hear_report(self, report: Report) -> None:

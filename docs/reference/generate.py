@@ -1,12 +1,15 @@
-"""Writes the pages of this folder from the code: `python docs/reference/generate.py`. A test says when they are out of date."""
+"""Writes what is in this folder from the code: `python docs/reference/generate.py`. A test says when they are out of date."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from gateway.app import create_app
 from gateway.errors import GatewayError, Outcome
 from gateway.metrics import Metrics
 from gateway.settings import PREFIX, GatewaySettings, ServeSettings
@@ -88,7 +91,21 @@ def errors_page() -> str:
     return "\n".join(lines)
 
 
-PAGES = {"settings.md": settings_page, "metrics.md": metrics_page, "errors.md": errors_page}
+def openapi_page() -> str:
+    async def told() -> dict[str, Any]:
+        app = await create_app(GatewaySettings(engine="http://127.0.0.1", state="memory:"))
+        await app.state.parts.client.close()
+        return app.openapi()
+
+    return json.dumps(asyncio.run(told()), indent=2, ensure_ascii=False) + "\n"
+
+
+PAGES = {
+    "settings.md": settings_page,
+    "metrics.md": metrics_page,
+    "errors.md": errors_page,
+    "openapi.json": openapi_page,
+}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():
