@@ -13,6 +13,7 @@ from gateway.feedback import Feedback
 from gateway.learning.serving import Learning
 from gateway.metrics import Metrics
 from gateway.release import Dispatcher
+from gateway.tenants import Tenants
 from predictor.types import Predictor
 
 
@@ -25,6 +26,7 @@ class Parts:
     dispatcher: Dispatcher
     engine: EngineView
     client: EngineClient
+    tenants: Tenants
     predictor: Predictor
     feedback: Feedback
     metrics: Metrics

@@ -104,7 +104,8 @@ class TaskResponse(Response):
                 release = await turn.wait(self._parts.max_queue_s)
                 self._note_release(release, turn)
                 try:
-                    return await self._exchange(release, send)
+                    with turn.at_engine():
+                        return await self._exchange(release, send)
                 except EngineLost as lost:
                     self._parts.engine_lost_a_task()
                     if self._started or not turn.requeue(sent=not isinstance(lost, EngineUnreachable)):
@@ -138,7 +139,7 @@ class TaskResponse(Response):
             request.body.sequences,
         )
         try:
-            turn = parts.dispatcher.submit(task, estimate.agent.cost)
+            turn = parts.dispatcher.submit(task, estimate.agent.cost, parts.tenants.named(request.record.tenant))
         except Exception:
             parts.feedback.withdrawn(request.record)
             raise

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from gateway.app import create_app
+from gateway.keys import KeysError
 from gateway.parts import Parts
 from gateway.settings import GatewaySettings
 
@@ -80,12 +81,16 @@ class RunningGateway:
 
 
 async def start_gateway(settings: GatewaySettings) -> RunningGateway:
-    """Listen at once. Tasks are served from the moment that the engine answers. Raises `PortTaken`."""
+    """Listen at once. Tasks are served from the moment that the engine answers. Raises `PortTaken`, or `KeysError`."""
     try:
         listening = socket.create_server((settings.host, settings.port), backlog=BACKLOG)
     except OSError as error:
         raise PortTaken(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
-    app = await create_app(settings)
+    try:
+        app = await create_app(settings)
+    except KeysError:
+        listening.close()
+        raise
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=2, timeout_keep_alive=75
     )

@@ -11,9 +11,22 @@ from engine.link import Holding
 from gateway.capacity import CAPACITY_ENOUGH, EngineView
 from gateway.errors import NoEngine, QueueFull, ShuttingDown
 from gateway.fairness import POLICIES, AgentId, FairQueue, Iterations, KvTokenIterations, Spent, Task, TaskId
-from gateway.release import CAPACITY_ITERATIONS, SLOTS_OF_STOCK, SLOTS_WITHOUT_CAPACITY, Dispatcher
+from gateway.keys import Keys
+from gateway.release import CAPACITY_ITERATIONS, SLOTS_OF_STOCK, SLOTS_WITHOUT_CAPACITY, Dispatcher, Turn
+from gateway.tenants import Tenants
 
 CAPACITY = 1000
+
+
+def tenants(max_waiting: int = 100) -> Tenants:
+    return Tenants(Keys(), {}, max_waiting=max_waiting, max_waiting_bytes=10**9)
+
+
+class OneTenant(Dispatcher):
+    """All tasks are of one tenant."""
+
+    def submit(self, task: Task, agent_cost: float, *_: object, **more: float) -> Turn:
+        return super().submit(task, agent_cost, self._tenants.named("t"), **more)
 
 
 class Told(FairQueue):
@@ -46,7 +59,7 @@ def task(number: int, agent: str = "a", prompt: int = 100, output: int = 100) ->
 def dispatcher(policy: str = "justitia", *, slots: int = 2) -> tuple[Dispatcher, Told, EngineView]:
     engine = EngineView(declared_capacity_tokens=CAPACITY, declared_max_num_seqs=slots, up=True)
     queue = Told(policy)
-    made = Dispatcher(queue, engine, max_waiting=100)
+    made = OneTenant(queue, engine, tenants())
     made.engine_changed()
     return made, queue, engine
 
@@ -95,13 +108,13 @@ async def test_the_effective_capacity_is_taken_over_now_and_then() -> None:
     assert queue.capacities == [(CAPACITY, CAPACITY)]
     report(to, CAPACITY_ITERATIONS - 1, {1: Holding(400, 300)})
     assert queue.capacities == [(CAPACITY, CAPACITY)], "not yet"
-    before = queue.virtual_time()
+    before = queue.virtual_time("t")
     assert before == (CAPACITY_ITERATIONS - 1) * CAPACITY
     report(to, 1, {1: Holding(400, 300)})
     assert queue.capacities[1:] == [(CAPACITY, pytest.approx(400))]
     assert queue.capacity_tokens == CAPACITY, "the memory is as large as ever"
     report(to, 10, {1: Holding(400, 300)})
-    assert queue.virtual_time() - before == pytest.approx(CAPACITY + 10 * 400)
+    assert queue.virtual_time("t") - before == pytest.approx(CAPACITY + 10 * 400)
     assert len(queue.capacities) == 2
 
 
@@ -151,7 +164,7 @@ async def test_tasks_at_the_engine_at_once(declared: int | None, capacity: int, 
     engine = EngineView(declared_max_num_seqs=declared, up=True)
     engine.engine_capacity_tokens, engine.engine_max_num_seqs = capacity, told
     queue = Told()
-    Dispatcher(queue, engine, max_waiting=10).engine_changed()
+    Dispatcher(queue, engine, tenants()).engine_changed()
     assert queue.limits.in_flight == slots
     assert queue.limits.engine_waiting == 4
 
@@ -194,7 +207,7 @@ async def test_what_cannot_be_taken_is_refused_and_not_enqueued() -> None:
     with pytest.raises(NoEngine):
         to.submit(task(1), 1.0)
     engine.answered()
-    full = Dispatcher(queue, engine, max_waiting=0)
+    full = OneTenant(queue, engine, tenants(max_waiting=0))
     with pytest.raises(QueueFull):
         full.submit(task(1), 1.0)
     assert await to.drain(0.1)
