@@ -18,8 +18,8 @@ from fastapi import APIRouter, Request, Response
 
 from gateway.errors import Forbidden, InvalidRequest, NoState
 from gateway.state import StateError
-from gateway.state.types import UsageRow
-from gateway.tenants import HOUR_S, Tenants
+from gateway.state.types import HOUR_S, UsageRow
+from gateway.tenants import Tenants
 
 DAY_S = 24 * HOUR_S
 # Rows of one answer. What is more would keep the event loop, and is better asked for by month.
@@ -109,16 +109,9 @@ def _by_step(hours: list[UsageRow], step_s: int) -> list[UsageRow]:
     """A row for each tenant and day, in the order of days, then tenants."""
     sums: dict[tuple[int, str], UsageRow] = {}
     for row in hours:
-        step = row.hour // step_s * step_s
-        known = sums.get((step, row.tenant))
-        if known is None:
-            sums[step, row.tenant] = msgspec.structs.replace(row, hour=step)
-            continue
-        known.requests += row.requests
-        known.prompt_tokens += row.prompt_tokens
-        known.cached_tokens += row.cached_tokens
-        known.completion_tokens += row.completion_tokens
-        known.kv_cost += row.kv_cost
+        key = row.hour // step_s * step_s, row.tenant
+        row = msgspec.structs.replace(row, hour=key[0])
+        sums[key] = sums[key].plus(row) if key in sums else row
     return [sums[key] for key in sorted(sums)]
 
 

@@ -84,9 +84,9 @@ class Turn:
         self._requeued = self._requeued or sent
         self._released = self._dispatcher.loop.create_future()
         self._since = time.monotonic()
-        self._dispatcher.requeue(self)
         if self._aborted is not None:
             self.refuse(self._aborted)
+        self._dispatcher.requeue(self)
         return True
 
     def abort(self, error: GatewayError) -> asyncio.Future[None]:

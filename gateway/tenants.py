@@ -16,26 +16,10 @@ from gateway.identify import DEFAULT_TENANT
 from gateway.keys import Keys, KeysError
 from gateway.limits import DAY_S, DayTotal, Load, TokenBucket
 from gateway.settings import TenantSettings
-from gateway.state.types import UsageRow
+from gateway.state.types import TenantUsage, UsageRow, hour_of
 
 MIB = 2**20
-HOUR_S = 3600
 _BEARER = "bearer "
-
-
-class TenantUsage(msgspec.Struct, frozen=True):
-    """What a task used. A correction of an earlier one has no requests, and its cost may be negative."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt's
-    completion_tokens: int = 0
-    kv_cost: float = 0.0  # KV token·iterations
-
-    @property
-    def counted_tokens(self) -> int:
-        """What `tokens_per_minute` counts: what was cached was not computed."""
-        return max(0, self.prompt_tokens - self.cached_tokens) + self.completion_tokens
 
 
 class Tenant:
@@ -148,11 +132,14 @@ class Tenants:
     # What is used
 
     def charge(self, tenant: Tenant, used: TenantUsage) -> UsageRow:
-        """A task has ended, or more is known of one that had. Returns what is to be added to the books of this hour."""
+        """A task has ended; or more is known of one that had, and the difference, which may be negative, is charged without a
+        request. What was cached was not computed, and is no part of `tokens_per_minute`. Returns what is to be added to the
+        books of this hour."""
         now_s = self._wall()
-        tenant.tokens.spend(self._clock_ns(), used.counted_tokens)
+        computed = max(0, used.prompt_tokens - used.cached_tokens) + used.completion_tokens
+        tenant.tokens.spend(self._clock_ns(), computed)
         tenant.kv_today.add(now_s, used.kv_cost)
-        return UsageRow(tenant.name, int(now_s // HOUR_S) * HOUR_S, **msgspec.structs.asdict(used))
+        return UsageRow(tenant.name, hour_of(now_s), **msgspec.structs.asdict(used))
 
     def restore(self, rows: Iterable[UsageRow]) -> None:
         """After a start, once: what was used before it. Only today's counts, and only for the quota of a day: a minute's begin
