@@ -7,14 +7,14 @@ A tenant sees its own. Another's is not there: 404, as if nobody had ever heard 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from gateway.errors import AgentCancelled, NoSuchAgent
-from gateway.fairness import Agent, AgentId, FairQueue, TenantId
+from gateway.fairness import Agent, AgentId, TenantId
 from gateway.feedback import AgentRecord
 from gateway.parts import Parts
 from gateway.tenants import Tenant
@@ -66,8 +66,11 @@ def state_of(agent: Agent | None) -> str:
     return "waiting" if agent.waiting else "running"
 
 
-def estimated_finishes(queue: FairQueue, work_per_s: float | None) -> dict[AgentId, float]:
-    """Seconds until each busy agent should have finished; empty while it is not known how fast the engine is.
+def estimated_finishes(
+    agents: Collection[Agent], in_order: Iterable[Agent], work_per_s: float | None
+) -> dict[AgentId, float]:
+    """Seconds until each busy agent should have finished; empty while it is not known how fast the engine is. in_order: those
+    of the agents that wait, as `FairQueue.in_order` has them.
 
     It is the work that is before it or beside it, and its own, over the KV token·iterations a second that the engine has
     done lately: what is left of all that is in flight, what is predicted to come yet of the agents that go before it, and of
@@ -76,13 +79,12 @@ def estimated_finishes(queue: FairQueue, work_per_s: float | None) -> dict[Agent
     """
     if work_per_s is None:
         return {}
-    agents = queue.agents.values()
     beside = sum(
         max(0.0, flight.task.cost - flight.attained) for agent in agents for flight in agent.in_flight.values()
     )
     finishes: dict[AgentId, float] = {}
     before = 0.0
-    for agent in queue.in_order():
+    for agent in in_order:
         before += _to_come(agent)
         finishes[agent.id] = (beside + before) / work_per_s
     for agent in agents:
@@ -108,8 +110,9 @@ def _find(parts: Parts, caller: Tenant, name: str, tenant: str | None) -> AgentR
 
 
 def _views(parts: Parts, records: Iterable[AgentRecord]) -> list[dict[str, Any]]:
-    places = {agent.id: place for place, agent in enumerate(parts.queue.in_order())}
-    finishes = estimated_finishes(parts.queue, parts.dispatcher.rate.per_s())
+    waiting = list(parts.queue.in_order())
+    places = {agent.id: place for place, agent in enumerate(waiting)}
+    finishes = estimated_finishes(parts.queue.agents.values(), waiting, parts.dispatcher.rate.per_s())
     in_order = sorted(records, key=lambda record: (places.get(record.id, len(places)), record.first_arrival_s))
     return [_view(parts, record, places.get(record.id), finishes.get(record.id)) for record in in_order]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from gateway.fairness import AgentId
-from gateway.identify import Identity
 from gateway.keys import KeysError, add_key, revoke_key
 from gateway.settings import TenantSettings
 from gateway.watch import KEYS_S
@@ -176,8 +175,7 @@ async def keyed(start: StartGateway, tmp_path: Path, secrets: dict[str, str]) ->
     """Red and blue have an agent `a` each, which have done nothing yet."""
     gateway = await start(keys=tmp_path / "keys.json", tenants={"boss": TenantSettings(admin=True)})
     for tenant in ("red", "blue"):
-        identity = Identity("a", "x-agent-id", None, tenant, final=False)
-        gateway.parts.feedback.arrived(AgentId(f"{tenant}/a"), identity)
+        gateway.has_agent(tenant, "a")
     return gateway
 
 
