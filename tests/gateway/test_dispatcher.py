@@ -262,6 +262,16 @@ async def test_a_tenants_load_is_what_it_has_in_the_queue() -> None:
     assert counts(to) == (0, 0, 0)
 
 
+async def test_a_task_that_the_engine_lost_leaves_as_one_that_waits() -> None:
+    to, _, engine = dispatcher()
+    turn = to.submit(task(1), 1e5, body_bytes=10)
+    await turn.wait(1)
+    engine.suspect = True
+    turn.requeue(sent=True)
+    turn.cancel(Spent(KvTokenIterations(0.0)))
+    assert counts(to) == (0, 0, 0)
+
+
 async def test_a_task_that_the_queue_refuses_leaves_nothing_behind() -> None:
     to, _, _ = dispatcher()
     with pytest.raises(QueueError):
