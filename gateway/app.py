@@ -111,7 +111,7 @@ def _lifespan(
             partial(watch_health, parts),
             partial(follow_link, parts, link) if link is not None else partial(poll_metrics, parts),
             partial(sweep_agents, parts, settings.agent_idle_s),
-            partial(watch_keys, parts.tenants, settings.keys_file),
+            partial(watch_keys, parts.tenants),
         ]
         watches += _learning_watches(settings, parts, store)
         tasks = [asyncio.create_task(keep_running(watch)) for watch in watches]

@@ -67,9 +67,10 @@ class Stamp(NamedTuple):
 
 
 class Keys:
-    """Those of a file, as it was when it was read. stamp: None if there was no file."""
+    """Those of a file, as it was when it was read. path: None if they are of none. stamp: None if it was not there."""
 
-    def __init__(self, file: _File | None = None, stamp: Stamp | None = None) -> None:
+    def __init__(self, file: _File | None = None, path: Path | None = None, stamp: Stamp | None = None) -> None:
+        self.path = path
         self.stamp = stamp
         self._hash_key = file.hash_key if file else secrets.token_bytes(HASH_BYTES)
         self._keys = {key.id: key for key in file.keys} if file else {}
@@ -80,7 +81,7 @@ class Keys:
     def load(cls, path: Path) -> Keys:
         """A file that is not there holds no keys. Raises `KeysError`."""
         file, stamp = _read(path)
-        return cls(file, stamp)
+        return cls(file, path, stamp)
 
     @property
     def configured(self) -> bool:

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
 
 from engine.link import Ended, GatewayLink, Hello
 from gateway.engine_client import EngineUnreachable, Health
@@ -120,18 +119,23 @@ async def sweep_agents(parts: Parts, idle_s: float) -> None:
         parts.feedback.sweep(idle_s)
 
 
-async def watch_keys(tenants: Tenants, path: Path) -> None:
+async def watch_keys(tenants: Tenants) -> None:
     """A file of keys that has changed counts from now on; one that cannot be used is refused, and the old keys stay."""
-    seen = tenants.keys.stamp
+    seen = tenants.keys.path, tenants.keys.stamp
     while True:
         await asyncio.sleep(KEYS_S)
-        stamp = stamp_of(path)
-        if stamp in (seen, tenants.keys.stamp):
+        keys = tenants.keys
+        if (path := keys.path) is None:
             continue
-        seen = stamp
+        now = path, stamp_of(path)
+        if now in (seen, (path, keys.stamp)):
+            continue
+        seen = now
         try:
-            tenants.replace(await asyncio.to_thread(Keys.load, path), tenants.settings)
-            logger.info("the keys have changed: %d of %d tenants", len(list(tenants.keys)), len(tenants.keys.tenants))
+            new = await asyncio.to_thread(Keys.load, path)
+            if tenants.keys is keys:  # else a reload has come between
+                tenants.replace(new, tenants.settings)
+                logger.info("the keys have changed: %d, of %d tenants", len(list(new)), len(new.tenants))
         except KeysError as error:
             logger.error("the keys that there were still count: %s", error)
 

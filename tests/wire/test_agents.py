@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gateway.fairness import AgentId
-from gateway.keys import KeysError, add_key, revoke_key
+from gateway.keys import Keys, KeysError, add_key, revoke_key
 from gateway.settings import TenantSettings
 from gateway.watch import KEYS_S
 from tests.wire.conftest import GatewayUnderTest, StartGateway
@@ -254,6 +254,19 @@ async def test_keys_that_change_count_within_seconds(
     path.write_text(text)
     revoke_key(path, green.split("_")[1], datetime.now(UTC))
     await becomes(green, 401)
+
+
+async def test_another_file_of_keys_is_followed_after_a_reload(
+    keyed: GatewayUnderTest, secrets: dict[str, str], tmp_path: Path
+) -> None:
+    tenants, other = keyed.parts.tenants, tmp_path / "other.json"
+    _, green = add_key(other, "green", "", datetime.now(UTC))
+    tenants.replace(Keys.load(other), tenants.settings)
+    _, more = add_key(other, "green", "", datetime.now(UTC))
+    await keyed.until(lambda: len(list(tenants.keys)) == 2)
+    assert await agents(keyed, green) == await agents(keyed, more) == []
+    answer = await keyed.client.get("/v1/agents", headers=bearer(secrets["red"]))
+    assert answer.status_code == 401
 
 
 async def test_a_gateway_with_no_usable_keys_does_not_start(start: StartGateway, tmp_path: Path) -> None:
