@@ -36,7 +36,7 @@ _TENANT = re.compile(TENANT_NAME)
 _Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
-class KeysError(Exception):
+class KeysError(ValueError):
     """The file of keys cannot be read or written, or does not hold what is asked for."""
 
 
