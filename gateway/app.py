@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.accuracy import Accuracy
+from gateway.agents import agent_routes
 from gateway.background import Background
 from gateway.capacity import EngineView
 from gateway.dialects import OPENAI
@@ -26,6 +27,7 @@ from gateway.errors import GatewayError
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
 from gateway.identify import Roots
+from gateway.keys import Keys
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
 from gateway.metrics import Metrics
@@ -35,14 +37,13 @@ from gateway.release import Dispatcher
 from gateway.routes import task_routes
 from gateway.settings import GatewaySettings
 from gateway.state import Store, open_store
+from gateway.tenants import MIB, Tenants
 from gateway.tool_waits import ToolWaits
-from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health
+from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health, watch_keys
 from predictor.learned import Learned
 from predictor.types import Predictor
 
 logger = logging.getLogger(__name__)
-
-MIB = 2**20
 
 
 class Gateway(FastAPI):
@@ -72,7 +73,8 @@ async def create_app(
     predictor: Predictor | None = None,
     store: Store | None = None,
 ) -> FastAPI:
-    """The gateway for these settings; what is not given is made from them. Call it in the event loop that will serve."""
+    """The gateway for these settings; what is not given is made from them. Call it in the event loop that will serve. Raises
+    `KeysError`."""
     version = distribution_version("justitia")
     engine = EngineView(settings.capacity_tokens, settings.max_in_flight)
     limits = ReleaseLimits(beta=settings.beta, engine_waiting=settings.max_engine_waiting)
@@ -82,12 +84,19 @@ async def create_app(
     accuracy = Accuracy()
     store = store or open_store(settings.state, settings.kept_agents)
     waits = ToolWaits()
-    dispatcher = Dispatcher(queue, engine, max_waiting=settings.max_waiting, waits=waits if settings.keep_kv else None)
+    tenants = Tenants(
+        Keys.load(settings.keys_file),
+        settings.tenants,
+        max_waiting=settings.max_waiting,
+        max_waiting_bytes=int(settings.max_waiting_mib * MIB),
+    )
+    dispatcher = Dispatcher(queue, engine, tenants, waits=waits if settings.keep_kv else None)
     parts = Parts(
         queue=queue,
         dispatcher=dispatcher,
         engine=engine,
-        client=client or EngineClient(settings.engine),
+        client=client or EngineClient(settings.engine, relays_keys=lambda: not tenants.keys.configured),
+        tenants=tenants,
         predictor=predictor,
         feedback=Feedback(
             queue,
@@ -112,6 +121,7 @@ async def create_app(
     app = Gateway(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
     app.state.parts = parts
     app.serve(task_routes(parts, max_body_bytes=int(settings.max_body_mib * MIB)))
+    app.include_router(agent_routes(parts))
     app.include_router(operation_routes(parts, version=version, policy=settings.policy))
     _answer_errors(app)
     return app
@@ -129,6 +139,7 @@ def _lifespan(
             partial(watch_health, parts),
             partial(follow_link, parts, link) if link is not None else partial(poll_metrics, parts),
             partial(sweep_agents, parts, settings.agent_idle_s),
+            partial(watch_keys, parts.tenants),
         ]
         watches += _learning_watches(settings, parts, store)
         tasks = [asyncio.create_task(keep_running(watch)) for watch in watches]

@@ -6,6 +6,7 @@ itself; `release` asks it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ SILENCE_S = 5.0
 CAPACITY_ENOUGH, CAPACITY_HORIZON = 200.0, 2000.0
 # After so many it is taken over again.
 CAPACITY_ITERATIONS = 256
+# Seconds over which the rate at which an engine serves is averaged, and that it takes to know it.
+RATE_HORIZON_S, RATE_ENOUGH_S = 30.0, 1.0
 # Tasks that have ended, of which it is known what they held, and not yet asked.
 REMEMBERED_ENDS = 4096
 
@@ -52,6 +55,25 @@ class ServedCapacity:
     def tokens(self, capacity_tokens: float) -> float:
         """At most the whole; the whole until there is enough to go by."""
         return min(self._mean, capacity_tokens) if self._iterations >= CAPACITY_ENOUGH else capacity_tokens
+
+
+class ServedRate:
+    """KV token·iterations a second that the engine has done lately, while it had something to do: what was held in each
+    iteration, over the time that they took. Of the last half minute or so."""
+
+    def __init__(self) -> None:
+        self._work = self._seconds = 0.0
+
+    def observe(self, seconds: float, work: float) -> None:
+        """So much was done in this time."""
+        if seconds > 0:
+            left = math.exp(-seconds / RATE_HORIZON_S)
+            self._work = self._work * left + work
+            self._seconds = self._seconds * left + seconds
+
+    def per_s(self) -> float | None:
+        """None until there is enough to go by."""
+        return self._work / self._seconds if self._seconds >= RATE_ENOUGH_S and self._work > 0 else None
 
 
 class Counters(NamedTuple):

@@ -197,6 +197,12 @@ class Feedback:
         if record.final and not record.awaited and not self._is_busy(record.id):
             self._end(record)
 
+    def dismissed(self, record: AgentRecord) -> None:
+        """Somebody has ended the agent: no further task of it will come."""
+        record.final = True
+        if not record.awaited and not self._is_busy(record.id):
+            self._end(record)
+
     def sweep(self, idle_s: float) -> None:
         """End the agents that have been silent for `idle_s` seconds, or have said that they are done."""
         silent_since = self._clock() - idle_s

@@ -15,6 +15,7 @@ from gateway.identify import Roots
 from gateway.learning.serving import Learning
 from gateway.metrics import Metrics
 from gateway.release import Dispatcher
+from gateway.tenants import Tenants
 from predictor.types import Predictor
 
 
@@ -27,6 +28,7 @@ class Parts:
     dispatcher: Dispatcher
     engine: EngineView
     client: EngineClient
+    tenants: Tenants
     predictor: Predictor
     feedback: Feedback
     metrics: Metrics

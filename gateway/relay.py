@@ -30,6 +30,7 @@ from gateway.leaving import Client
 from gateway.parts import Parts
 from gateway.release import Turn
 from gateway.sse import UsageFilter
+from gateway.tenants import Tenant
 from gateway.usage import Usage, finished_task, parse_usage
 from predictor.cost import task_cost
 
@@ -40,13 +41,15 @@ _EVENTS = "text/event-stream"
 
 @dataclass(frozen=True, slots=True)
 class TaskRequest:
-    """One task as it came. headers: by lower-case name. arrived_s: on the monotonic clock. final: the client says that it is
-    its agent's last. answer_id: by which the engine is to keep its answer, where it keeps any."""
+    """One task as it came. headers: by lower-case name. weight: of its agent. arrived_s: on the monotonic clock. final: the
+    client says that it is its agent's last. answer_id: by which the engine is to keep its answer, where it keeps any."""
 
     id: TaskId
     body: Body
     headers: dict[str, str]
+    tenant: Tenant
     record: AgentRecord
+    weight: float
     arrived_s: float
     final: bool
     answer_id: str | None = None
@@ -93,10 +96,11 @@ class Relay:
         try:
             turn = self._turn = self._enqueue()
             while True:
-                release = await turn.wait(self._parts.max_queue_s)
+                release = await turn.wait(self._request.tenant.settings.max_queue_s or self._parts.max_queue_s)
                 self._note_release(release, turn)
                 try:
-                    return await self._exchange(release, send)
+                    with turn.at_engine():
+                        return await self._exchange(release, send)
                 except EngineLost as lost:
                     self._parts.engine_lost_a_task()
                     if self._started or not turn.requeue(sent=not isinstance(lost, EngineUnreachable)):
@@ -104,6 +108,8 @@ class Relay:
                     self._released_at, self._goes_on = None, False
         except GatewayError as error:
             self._outcome = error.outcome
+            if error.reason is not None:
+                self._parts.metrics.rejected(self._request.tenant.name, error.reason)
             await self._send_error(error, send)
         except Exception:
             logger.exception("a task failed")
@@ -130,7 +136,9 @@ class Relay:
             request.body.sequences,
         )
         try:
-            turn = parts.dispatcher.submit(task, estimate.agent.cost)
+            turn = parts.dispatcher.submit(
+                task, estimate.agent.cost, request.tenant, weight=request.weight, body_bytes=request.body.size
+            )
         except Exception:
             parts.feedback.withdrawn(request.record)
             raise
