@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.testclient import TestClient
 
 from gateway.billing import HEADER, MAX_ROWS, to_csv, usage_routes
+from gateway.dialects import OPENAI
 from gateway.errors import GatewayError
 from gateway.keys import Keys, add_key
 from gateway.settings import TenantSettings
@@ -69,7 +70,7 @@ class Scene:
 
         @app.exception_handler(GatewayError)
         async def say(request: Request, error: GatewayError) -> Response:
-            return Response(error.body(), error.status, error.headers(), media_type="application/json")
+            return Response(OPENAI.error(error), error.status, error.headers(), media_type="application/json")
 
         self.client = TestClient(app)
 
