@@ -28,7 +28,7 @@ from gateway.parts import Parts
 from gateway.release import Dispatcher
 from gateway.routes import task_routes
 from gateway.settings import GatewaySettings
-from gateway.state import Store, open_store
+from gateway.state import Journal, Store, open_store
 from gateway.tool_waits import ToolWaits
 from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health
 from predictor.learned import Learned
@@ -55,6 +55,7 @@ async def create_app(
     predictor = predictor or Learned()
     accuracy = Accuracy()
     store = store or open_store(settings.state, settings.kept_agents)
+    journal = Journal(store, settings.journal_directory, kept_agents=settings.kept_agents)
     waits = ToolWaits()
     dispatcher = Dispatcher(queue, engine, max_waiting=settings.max_waiting, waits=waits if settings.keep_kv else None)
     parts = Parts(
@@ -66,7 +67,7 @@ async def create_app(
         feedback=Feedback(
             queue,
             predictor,
-            store,
+            journal,
             metrics,
             accuracy,
             now=lambda: engine.now,
@@ -74,6 +75,7 @@ async def create_app(
             keep=dispatcher.keep,
             correct=dispatcher.correct,
         ),
+        journal=journal,
         metrics=metrics,
         accuracy=accuracy,
         learning=Learning(predictor, settings.models_directory, metrics),
@@ -94,11 +96,11 @@ def _lifespan(
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        remembered = await parts.feedback.recall()
-        logger.info("learned from %d agents that the state store had kept", remembered)
+        await parts.journal.start(parts.feedback.recall, parts.feedback.rewrite)
         link = settings.link
         watches: list[Callable[[], Awaitable[None]]] = [
             partial(watch_health, parts),
+            parts.journal.run,
             partial(follow_link, parts, link) if link is not None else partial(poll_metrics, parts),
             partial(sweep_agents, parts, settings.agent_idle_s),
         ]
@@ -108,7 +110,7 @@ def _lifespan(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await parts.feedback.flush()
+        await parts.journal.close()
         await store.close()
         await parts.client.close()
 

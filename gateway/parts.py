@@ -13,6 +13,7 @@ from gateway.feedback import Feedback
 from gateway.learning.serving import Learning
 from gateway.metrics import Metrics
 from gateway.release import Dispatcher
+from gateway.state import Journal
 from predictor.types import Predictor
 
 
@@ -27,6 +28,7 @@ class Parts:
     client: EngineClient
     predictor: Predictor
     feedback: Feedback
+    journal: Journal
     metrics: Metrics
     accuracy: Accuracy
     learning: Learning

@@ -8,9 +8,11 @@ from prometheus_client import CollectorRegistry
 from gateway.accuracy import Accuracy
 from gateway.estimate import Estimate
 from gateway.fairness import POLICIES, AgentId, FairQueue, Iterations, KvTokenIterations, Spent, Task, TaskId
-from gateway.feedback import AgentRecord, Feedback
+from gateway.feedback import Feedback
 from gateway.identify import Identity
 from gateway.metrics import Metrics
+from gateway.record import AgentRecord
+from gateway.state import Journal
 from gateway.state.memory import MemoryStore
 from gateway.tool_waits import UNKNOWN, ToolWaits
 from predictor.learned import Learned
@@ -28,12 +30,13 @@ class Scene:
         self.queue.set_capacity(Iterations(0), 1000)
         self.registry = CollectorRegistry()
         self.waits, self.store, self.accuracy = ToolWaits(), MemoryStore(), Accuracy()
+        self.journal = Journal(self.store)
         self.kept: list[tuple[str, float]] = []
         self.corrected: list[float] = []
         self.feedback = Feedback(
             self.queue,
             Learned(),
-            self.store,
+            self.journal,
             Metrics(self.registry, version="", policy=""),
             self.accuracy,
             now=lambda: Iterations(self.now),
@@ -127,13 +130,6 @@ async def test_an_idle_agents_kv_is_kept_and_its_wait_is_learned() -> None:
     scene.task(3, held=1.0, final=True)
     assert len(scene.kept) == 2, "who says that it is done does not come back"
     assert ToolWaits().worth_keeping("kind") == UNKNOWN
-
-
-async def test_what_cannot_be_read_of_the_store_is_told() -> None:
-    scene = Scene()
-    scene.store.unreadable = 3
-    assert await scene.feedback.recall() == 0
-    assert scene.registry.get_sample_value("justitia_state_unreadable_agents") == 3
 
 
 async def test_what_is_kept_tells_when_and_what_was_said_and_what_was_predicted_is_judged() -> None:

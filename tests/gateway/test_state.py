@@ -14,6 +14,7 @@ import msgspec
 import pytest
 import redis.asyncio
 
+import gateway.state.blobs
 import gateway.state.memory
 import gateway.state.redis
 import gateway.state.sqlite
@@ -101,7 +102,7 @@ async def test_only_the_newest_are_kept_and_the_count_goes_on(small: Store) -> N
 
 async def test_agents_that_leave_while_all_are_read_do_no_harm(small: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (gateway.state.memory, gateway.state.redis, gateway.state.sqlite):
-        monkeypatch.setattr(module, "BATCH", 2)
+        monkeypatch.setattr(module, "CHUNK", 2)
     for number in range(5):
         await small.append(agent(number))
     seen = []
@@ -214,7 +215,7 @@ def test_a_blob_cannot_be_too_deep() -> None:
 
 
 def test_a_blob_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway.state, "LARGEST_BYTES", 1000)
+    monkeypatch.setattr(gateway.state.blobs, "LARGEST_BYTES", 1000)
     assert unpack([zlib.compress(msgspec.msgpack.encode({"agent_class": "x" * 10_000}))]) == ([], 1)
 
 
