@@ -13,12 +13,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
 
 # Seconds to wait until nobody else looks who is alive.
 ALONE_S = 2.0
@@ -110,7 +113,11 @@ def left_by_others(root: Path) -> tuple[list[Directory], set[str]]:
     if root.is_dir():
         with _alone(root):
             for path in sorted(path for path in root.iterdir() if path.is_dir()):
-                lock = _lock(path / "lock")
+                try:
+                    lock = _lock(path / "lock")
+                except OSError as error:
+                    logger.warning("a journal cannot be locked, and is left as it is: %s", error)
+                    continue
                 if lock is None:
                     alive.add(path.name)
                 else:
