@@ -15,8 +15,8 @@ from fastapi.responses import JSONResponse
 
 from gateway.errors import AgentCancelled, NotFound
 from gateway.fairness import Agent, AgentId, TenantId
-from gateway.feedback import AgentRecord, agent_id_of
 from gateway.parts import Parts
+from gateway.record import AgentRecord, agent_id_of
 from gateway.tenants import Tenant
 
 # Seconds that the tasks of an agent that is ended are given to break off, before its end is answered for.

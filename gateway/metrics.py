@@ -161,7 +161,18 @@ class Metrics:
         )
         self._state_errors = counter("state_errors_total", "Failed reads and writes of the state store.")
         self._state_unreadable = gauge(
-            "state_unreadable_agents", "Agents of the state store that could not be read and were passed over."
+            "state_unreadable_agents",
+            "Agents of the state store, and steps of the journal, that could not be read and were passed over.",
+        )
+        self._state_up = gauge("state_up", "1 when the state store answers; at 0 the gateway goes on alone.")
+        self._state_waiting = gauge("state_waiting_bytes", "What is in the journal and not yet in the state store.")
+        self._state_unwritten = counter(
+            "state_unwritten_total",
+            "Settled tasks that the journal's disk did not take: a kill would have cost them, until the store had them.",
+        )
+        self._state_given_up = counter(
+            "state_given_up_total",
+            "What was given up for good: finished agents, when the store was away for long; settled tasks.",
         )
         self._prediction_s = histogram(
             "prediction_seconds", "Time from a parsed request to what it is predicted to cost.", _PREDICTION_SECONDS
@@ -332,7 +343,9 @@ class Metrics:
     def state_failed(self) -> None:
         self._state_errors.inc()
 
-    def state_is(self, *, unreadable: int) -> None:
+    def state_is(self, *, up: bool, waiting_bytes: int, unreadable: int) -> None:
+        self._state_up.set(up)
+        self._state_waiting.set(waiting_bytes)
         self._state_unreadable.set(unreadable)
 
     def _tenant(self, tenant: str) -> str:
@@ -341,6 +354,12 @@ class Metrics:
                 return OTHER_TENANTS
             self._tenants.add(tenant)
         return tenant
+
+    def state_counted(self, errors: int, unwritten: int, given_up: int) -> None:
+        """In the order of `journal.Counts`."""
+        self._state_errors.inc(errors)
+        self._state_unwritten.inc(unwritten)
+        self._state_given_up.inc(given_up)
 
     def _class(self, agent_class: str | None) -> str:
         if agent_class is None:

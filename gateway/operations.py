@@ -25,6 +25,7 @@ def operation_routes(parts: Parts, *, version: str, policy: str) -> APIRouter:
             "status": "draining" if parts.dispatcher.draining else "ok",
             "engine": "up" if parts.engine.up else "down",
             "link": _link(parts.engine),
+            "state": "ok" if parts.journal.up else "alone",
             "capacity_tokens": parts.engine.capacity_tokens,
             "policy": policy,
             "version": version,
@@ -64,6 +65,12 @@ def _refresh(parts: Parts) -> None:
     parts.metrics.agents_are(
         waiting=states.count("waiting"), running=states.count("running"), idle=states.count("idle")
     )
+    journal = parts.journal
+    parts.metrics.state_is(
+        up=journal.up, waiting_bytes=journal.waiting_bytes, unreadable=journal.store.unreadable + journal.unreadable
+    )
+    counts = journal.take_counts()
+    parts.metrics.state_counted(counts.errors, counts.unwritten, counts.given_up)
     parts.metrics.model_failed(parts.learning.new_failures())
     accuracy = parts.accuracy
     serves = parts.learning.serves

@@ -15,6 +15,7 @@ from gateway.identify import Roots
 from gateway.learning.serving import Learning
 from gateway.metrics import Metrics
 from gateway.release import Dispatcher
+from gateway.state import Journal
 from gateway.tenants import Tenants
 from predictor.types import Predictor
 
@@ -31,6 +32,7 @@ class Parts:
     tenants: Tenants
     predictor: Predictor
     feedback: Feedback
+    journal: Journal
     metrics: Metrics
     accuracy: Accuracy
     learning: Learning

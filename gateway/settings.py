@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 from pydantic_settings import (
@@ -74,6 +76,11 @@ class StateSettings(BaseSettings):
         description="Directory of the predictor's models; default: `models` beside the state's file, or in"
         " `$XDG_STATE_HOME/justitia` with Redis; none with `memory:`.",
     )
+    journal: Path | None = Field(
+        None,
+        description="Directory of what the state does not have yet; default: `journal` beside the state's file, or in"
+        " `$XDG_STATE_HOME/justitia` with Redis; none with `memory:`.",
+    )
     train_limit_s: float = Field(900, gt=0, description="Seconds that a training may take; then it is ended.")
     train_memory_mib: int = Field(2048, ge=512, description="Memory that a training may take, in MiB.")
 
@@ -93,6 +100,19 @@ class StateSettings(BaseSettings):
         if self.state.startswith("sqlite:///"):
             return Path(self.state.removeprefix("sqlite:///")).expanduser().parent / "models"
         return _state_home() / "models"
+
+    @property
+    def journal_directory(self) -> Path | None:
+        """Of this state only: what one has not taken is not for another."""
+        if self.state == "memory:":
+            return None
+        if self.state.startswith("sqlite:///"):
+            path = Path(self.state.removeprefix("sqlite:///")).expanduser()
+            return (self.journal or path.parent / "journal").expanduser() / path.name
+        # A password may change.
+        url = urlsplit(self.state)
+        name = f"{url.hostname or ''}-{url.port or ''}{url.path}-{url.query if url.scheme == 'unix' else ''}"
+        return (self.journal or _state_home() / "journal").expanduser() / re.sub(r"[^\w.]+", "-", name).strip("-")
 
     @classmethod
     def settings_customise_sources(
