@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
+from pathlib import Path
+from typing import Any
 
 from gateway.dialects import ANTHROPIC, OPENAI, Dialect
 from gateway.endpoints import ENDPOINTS
@@ -12,6 +14,8 @@ from gateway.errors import GatewayError
 from gateway.openapi import TRY_AGAIN
 from gateway.passing import PASSED
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+DOCUMENT: dict[str, Any] = json.loads((ROOT / "docs" / "reference" / "openapi.json").read_text())
 DIALECTS: dict[str, Dialect] = {thing.path: thing.dialect for thing in (*ENDPOINTS, *PASSED)}
 
 

@@ -13,25 +13,10 @@ from hypothesis import strategies as st
 from gateway.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
 from gateway.endpoints import CHAT, COMPLETIONS, Endpoint
 from gateway.feedback import agent_id_of
-from gateway.identify import ID_FIELDS, ID_HEADERS, Roots
+from gateway.identify import ID_FIELDS, Roots
 from tests.fuzz.bounds import bounded
 from tests.fuzz.properties import body_holds, identity_holds, metrics_hold, stream_holds, usage_holds
-from tests.fuzz.values import any_body, endpoints, json_text
-
-HEADERS = (
-    *("x-agent-id", "x-agent-class", "x-agent-parent", "x-agent-weight", "x-agent-tasks", "x-agent-final"),
-    *ID_HEADERS,
-    *("x-dynamo-parent-session-id", "x-codex-parent-thread-id", "x-parent-session-id", "x-dynamo-session-final"),
-    *("x-any-session-id", "x-any-parent-session-id", "x-request-id"),
-)
-# All that a header can hold, once decoded.
-header_values = st.one_of(
-    st.sampled_from(
-        ("a", "a/b", "1", "0", "true", "FALSE", "0.5", "1e3", "²", "\xa0", "x" * 256, "", "task-1", "default/a")
-    ),
-    st.text(st.characters(max_codepoint=0xFF), max_size=20),
-    st.from_regex(r"[0-9]{1,12}(\.[0-9]{1,12})?", fullmatch=True),
-)
+from tests.fuzz.values import HEADERS, any_body, endpoints, header_values, json_text
 
 
 @given(any_body, endpoints)

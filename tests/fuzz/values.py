@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from gateway.endpoints import ENDPOINTS, Endpoint
-from gateway.identify import ID_FIELDS
+from gateway.identify import ID_FIELDS, ID_HEADERS
 
 ABSURD_NUMBERS = (
     "1e400",
@@ -114,3 +114,19 @@ any_body: st.SearchStrategy[bytes] = st.one_of(
     st.binary(max_size=64),
 )
 endpoints: st.SearchStrategy[Endpoint] = st.sampled_from(ENDPOINTS)
+
+# By lower-case name: all that `identify` looks at, and some that it must not.
+HEADERS = (
+    *("x-agent-id", "x-agent-class", "x-agent-parent", "x-agent-weight", "x-agent-tasks", "x-agent-final"),
+    *ID_HEADERS,
+    *("x-dynamo-parent-session-id", "x-codex-parent-thread-id", "x-parent-session-id", "x-dynamo-session-final"),
+    *("x-any-session-id", "x-any-parent-session-id", "x-request-id"),
+)
+# All that a header can hold, once decoded.
+header_values = st.one_of(
+    st.sampled_from(
+        ("a", "a/b", "1", "0", "true", "FALSE", "0.5", "1e3", "²", "\xa0", "x" * 256, "", "task-1", "default/a")
+    ),
+    st.text(st.characters(max_codepoint=0xFF), max_size=20),
+    st.from_regex(r"[0-9]{1,12}(\.[0-9]{1,12})?", fullmatch=True),
+)
