@@ -58,8 +58,8 @@ class Body:
         else:
             xargs[TAG_XARG] = priority
         if self.endpoint.xargs:
-            mine = fields.get("vllm_xargs")
-            fields["vllm_xargs"] = xargs if mine is None else {**_mapping(self.fields, "vllm_xargs"), **xargs}
+            clients = {name: value for name, value in _mapping(self.fields, "vllm_xargs").items() if name != TAG_XARG}
+            fields["vllm_xargs"] = {**clients, **xargs}
         if self.stream and self.endpoint.dialect.hides_usage:
             fields["stream_options"] = {**_mapping(self.fields, "stream_options"), "include_usage": True}
         if request_id is not None:

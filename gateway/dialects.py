@@ -15,7 +15,8 @@ _encode = msgspec.json.encode
 
 class Dialect(ABC):
     """hides_usage: whether a stream's usage comes in an event of its own, for those who asked. ends: what only the end of a
-    stream holds, in whole events. fails: how a stream begins of which the engine could not even begin the answer."""
+    stream holds, in whole events; its group `error`, where it is one. fails: how a stream begins of which the engine could
+    not even begin the answer."""
 
     hides_usage = False
     ends: re.Pattern[bytes]
@@ -44,7 +45,7 @@ class _OpenAI(Dialect):
 
 class _Responses(_OpenAI):
     hides_usage = False
-    ends = re.compile(rb"(?:\A|\n)event: response\.(?:completed|incomplete|failed)\n")
+    ends = re.compile(rb"(?:\A|\n)event: (?:response\.(?:completed|incomplete)|(?P<error>response\.failed|error))\n")
     fails = b"event: error"
 
     def error_event(self, error: GatewayError) -> bytes:
@@ -65,7 +66,7 @@ _ANTHROPIC_TYPES = {
 
 
 class _Anthropic(Dialect):
-    ends = re.compile(rb"(?:\A|\n)event: message_stop\n")
+    ends = re.compile(rb"(?:\A|\n)event: (?:message_stop|(?P<error>error))\n")
     fails = b"event: error"
 
     def error(self, error: GatewayError) -> bytes:

@@ -18,7 +18,7 @@ from engine.hints import PRIORITY_HEADER, Hints, to_tag
 from gateway import answers
 from gateway.accuracy import NOBODY
 from gateway.answers import Headers, ascii_headers
-from gateway.background import unfinished, until_finished
+from gateway.background import outcome_of_response, unfinished, until_finished
 from gateway.body import Body
 from gateway.content import texts_of
 from gateway.engine_client import Answer, EngineUnreachable, Health
@@ -69,6 +69,7 @@ class Relay:
         self._released_at: float | None = None  # on the service clock
         self._started = False  # bytes have left for the client
         self._goes_on = False  # at the engine, whatever becomes of the client
+        self._settled = False
         self._engine_s = 0.0  # spent waiting for the engine
 
     async def serve(self, receive: Receive, send: Send) -> None:
@@ -84,9 +85,7 @@ class Relay:
                 raise
         finally:
             client.done()
-            if self._goes_on:
-                self._parts.background.add(self._follow())
-            else:
+            if not self._goes_on:
                 self._settle()
 
     async def _serve(self, send: Send) -> None:
@@ -101,7 +100,7 @@ class Relay:
                     self._parts.engine_lost_a_task()
                     if self._started or not turn.requeue(sent=not isinstance(lost, EngineUnreachable)):
                         raise
-                    self._released_at, self._goes_on = None, False
+                    self._released_at = None
         except GatewayError as error:
             self._outcome = error.outcome
             await self._send_error(error, send)
@@ -155,9 +154,8 @@ class Relay:
         """Raises `EngineLost` if the engine breaks off; nothing may have been sent by then."""
         request, client = self._request, self._parts.client
         hints = Hints(to_tag(release.rank), release.task.agent_id, release.task.id)
-        headers = request.headers
-        if not request.body.endpoint.priority:
-            headers = {**headers, PRIORITY_HEADER: str(hints.tag)}
+        # For vLLM the header goes over the body: a client's own must not.
+        headers = {**request.headers, PRIORITY_HEADER: str(hints.tag)}
         body = request.body.for_engine(hints, request.answer_id)
         asked_s = time.monotonic()
         async with client.ask("POST", request.body.endpoint.path, body, headers) as answer:
@@ -174,8 +172,9 @@ class Relay:
         data = await answer.read()
         self._engine_s += time.monotonic() - asked_s
         self._usage = parse_usage(data) if answer.status == 200 else None
-        self._goes_on = self._request.body.background and answer.status == 200 and unfinished(data)
         self._outcome = outcome_of(answer.status)
+        if self._request.body.background and answer.status == 200 and unfinished(data):
+            self._go_on()
         await self._start(answer, send, length=len(data))
         await send(answers.body(data, more=False))
 
@@ -183,7 +182,6 @@ class Relay:
         body = self._request.body
         dialect = body.endpoint.dialect
         events = UsageFilter(dialect, show=body.wants_usage)
-        self._goes_on = body.background
         clock = time.monotonic
         since_s = clock()
         try:
@@ -193,6 +191,8 @@ class Relay:
                     if not self._started:
                         if data.startswith(dialect.fails) and await self._parts.client.health() is not Health.UP:
                             raise EngineLost("the engine died")
+                        if body.background:
+                            self._go_on()
                         await self._start(answer, send)
                         self._parts.metrics.first_token(clock() - self._request.arrived_s)
                     await send(answers.body(data, more=True))
@@ -202,7 +202,8 @@ class Relay:
         if not events.done:
             raise EngineLost("the engine broke off its answer")
         self._goes_on = False
-        self._outcome = Outcome.COMPLETED if self._usage is not None else Outcome.FAILED  # it ended with an error event
+        failed = events.failed or self._usage is None  # it ended with an error event
+        self._outcome = Outcome.FAILED if failed else Outcome.COMPLETED
         await send(answers.body(b"", more=False))
 
     async def _start(self, answer: Answer, send: Send, *, length: int | None = None) -> None:
@@ -217,20 +218,29 @@ class Relay:
         else:
             await answers.send_error(error, dialect, send, self._own_headers)
 
+    def _go_on(self) -> None:
+        """From here on the task lasts as long as the engine says, and a stream of it may not: vLLM's does not end when the
+        response is cancelled."""
+        self._goes_on = True
+        self._parts.background.add(self._follow())
+
     async def _follow(self) -> None:
         """The engine goes on with what nobody waits for: it holds its memory until it is done."""
-        answer_id = self._request.answer_id
+        answer_id, answer = self._request.answer_id, None
         assert answer_id is not None
-        self._outcome = Outcome.FAILED
         try:
             answer = await until_finished(self._parts.client, answer_id, self._request.headers)
-            if answer is not None:
-                self._usage, self._outcome = parse_usage(answer), Outcome.COMPLETED
         finally:
-            self._settle()
+            if not self._settled:
+                self._outcome = Outcome.FAILED if answer is None else outcome_of_response(answer)
+                self._usage = None if answer is None else parse_usage(answer)
+                self._settle()
 
     def _settle(self) -> None:
-        """Charge what was used and say how it went. Awaits nothing."""
+        """Charge what was used and say how it went, once. Awaits nothing."""
+        if self._settled:
+            return
+        self._settled = True
         request, parts = self._request, self._parts
         ended_s = time.monotonic() - request.arrived_s
         parts.metrics.request_ended(request.body.endpoint.path, self._outcome, ended_s)
@@ -267,11 +277,12 @@ class Relay:
         """Of a task that was broken off, in token·iterations: by its usage so far, if it was told; else by the engine's last
         word on it; else by the events that were relayed; else, since an engine without a link tells nothing before the
         end, by the iterations since its release, up to what was predicted."""
-        request, sequences = self._request, self._request.body.sequences
-        prompt_tokens = estimate.prompt_tokens / sequences
+        request, usage, sequences = self._request, self._usage, self._request.body.sequences
         holding = self._parts.engine.held.get(request.id)
-        if self._usage is not None:
-            return finished_task(self._usage, request.body).cost
+        # A stream of Anthropic's begins with a usage that knows the prompt only.
+        if usage is not None and (usage.completion_tokens or not self._events):
+            return finished_task(usage, request.body).cost
+        prompt_tokens = (estimate.prompt_tokens if usage is None else usage.prompt_tokens) / sequences
         if holding is not None:
             decoded = holding.output_tokens / sequences
             return sequences * task_cost(max(0.0, holding.kv_tokens / sequences - decoded), decoded)

@@ -21,6 +21,7 @@ class UsageFilter:
         self.usage: Usage | None = None
         self.events = 0
         self.done = False  # the stream has said that it is over
+        self.failed = False  # by an error
         self._ends = dialect.ends.search
         self._show = show or not dialect.hides_usage
         self._rest = b""
@@ -34,7 +35,8 @@ class UsageFilter:
             return b""
         self._rest, whole = data[end:], data[:end]
         self.events += whole.count(_END)
-        self.done = self.done or self._ends(whole) is not None
+        if (end := self._ends(whole)) is not None:
+            self.done, self.failed = True, end.lastgroup == "error"
         return whole if not _USAGE.search(whole) else self._filter(whole)
 
     def _filter(self, whole: bytes) -> bytes:
