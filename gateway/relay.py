@@ -280,7 +280,7 @@ class Relay:
         request, usage, sequences = self._request, self._usage, self._request.body.sequences
         holding = self._parts.engine.held.get(request.id)
         # A stream of Anthropic's begins with a usage that knows the prompt only.
-        if usage is not None and (usage.completion_tokens or not self._events):
+        if usage is not None and (usage.completion_tokens or not request.body.endpoint.decodes):
             return finished_task(usage, request.body).cost
         prompt_tokens = (estimate.prompt_tokens if usage is None else usage.prompt_tokens) / sequences
         if holding is not None:

@@ -19,10 +19,10 @@ class UsageFilter:
 
     def __init__(self, dialect: Dialect, *, show: bool) -> None:
         self.usage: Usage | None = None
-        self.events = 0
+        self.events = 0  # with a token
         self.done = False  # the stream has said that it is over
         self.failed = False  # by an error
-        self._ends = dialect.ends.search
+        self._ends, self._counts = dialect.ends.search, dialect.counts
         self._show = show or not dialect.hides_usage
         self._rest = b""
 
@@ -34,9 +34,9 @@ class UsageFilter:
             self._rest = data
             return b""
         self._rest, whole = data[end:], data[:end]
-        self.events += whole.count(_END)
-        if (end := self._ends(whole)) is not None:
-            self.done, self.failed = True, end.lastgroup == "error"
+        self.events += whole.count(self._counts)
+        if (ends := self._ends(whole)) is not None:
+            self.done, self.failed = True, ends.lastgroup == "error"
         return whole if not _USAGE.search(whole) else self._filter(whole)
 
     def _filter(self, whole: bytes) -> bytes:

@@ -69,7 +69,8 @@ async def wait_for_word(body: dict[str, Any], send: Send, engine: ScriptedEngine
 
 @dataclass
 class ScriptedEngine:
-    """answers: one for each task, in order; then `default`. bodies: what arrived. left: tasks whose client left."""
+    """answers: one for each task, in order; then `default`. bodies: what arrived. left: tasks whose client left. connections:
+    those that are open."""
 
     default: Answer = answer_at_once
     answers: list[Answer] = field(default_factory=list)
@@ -78,6 +79,7 @@ class ScriptedEngine:
     raw: list[bytes] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     left: int = 0
+    connections: set[Any] = field(default_factory=set)
     go: asyncio.Event = field(default_factory=asyncio.Event)
     arrived: asyncio.Condition = field(default_factory=asyncio.Condition)
     url: str = ""
@@ -133,6 +135,7 @@ class ScriptedEngine:
         task = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0.01)
+        self.connections = server.server_state.connections
         self.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         try:
             yield self
