@@ -31,7 +31,9 @@ _RELAYED_HEADERS = (
     "x-request-id",
     PRIORITY_HEADER,
 )
-_RELAYED_BACK = ("retry-after", "x-request-id")
+_RELAYED_BACK = ("retry-after", "x-request-id", "metadata")
+# Of the engine's answers. Embeddings in bytes have a header that tells of each where it is.
+HEADER_BYTES = 2**20
 
 
 class Health(Enum):
@@ -51,6 +53,7 @@ class Answer:
         self._response = response
         self.status = response.status
         self.content_type = response.headers.get("content-type", "application/json")
+        self.metadata = response.headers.get("metadata", "").encode("latin-1")  # of an answer in bytes, with the usage
         self.headers = [
             (name.encode("ascii"), response.headers[name].encode("latin-1"))
             for name in _RELAYED_BACK
@@ -90,6 +93,7 @@ class EngineClient:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
             auto_decompress=False,
             read_bufsize=CHUNK_BYTES,
+            max_field_size=HEADER_BYTES,
             skip_auto_headers=("Accept-Encoding", "User-Agent"),
         )
         self._control = httpx.AsyncClient(transport=transport, base_url=self._base, timeout=CONTROL_S, trust_env=False)

@@ -171,7 +171,7 @@ class Relay:
         asked_s = time.monotonic()
         data = await answer.read()
         self._engine_s += time.monotonic() - asked_s
-        self._usage = parse_usage(data) if answer.status == 200 else None
+        self._usage = parse_usage(answer.metadata or data) if answer.status == 200 else None
         self._outcome = outcome_of(answer.status)
         if self._request.body.background and answer.status == 200 and unfinished(data):
             self._go_on()
@@ -276,7 +276,8 @@ class Relay:
     def _cost_held(self, estimate: Estimate) -> float:
         """Of a task that was broken off, in token·iterations: by its usage so far, if it was told; else by the engine's last
         word on it; else by the events that were relayed; else, since an engine without a link tells nothing before the
-        end, by the iterations since its release, up to what was predicted."""
+        end, by the iterations since its release, up to what was predicted. Of a whole answer that does not tell its usage,
+        by what was predicted."""
         request, usage, sequences = self._request, self._usage, self._request.body.sequences
         holding = self._parts.engine.held.get(request.id)
         # A stream of Anthropic's begins with a usage that knows the prompt only.
@@ -288,6 +289,8 @@ class Relay:
             return sequences * task_cost(max(0.0, holding.kv_tokens / sequences - decoded), decoded)
         if self._events:
             return sequences * task_cost(prompt_tokens, self._events / sequences)
+        if self._outcome is Outcome.COMPLETED:
+            return estimate.cost
         if self._released_at is None or self._outcome is Outcome.INVALID or self._parts.engine.linked:
             return 0.0
         iterations = self._parts.engine.iterations - self._released_at

@@ -14,7 +14,7 @@ import pytest
 
 from tests.clients.conftest import anthropic_client, openai_client
 from tests.wire.conftest import GatewayUnderTest, StartGateway
-from tests.wire.scripted_dialects import error_event, events_of, in_dialect, in_dialect_when_told
+from tests.wire.scripted_dialects import BODIES, error_event, events_of, in_dialect, in_dialect_when_told
 from tests.wire.scripted_engine import ScriptedEngine, push
 from tests.wire.scripted_engine import start as start_answer
 
@@ -248,6 +248,21 @@ async def test_a_stream_that_fails_in_the_middle(
         for sample in family.samples
         if sample.name == "justitia_requests_total"
     } == {"failed": 1}
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+async def test_an_error_that_the_engine_has_told_is_told_once(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine, path: str
+) -> None:
+    async def half(body, send, engine) -> None:  # type: ignore[no-untyped-def]
+        await start_answer(send)
+        await push(send, b"".join(events_of(body, send)[:3]))
+        await push(send, error_event(), more=False)
+
+    scripted.default = half
+    answer = await gateway.client.post(path, json={**BODIES[path], "stream": True})
+    assert answer.content.count(b"event: error\n") == 1
+    assert answer.content.endswith(error_event())
 
 
 @every_way
