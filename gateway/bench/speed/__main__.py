@@ -14,12 +14,12 @@ import uvloop
 from rich.console import Console
 
 from gateway.bench.processes import ServerFailed, tail
+from gateway.bench.speed.bench import Figures, Stuck
 from gateway.bench.speed.client import Refused
 from gateway.bench.speed.lines import lines_of
 from gateway.bench.speed.measure import TooFewFiles, measure
 from gateway.bench.speed.report import lines, table
 from gateway.bench.speed.settings import QUICK, ROWS, SpeedSettings
-from gateway.bench.speed.workloads import Figures, Stuck
 
 
 def main() -> None:

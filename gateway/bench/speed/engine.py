@@ -105,6 +105,7 @@ class Engine:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.free_s: float | None = None  # one of the tasks that are held is answered each so many seconds; None: none
+        self.connections: set[Connection] = set()
         self.streams = 0  # without an end, and open
         self.tasks = 0  # that came
         self.notes: dict[int, Noted] = {}
@@ -289,9 +290,12 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         made = cast(asyncio.Transport, transport)  # uvloop's are no subclass
         self.write: Callable[[bytes], None] = made.write
+        self.abort: Callable[[], None] = made.abort
+        self._engine.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open = False
+        self._engine.connections.discard(self)
         if self.on_close is not None:
             self.on_close()
 
@@ -359,3 +363,6 @@ async def serving(engine: Engine) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
         server.close()
+        for connection in tuple(engine.connections):
+            connection.abort()
+        await asyncio.sleep(0)  # in which they close

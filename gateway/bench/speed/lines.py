@@ -107,10 +107,10 @@ def _latency(figures: Row, said: str) -> Iterator[Line]:
 
 def _waiting(figures: Row, settings: Row) -> Iterator[Line]:
     crowd = f"{settings['agents_waiting']:,} agents wait, {settings['in_flight']} tasks in flight"
-    yield Line("overhead of a request, nobody waits, P99, ms", figures["empty"]["p99"])
+    yield Line("overhead of a request, nobody waits, P99, ms", figures["p99"]["empty"])
     above = Target(1, " ms above")
     yield Line(
-        f"overhead of a request, {crowd}, P99, ms", figures["full"]["p99"], target=above, judged=figures["above_p99"]
+        f"overhead of a request, {crowd}, P99, ms", figures["p99"]["full"], target=above, judged=figures["above_p99"]
     )
     yield Line("a freed slot stands empty, P50, ms", figures["slot_empty"]["p50"])
 

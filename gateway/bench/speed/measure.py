@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from gateway.bench import environment
+from gateway.bench.speed.bench import Bench, Figures
 from gateway.bench.speed.engine import Engine, serving
 from gateway.bench.speed.lines import lines_of
 from gateway.bench.speed.memory import memory
 from gateway.bench.speed.relays import BARE, DIRECT, GATEWAY, Cores, Relay, bare_relay, gateway
 from gateway.bench.speed.settings import SpeedSettings
 from gateway.bench.speed.waiting import waiting
-from gateway.bench.speed.workloads import Bench, Figures, flood, latency, leaving, paced, single, throughput
+from gateway.bench.speed.workloads import flood, latency, leaving, paced, single, throughput
 
 IN_TURNS = {
     "latency": latency,

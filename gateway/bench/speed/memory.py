@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from gateway.bench.speed.bench import Bench, Figures, open_streams
 from gateway.bench.speed.relays import Relay
-from gateway.bench.speed.workloads import Bench, Figures, open_streams
 
 # Seldom enough that no event waits for another.
 INTERVAL_MS = 1000

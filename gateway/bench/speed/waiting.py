@@ -24,9 +24,7 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from gateway.bench.report import percentile
-from gateway.bench.speed.client import Wire, request
-from gateway.bench.speed.relays import Relay
-from gateway.bench.speed.workloads import (
+from gateway.bench.speed.bench import (
     PATIENCE_S,
     SHORT_WORDS,
     Bench,
@@ -35,8 +33,11 @@ from gateway.bench.speed.workloads import (
     bodies,
     median,
     ms,
+    percentiles,
     until,
 )
+from gateway.bench.speed.client import Wire, request
+from gateway.bench.speed.relays import Relay
 
 # Of the slots, in the state in which nobody waits.
 OCCUPIED = 0.75
@@ -52,6 +53,9 @@ class Crowd:
     gateway: Relay
     counted_from_s: float = float("inf")
     overheads_s: list[float] = field(default_factory=list)
+
+    def has_passed(self) -> bool:
+        return bool(self.overheads_s)
 
     async def ask(self, wire: Wire) -> None:
         """Without end."""
@@ -79,33 +83,21 @@ async def waiting(bench: Bench, gateway: Relay) -> Figures:
                 before = await _exposed(gateway)
                 crowd.counted_from_s = time.monotonic()
                 bench.engine.free_slots(1 / settings.slots_per_s)
-                # Who comes now has this many before it.
-                await asyncio.sleep(size / settings.slots_per_s + settings.waiting_s)
+                await until(crowd.has_passed, "a request that came when the crowd was there")
+                await asyncio.sleep(settings.waiting_s)
                 overheads[state].append(list(crowd.overheads_s))
                 own[state].append(_p99(before, await _exposed(gateway)))
                 if state == "full":
                     idle.append(list(bench.engine.idle_s))
                 bench.engine.free_slots(None)
-    figures: Figures = {}
-    for state, rounds in overheads.items():
-        if not all(rounds):
-            raise Stuck(f"no request has come through, with the queue {state}")
-        figures[state] = {
-            name: ms(median([percentile(each, share) for each in rounds]))
-            for name, share in (("p50", 0.5), ("p99", 0.99))
-        } | {"requests": sum(map(len, rounds)), "own_p99": ms(median(own[state]))}
-    figures["above_p99"] = ms(
-        median(
-            [
-                percentile(full, 0.99) - percentile(empty, 0.99)
-                for full, empty in zip(overheads["full"], overheads["empty"], strict=True)
-            ]
-        )
-    )
-    figures["slot_empty"] = {
-        name: ms(median([percentile(each, share) for each in idle])) for name, share in (("p50", 0.5), ("p99", 0.99))
+    empty, full = ([percentile(each, 0.99) for each in overheads[state]] for state in sizes)
+    return {
+        **percentiles(overheads, "p50", "p99"),
+        "above_p99": ms(median([with_all - without for with_all, without in zip(full, empty, strict=True)])),
+        "own_p99": {state: ms(median(each)) for state, each in own.items()},
+        "requests": {state: sum(map(len, rounds)) for state, rounds in overheads.items()},
+        "slot_empty": {name: of["full"] for name, of in percentiles({"full": idle}, "p50", "p99").items()},
     }
-    return figures
 
 
 @contextlib.asynccontextmanager
@@ -120,15 +112,15 @@ async def _crowd(bench: Bench, gateway: Relay, size: int) -> AsyncIterator[Crowd
         await _waits(gateway, size - in_flight)
         await asyncio.sleep(bench.settings.settle_s)
         yield crowd
-        for task in asking:
-            if task.done():
-                task.result()  # raises what went wrong
     finally:
         for task in asking:
             task.cancel()
         for wire in wires:
             wire.close()
-        await asyncio.gather(*asking, return_exceptions=True)
+        ends = await asyncio.gather(*asking, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, Exception):  # it was not cancelled: that is what went wrong
+                raise end
     await _waits(gateway, 0)
     await until(lambda: not any(connection.open for connection, _ in bench.engine.held), "the end of the crowd")
     bench.engine.held.clear()
