@@ -15,9 +15,10 @@ import pytest
 from rich.console import Console
 
 from gateway.bench.speed import report
+from gateway.bench.speed.answers import EVENT_BYTES, TOKENS
 from gateway.bench.speed.bench import bodies
 from gateway.bench.speed.client import Refused, Stream, Wire, request
-from gateway.bench.speed.engine import EVENT_BYTES, TOKENS, Engine, serving
+from gateway.bench.speed.engine import Engine, serving
 from gateway.bench.speed.lines import Line, Target, lines_of
 from gateway.bench.speed.measure import TooFewFiles, measure
 from gateway.bench.speed.relays import BARE, DIRECT, GATEWAY, Cores, bare_relay

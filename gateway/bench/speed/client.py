@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Self, cast
 from urllib.parse import urlsplit
 
-from gateway.bench.speed.engine import STAMP
+from gateway.bench.speed.answers import STAMP
 
 PATH = "/v1/chat/completions"
 

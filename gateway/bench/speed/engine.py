@@ -17,8 +17,7 @@ What a request wants is the name of its model:
     mute:N      the head of a stream, and nothing more
     hushed:N    the same after one event
 
-Every event is a chunk of its own on the wire, and written by itself. Where there is a number, times are noted under it, in
-seconds of the monotonic clock. Chunks are for the wire; an event is a chunk's content.
+Every event is written by itself. Where there is a number, times are noted under it, in seconds of the monotonic clock.
 """
 
 from __future__ import annotations
@@ -31,68 +30,22 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
-import msgspec
+from gateway.bench.speed.answers import EVENT, FIXED, HEAD, NOT_FOUND, STAMPED, STREAM, WHOLE, metrics
 
-TOKENS = 16
-EVENT_BYTES = 250
 TICK_S = 0.001  # no timer of the loop is finer
 # What a stream may have on its way: much more, and a relay that lags would be measured by how much it reads at once.
 SEND_BUFFER_BYTES = 65536
 BACKLOG = 4096
-# Far more than all streams can be predicted to need: here nothing waits for memory.
-KV_BLOCKS = 1_000_000
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _MODEL = re.compile(rb'"model": *"([a-z]+):?(\d*)"')
-STAMP = re.compile(rb"@(\d{20})@")
-
-
-def _whole(kind: bytes, body: bytes, status: bytes = b"200 OK") -> bytes:
-    return b"HTTP/1.1 %s\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n%s" % (status, kind, len(body), body)
-
-
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%s\r\n" % (len(data), data)
-
-
-def _event(choices: list[dict[str, Any]], **more: Any) -> bytes:
-    chunk = {"id": "chatcmpl-" + "a" * 32, "object": "chat.completion.chunk", "created": 0, "model": "stand-in"}
-    return b"data: " + msgspec.json.encode({**chunk, "choices": choices, **more}) + b"\n\n"
-
-
-def _token(content: str, finish_reason: str | None = None) -> bytes:
-    return _event([{"index": 0, "delta": {"content": content}, "logprobs": None, "finish_reason": finish_reason}])
-
-
-def _padded(content: str) -> bytes:
-    return _token(content.ljust(EVENT_BYTES - len(_token("")), "."))
-
-
-def _answer() -> bytes:
-    choice = {"index": 0, "message": {"role": "assistant", "content": "word " * TOKENS}, "finish_reason": "stop"}
-    body = {"id": "chatcmpl-0", "object": "chat.completion", "created": 0, "model": "stand-in", "choices": [choice]}
-    return _whole(b"application/json", msgspec.json.encode({**body, "usage": _USAGE}))
-
-
-_USAGE = {"prompt_tokens": 10, "completion_tokens": TOKENS, "total_tokens": 10 + TOKENS}
-_LAST = (_token("word", "stop"), _event([], usage=_USAGE), b"data: [DONE]\n\n")
-WHOLE = _answer()
-EVENT = _chunk(_padded("word"))
-STAMPED = _chunk(_padded(f"@{0:020}@")).replace(b"0" * 20, b"%020d")
-HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
-STREAM = HEAD + EVENT * (TOKENS - 1) + b"".join(map(_chunk, _LAST)) + b"0\r\n\r\n"
-NOT_FOUND = _whole(b"text/plain", b"no such path or model", b"404 Not Found")
-FIXED = {
-    b"/health": _whole(b"text/plain", b""),
-    b"/v1/models": _whole(b"application/json", b'{"object":"list","data":[]}'),
-}
 
 
 @dataclass(slots=True)
 class Noted:
-    """A request with a number. came: it is here. done_s: it was answered, or its connection has closed. Make it in the loop."""
+    """A request with a number. done: when it was answered, or its connection closed. Make it in the loop."""
 
     came: asyncio.Event = field(default_factory=asyncio.Event)
     came_s: float = 0.0
@@ -129,7 +82,6 @@ class Engine:
         self._wheels: dict[int, Wheel] = {}
         self._freed: deque[float] = deque()
         self._freeing: asyncio.TimerHandle | None = None
-        self._metrics = _exposition()
 
     def note(self, number: int) -> Noted:
         """Of a request that comes, or has come."""
@@ -162,8 +114,7 @@ class Engine:
             self._free(self.loop.time())
 
     def metrics(self) -> bytes:
-        body = self._metrics % (KV_BLOCKS, self.tasks, self.streams + len(self.held))
-        return _whole(b"text/plain; version=0.0.4", body)
+        return metrics(iterations=self.tasks, running=self.streams + len(self.held))
 
     def _flood(self, connection: Connection, _: int) -> None:
         self._begin(connection)
@@ -330,27 +281,6 @@ class Connection(asyncio.Protocol):
             return
         engine.tasks += 1
         engine.serving[model[1]](self, int(model[2] or 0))
-
-
-def _exposition() -> bytes:
-    """As long as vLLM's `/metrics`: a gateway without a link reads it four times a second, and pays for its length. To be
-    filled with blocks, iterations, and tasks that run."""
-    labels = 'engine="0",model_name="stand-in"'
-    lines = [f'vllm:cache_config_info{{{labels},block_size="16",num_gpu_blocks="%d"}} 1.0']
-    lines += [f"vllm:iteration_tokens_total_count{{{labels}}} %d", f"vllm:num_requests_running{{{labels}}} %d"]
-    lines += [f"vllm:num_requests_waiting{{{labels}}} 0.0", f"vllm:kv_cache_usage_perc{{{labels}}} 0.1"]
-    for histogram in range(19):
-        name = f"vllm:other_{histogram}_seconds"
-        lines += [f"# HELP {name} One of vLLM's histograms.", f"# TYPE {name} histogram"]
-        lines += [f'{name}_bucket{{{labels},le="{bucket}.0"}} 0.0' for bucket in range(18)]
-        lines += [
-            f'{name}_bucket{{{labels},le="+Inf"}} 0.0',
-            f"{name}_count{{{labels}}} 0.0",
-            f"{name}_sum{{{labels}}} 0.0",
-        ]
-    for counter in range(23):
-        lines += [f"# TYPE vllm:other_{counter}_total counter", f"vllm:other_{counter}_total{{{labels}}} 0.0"]
-    return "\n".join([*lines, ""]).encode()
 
 
 @contextlib.asynccontextmanager

@@ -17,7 +17,7 @@ from gateway.bench.speed.engine import Engine, serving
 from gateway.bench.speed.lines import lines_of
 from gateway.bench.speed.memory import memory
 from gateway.bench.speed.relays import BARE, DIRECT, GATEWAY, Cores, Relay, bare_relay, gateway
-from gateway.bench.speed.settings import SpeedSettings
+from gateway.bench.speed.settings import ROWS, SpeedSettings
 from gateway.bench.speed.waiting import waiting
 from gateway.bench.speed.workloads import flood, latency, leaving, paced, single, throughput
 
@@ -55,12 +55,13 @@ async def measure(settings: SpeedSettings, directory: Path, measured: Callable[[
             bench = Bench(settings, engine, {})
             direct = Relay(DIRECT, url)
             wanted, stored = ([row for row in of if row in settings.rows] for of in (IN_TURNS, STORED))
-            async with _both(url, cores, directory / "memory", sqlite=False) as relays:
-                bench.ways = {DIRECT: direct, **relays}
-                if "memory" in settings.rows:  # the first, while they are new
-                    add("memory", {name: await memory(bench, relay) for name, relay in relays.items()})
-                for row in wanted:
-                    add(row, await IN_TURNS[row](bench))
+            if wanted or "memory" in settings.rows:
+                async with _both(url, cores, directory / "memory", sqlite=False) as relays:
+                    bench.ways = {DIRECT: direct, **relays}
+                    if "memory" in settings.rows:  # the first, while they are new
+                        add("memory", {name: await memory(bench, relay) for name, relay in relays.items()})
+                    for row in wanted:
+                        add(row, await IN_TURNS[row](bench))
             if stored:
                 async with _both(url, cores, directory / "sqlite", sqlite=True) as relays:
                     bench.ways = {DIRECT: direct, **relays}
@@ -70,6 +71,7 @@ async def measure(settings: SpeedSettings, directory: Path, measured: Callable[[
                 async with gateway(url, cores, _made(directory / "waiting"), max_in_flight=settings.in_flight) as relay:
                     add("waiting", await waiting(bench, relay))
     told = asdict(settings)
+    rows = {name: rows[name] for row in ROWS for name in (row, f"{row}_sqlite") if name in rows}
     targets = [
         {"what": line.what, "value": line.value, "target": str(line.target), "met": line.met}
         for name, figures in rows.items()

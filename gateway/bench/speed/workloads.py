@@ -68,9 +68,9 @@ async def _added(bench: Bench, asked: Sequence[bytes], *, first: bool) -> Figure
                 rounds[relay.name].append((list(without), list(through)))
     figures = percentiles({DIRECT: [without for each in rounds.values() for without, _ in each]}, "p50", "p99")
     for name, added in figures.items():
-        for way, each in rounds.items():
+        for relay_name, each in rounds.items():
             share = SHARES[name]
-            added[way] = ms(
+            added[relay_name] = ms(
                 median([percentile(through, share) - percentile(without, share) for without, through in each])
             )
     return figures
