@@ -243,6 +243,8 @@ class Feedback:
         record = self.records[agent_id] = record_of(state, self._clock() - max(0.0, self._wall() - state.arrived_at))
         if not record.final:
             record.idle_since = self._now()  # how long it has been is known to nobody
+        # Ours from now on: another gateway that starts leaves it alone.
+        self._journal.write(Record(agent=self._state(record)))
 
     def _end(
         self,
