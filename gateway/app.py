@@ -114,6 +114,7 @@ async def create_app(
             keep=dispatcher.keep,
             correct=dispatcher.correct,
             charge=partial(_charge, tenants, metrics),
+            tenant_weight=lambda tenant: tenants.named(tenant).weight,
             restored=roots.restore,
         ),
         journal=journal,

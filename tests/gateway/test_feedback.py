@@ -47,6 +47,7 @@ class Scene:
             keep=lambda agent_id, kv_tokens, _: self.kept.append((agent_id, kv_tokens)),
             correct=self.correct,
             charge=self.charge,
+            tenant_weight=lambda tenant: 1.0,
             restored=self.roots.restore,
             clock=lambda: self.now - begin_s,
             wall=lambda: 1e9 + self.now,

@@ -170,6 +170,19 @@ async def test_those_of_a_gateway_that_lives_are_left_to_it() -> None:
     assert len(await scene.store.agents()) == 1
 
 
+async def test_who_puts_an_agent_back_has_it_for_itself() -> None:
+    scene = Scene()
+    scene.task(1, held=NET)
+    anew = await restarted(scene)
+    (kept,) = await scene.store.agents()
+    assert kept.journal == anew.journal.id
+    assert (kept.tasks, kept.whole, kept.settled) == (anew.feedback.records[AgentId("t/a")].tasks, True, 1)
+    other = Scene(scene.store)
+    other.journal.others.add(anew.journal.id)
+    await other.recall()
+    assert other.feedback.records == {}
+
+
 async def test_what_cannot_be_put_back_has_ended(caplog: pytest.LogCaptureFixture) -> None:
     scene = Scene()
     record = scene.task(1, held=NET)

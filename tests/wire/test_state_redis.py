@@ -47,9 +47,14 @@ class Load:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Load]:
         clients = [asyncio.create_task(self._client(number)) for number in range(CLIENTS)]
-        yield self
-        self._ending = True
-        await asyncio.gather(*clients)
+        try:
+            yield self
+            self._ending = True
+            await asyncio.gather(*clients)
+        finally:
+            for client in clients:
+                client.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
 
     async def more(self, tasks: int = 100) -> None:
         """Go on until so many tasks more have been answered."""
