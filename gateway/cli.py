@@ -19,7 +19,8 @@ from engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState
 from gateway.learning.command import ExportSettings, run_export, run_predictor
 from gateway.logs import set_up_logs
 from gateway.server import PortTaken, start_gateway
-from gateway.settings import GatewaySettings, ServeSettings, cache_home, load
+from gateway.settings import GatewaySettings, ServeSettings, cache_home
+from gateway.sources import load
 
 USAGE = """\
 usage: justitia COMMAND [OPTIONS]

@@ -7,7 +7,8 @@ import pytest
 from gateway.fairness import POLICIES
 from gateway.learning.command import ExportSettings, PromoteSettings
 from gateway.learning.trainer import TrainSettings
-from gateway.settings import GatewaySettings, ServeSettings, StateSettings, load
+from gateway.settings import GatewaySettings, ServeSettings, StateSettings
+from gateway.sources import load
 
 
 def settings(*arguments: str) -> GatewaySettings:

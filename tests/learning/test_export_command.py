@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.learning.command import ExportSettings, run_export
-from gateway.settings import load
+from gateway.sources import load
 from gateway.trace import parse_trace, read_trace
 from predictor.types import FinishedAgent, FinishedTask
 from tests.learning.conftest import State

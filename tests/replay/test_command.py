@@ -14,7 +14,7 @@ import pytest
 from gateway.replay.command import LEARN_FROM_SEEDS, ReplaySettings, load_past, load_trace, run_replay
 from gateway.replay.results import read
 from gateway.replay.traces import BUILT_IN
-from gateway.settings import load
+from gateway.sources import load
 from gateway.trace import AgentTrace, TaskTrace, TraceError, write_trace
 
 SMALL = ("--kv-blocks", "16", "--max-num-seqs", "8")
