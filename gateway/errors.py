@@ -2,9 +2,9 @@
 
     GatewayError
     ├── InvalidRequest      400  the client's: broken JSON, absurd headers
+    ├── NotFound            404  nobody of that name, or not yours
     ├── BodyTooLarge        413
     ├── QueueFull           429  Retry-After from the drain rate
-    ├── ClientStuck         499  the client reads nothing; it is told nothing either
     ├── EngineLost          502  the engine died, or broke off, while it had the task
     │   └── engine_client.EngineUnreachable: it never had it
     ├── NoEngine            503  none there, or it is starting; Retry-After
@@ -17,9 +17,7 @@ Whatever the engine itself answers, an error too, passes through as it is.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, ClassVar
-
-import msgspec
+from typing import ClassVar
 
 
 class Outcome(StrEnum):
@@ -33,8 +31,15 @@ class Outcome(StrEnum):
     INVALID = "invalid"  # the client's fault
 
 
+def outcome_of(status: int) -> Outcome:
+    """Of a request that the engine has answered."""
+    if status < 400:
+        return Outcome.COMPLETED
+    return Outcome.INVALID if status < 500 else Outcome.FAILED
+
+
 class GatewayError(Exception):
-    """An error that the client is told in OpenAI's shape.
+    """An error that the client is told, in the shape that its dialect has for it.
 
     param: the field or header that was wrong. retry_after_s: whole seconds after which to try again.
     """
@@ -50,10 +55,6 @@ class GatewayError(Exception):
         self.param = param
         self.retry_after_s = retry_after_s
 
-    def body(self) -> bytes:
-        error: dict[str, Any] = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": error})
-
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
 
@@ -62,16 +63,16 @@ class InvalidRequest(GatewayError):
     status, type, code, outcome = 400, "invalid_request_error", "invalid_request", Outcome.INVALID
 
 
+class NotFound(GatewayError):
+    status, type, code, outcome = 404, "invalid_request_error", "not_found", Outcome.INVALID
+
+
 class BodyTooLarge(GatewayError):
     status, type, code, outcome = 413, "invalid_request_error", "body_too_large", Outcome.INVALID
 
 
 class QueueFull(GatewayError):
     status, type, code, outcome = 429, "rate_limit_error", "queue_full", Outcome.REJECTED
-
-
-class ClientStuck(GatewayError):
-    status, type, code, outcome = 499, "client_error", "client_stuck", Outcome.CANCELLED
 
 
 class EngineLost(GatewayError):

@@ -31,11 +31,17 @@ logger = logging.getLogger(__name__)
 RECALLED = 2000
 
 
+def agent_id_of(tenant: str, name: str) -> AgentId:
+    """A name counts only together with its tenant, whose own name has no slash."""
+    return AgentId(f"{tenant}/{name}")
+
+
 @dataclass(slots=True)
 class AgentRecord:
     """Times in seconds of a monotonic clock, but for `idle_since`: iterations of the service clock."""
 
     id: AgentId
+    name: str  # what the client calls it
     source: str
     agent_class: str | None
     tenant: str
@@ -113,14 +119,13 @@ class Feedback:
             self._learn(agent)
         return len(agents)
 
-    def arrived(self, agent_id: AgentId, identity: Identity) -> AgentRecord:
-        """A task of this agent has come."""
+    def arrived(self, tenant: str, name: str, identity: Identity) -> AgentRecord:
+        """A task has come, of the agent that its tenant calls so."""
+        agent_id = agent_id_of(tenant, name)
         record = self.records.get(agent_id)
         if record is None:
             now = self._clock()
-            record = AgentRecord(
-                agent_id, identity.source, identity.agent_class, identity.tenant, now, now, self._wall()
-            )
+            record = AgentRecord(agent_id, name, identity.source, identity.agent_class, tenant, now, now, self._wall())
             self.records[agent_id] = record
         record.tasks_arrived += 1
         record.agent_class = record.agent_class or identity.agent_class

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
@@ -34,6 +35,18 @@ class TrainingOutcome(StrEnum):
     KILLED = "killed"
 
 
+class _Children(dict[tuple[str, ...], Any]):
+    """A metric's children by their labels, kept: to look one up costs the client library more than to count."""
+
+    def __init__(self, metric: Any) -> None:
+        super().__init__()
+        self._metric = metric
+
+    def __missing__(self, labels: tuple[str, ...]) -> Any:
+        child = self[labels] = self._metric.labels(*labels)
+        return child
+
+
 class Metrics:
     def __init__(self, registry: CollectorRegistry, *, version: str, policy: str) -> None:
         self.registry = registry
@@ -49,11 +62,13 @@ class Metrics:
             return Histogram(f"justitia_{name}", text, labels, registry=registry, buckets=buckets)
 
         Info("justitia_build", "Version and policy.", registry=registry).info({"version": version, "policy": policy})
-        self._requests = counter("requests_total", "Requests by endpoint and outcome.", "endpoint", "outcome")
-        self._request_s = histogram(
-            "request_seconds", "From a request's arrival to its end.", _SECONDS, "endpoint", "outcome"
+        self._requests = _Children(
+            counter("requests_total", "Requests by endpoint and outcome.", "endpoint", "outcome")
         )
-        self._queue_s = histogram("queue_seconds", "Time waiting in the fair queue.", _SECONDS, "outcome")
+        self._request_s = _Children(
+            histogram("request_seconds", "From a request's arrival to its end.", _SECONDS, "endpoint", "outcome")
+        )
+        self._queue_s = _Children(histogram("queue_seconds", "Time waiting in the fair queue.", _SECONDS, "outcome"))
         self._overhead_s = histogram(
             "gateway_overhead_seconds",
             "Time of a request spent neither in the queue nor waiting for the engine.",
@@ -62,8 +77,10 @@ class Metrics:
         self._first_token_s = histogram(
             "time_to_first_token_seconds", "From arrival to the answer's first bytes.", _SECONDS
         )
-        self._agent_jct_s = histogram(
-            "agent_jct_seconds", "An agent's completion time: first arrival to last end.", _SECONDS, "agent_class"
+        self._agent_jct_s = _Children(
+            histogram(
+                "agent_jct_seconds", "An agent's completion time: first arrival to last end.", _SECONDS, "agent_class"
+            )
         )
         self._cost_ratio = histogram(
             "agent_cost_ratio",
@@ -76,11 +93,13 @@ class Metrics:
             "Agents that cost at most the predicted ninth decile: calibrated, 0.9 of all.",
             "source",
         )
-        self._agents_finished = counter("agents_finished_total", "Agents that have ended.", "agent_class")
-        self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens, cached ones included.", "agent_class")
-        self._completion_tokens = counter("completion_tokens_total", "Tokens decoded.", "agent_class")
-        self._observed_cost = counter(
-            "observed_cost_token_iterations_total", "True cost of tasks, KV token·iterations.", "agent_class"
+        self._agents_finished = _Children(counter("agents_finished_total", "Agents that have ended.", "agent_class"))
+        self._prompt_tokens = _Children(
+            counter("prompt_tokens_total", "Prompt tokens, cached ones included.", "agent_class")
+        )
+        self._completion_tokens = _Children(counter("completion_tokens_total", "Tokens decoded.", "agent_class"))
+        self._observed_cost = _Children(
+            counter("observed_cost_token_iterations_total", "True cost of tasks, KV token·iterations.", "agent_class")
         )
         self._agents = gauge("agents", "Agents by state: waiting, running (nothing waits), idle.", "state")
         self._tasks = gauge("tasks", "Tasks by state.", "state")
@@ -166,11 +185,11 @@ class Metrics:
         self._training_s = gauge("training_seconds", "How long the last training took.")
 
     def request_ended(self, endpoint: str, outcome: Outcome, seconds: float) -> None:
-        self._requests.labels(endpoint, outcome).inc()
-        self._request_s.labels(endpoint, outcome).observe(seconds)
+        self._requests[endpoint, outcome].inc()
+        self._request_s[endpoint, outcome].observe(seconds)
 
     def left_queue(self, outcome: Outcome, seconds: float) -> None:
-        self._queue_s.labels(outcome).observe(seconds)
+        self._queue_s[outcome,].observe(seconds)
 
     def overhead(self, seconds: float) -> None:
         self._overhead_s.observe(max(0.0, seconds))
@@ -180,19 +199,19 @@ class Metrics:
 
     def task_ended(self, agent_class: str | None, prompt_tokens: int, completion_tokens: int) -> None:
         label = self._class(agent_class)
-        self._prompt_tokens.labels(label).inc(prompt_tokens)
-        self._completion_tokens.labels(label).inc(completion_tokens)
+        self._prompt_tokens[label,].inc(prompt_tokens)
+        self._completion_tokens[label,].inc(completion_tokens)
 
     def task_charged(self, agent_class: str | None, task: FinishedTask) -> None:
         """Once for each task, when nothing more will be known of it."""
-        self._observed_cost.labels(self._class(agent_class)).inc(task.cost)
+        self._observed_cost[self._class(agent_class),].inc(task.cost)
         if task.held is not None and task.net_cost > 0:
             self._held_ratio.observe(task.held / task.net_cost)
 
     def agent_finished(self, agent_class: str | None, jct_s: float) -> None:
         label = self._class(agent_class)
-        self._agents_finished.labels(label).inc()
-        self._agent_jct_s.labels(label).observe(jct_s)
+        self._agents_finished[label,].inc()
+        self._agent_jct_s[label,].observe(jct_s)
 
     def agent_judged(self, source: str, ratio: float, *, below_p90: bool) -> None:
         """source: see `accuracy.kind`. ratio: observed cost over predicted."""

@@ -71,7 +71,7 @@ def _view(parts: Parts, record: AgentRecord, agent: Agent | None, position: int 
     """Costs in KV token·iterations, tags in token·iterations per unit of weight."""
     view: dict[str, Any] = {
         "object": "agent",
-        "id": record.id,
+        "id": record.name,
         "source": record.source,
         "class": record.agent_class,
         "tenant": record.tenant,

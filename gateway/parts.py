@@ -6,10 +6,12 @@ import asyncio
 from dataclasses import dataclass
 
 from gateway.accuracy import Accuracy
+from gateway.background import Background
 from gateway.capacity import EngineView
 from gateway.engine_client import EngineClient
 from gateway.fairness import FairQueue
 from gateway.feedback import Feedback
+from gateway.identify import Roots
 from gateway.learning.serving import Learning
 from gateway.metrics import Metrics
 from gateway.release import Dispatcher
@@ -30,6 +32,8 @@ class Parts:
     metrics: Metrics
     accuracy: Accuracy
     learning: Learning
+    roots: Roots
+    background: Background
     suspect: asyncio.Event
     max_queue_s: float
     keep_text: bool

@@ -48,6 +48,8 @@ class Turn:
 
     async def wait(self, limit_s: float) -> Release:
         """Until the task may go to the engine. Raises `WaitedTooLong`, or `ShuttingDown`."""
+        if self._released.done():
+            return self._released.result()
         try:
             async with asyncio.timeout(max(0.0, limit_s - self.queued_s)):
                 return await self._released

@@ -50,8 +50,9 @@ class Scene:
 
     def task(self, number: int, held: float | None = None, *, final: bool = False, awaited: bool = True) -> AgentRecord:
         """Arrives, is released and ends at once."""
-        agent_id, task_id = AgentId("a"), TaskId(number)
-        record = self.feedback.arrived(agent_id, Identity("a", "header", "kind", "t", final))
+        task_id = TaskId(number)
+        record = self.feedback.arrived("t", "a", Identity("a", "header", "kind", final))
+        agent_id = record.id
         self.queue.enqueue(
             Iterations(self.now), Task(task_id, agent_id, KvTokenIterations(NET), 14, 10), KvTokenIterations(NET)
         )
@@ -118,7 +119,7 @@ async def test_an_engine_that_never_says_it_does_not_keep_an_agent_for_ever() ->
 async def test_an_idle_agents_kv_is_kept_and_its_wait_is_learned() -> None:
     scene = Scene()
     scene.task(1, held=1.0)
-    assert scene.kept == [("a", 14)]
+    assert scene.kept == [("t/a", 14)]
     scene.now = 30.0
     scene.task(2, held=1.0)
     assert scene.waits.worth_keeping("kind") == 31
