@@ -33,7 +33,7 @@ from gateway.operations import operation_routes
 from gateway.parts import Parts
 from gateway.release import Dispatcher
 from gateway.routes import task_routes
-from gateway.settings import GatewaySettings
+from gateway.settings import GatewaySettings, Live
 from gateway.state import Store, open_store
 from gateway.tool_waits import ToolWaits
 from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health
@@ -41,8 +41,6 @@ from predictor.learned import Learned
 from predictor.types import Predictor
 
 logger = logging.getLogger(__name__)
-
-MIB = 2**20
 
 
 class Gateway(FastAPI):
@@ -106,13 +104,12 @@ async def create_app(
         roots=Roots(),
         background=Background(),
         suspect=asyncio.Event(),
-        max_queue_s=settings.max_queue_s,
-        keep_text=settings.keep_text,
+        live=Live(settings),
     )
     app = Gateway(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
     app.state.parts = parts
-    app.serve(task_routes(parts, max_body_bytes=int(settings.max_body_mib * MIB)))
-    app.include_router(operation_routes(parts, version=version, policy=settings.policy))
+    app.serve(task_routes(parts))
+    app.include_router(operation_routes(parts, version=version))
     _answer_errors(app)
     return app
 
@@ -128,7 +125,7 @@ def _lifespan(
         watches: list[Callable[[], Awaitable[None]]] = [
             partial(watch_health, parts),
             partial(follow_link, parts, link) if link is not None else partial(poll_metrics, parts),
-            partial(sweep_agents, parts, settings.agent_idle_s),
+            partial(sweep_agents, parts),
         ]
         watches += _learning_watches(settings, parts, store)
         tasks = [asyncio.create_task(keep_running(watch)) for watch in watches]
@@ -154,8 +151,8 @@ def _learning_watches(settings: GatewaySettings, parts: Parts, store: Store) -> 
     watches: list[Callable[[], Awaitable[None]]] = [parts.learning.watch]
     if settings.state == "memory:":
         logger.info("no models are trained: the state is in memory (--state)")
-    elif settings.train:
-        watches.append(Training(settings, models, store, parts.learning, parts.accuracy, parts.metrics).watch)
+    else:
+        watches.append(Training(parts.live, models, store, parts.learning, parts.accuracy, parts.metrics).watch)
     return watches
 
 

@@ -15,7 +15,7 @@ from gateway.feedback import AgentRecord
 from gateway.parts import Parts
 
 
-def operation_routes(parts: Parts, *, version: str, policy: str) -> APIRouter:
+def operation_routes(parts: Parts, *, version: str) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health")
@@ -26,7 +26,7 @@ def operation_routes(parts: Parts, *, version: str, policy: str) -> APIRouter:
             "engine": "up" if parts.engine.up else "down",
             "link": _link(parts.engine),
             "capacity_tokens": parts.engine.capacity_tokens,
-            "policy": policy,
+            "policy": parts.settings.policy,
             "version": version,
         }
 

@@ -77,6 +77,8 @@ def _what(error: ErrorDetails, name: Name, shown: str, known: Callable[[Name], C
             return f"must be true or false{shown}"
         case "string_type" | "path_type":
             return f"must be text{shown}"
+        case "string_pattern_mismatch":  # the only one is that of a tenant's name
+            return "is no name for a tenant: 1 to 64 letters, digits and . _ -, the first a letter or digit"
         case "dict_type" | "model_type":
             return f"must be a mapping of names to values{shown}"
         case _:

@@ -17,7 +17,7 @@ from typing import Protocol
 from engine.hints import to_tag
 from gateway.capacity import CAPACITY_ITERATIONS, EngineView, ServedCapacity
 from gateway.errors import GatewayError, NoEngine, QueueFull, ShuttingDown, WaitedTooLong
-from gateway.fairness import AgentId, FairQueue, KvTokenIterations, Release, Spent, Task, TaskId
+from gateway.fairness import AgentId, FairQueue, KvTokenIterations, Policy, Release, Spent, Task, TaskId
 from gateway.tool_waits import ToolWaits
 
 MAX_RETRY_AFTER_S = 30
@@ -106,10 +106,10 @@ class Dispatcher:
         self.queue = queue
         self.engine = engine
         self.draining = False
+        self.max_waiting = max_waiting
         self.tell: Tell | None = None  # the engine, if it listens
         self._served = ServedCapacity()
         self._heard_at = self._capacity_at = engine.now
-        self._max_waiting = max_waiting
         self._waits = waits
         self._turns: dict[TaskId, Turn] = {}
         self._ends: deque[float] = deque(maxlen=DRAIN_WINDOW)
@@ -122,7 +122,7 @@ class Dispatcher:
             raise ShuttingDown("the gateway is shutting down", retry_after_s=1)
         if not self.engine.up:
             raise NoEngine("the engine is not ready", retry_after_s=5)
-        if self.queue.waiting >= self._max_waiting:
+        if self.queue.waiting >= self.max_waiting:
             raise QueueFull(f"{self.queue.waiting} tasks are waiting already", retry_after_s=self.retry_after_s())
         self.queue.enqueue(self.engine.now, task, KvTokenIterations(agent_cost))
         turn = self._turns[task.id] = Turn(self, task)
@@ -132,11 +132,27 @@ class Dispatcher:
 
     def pump(self) -> None:
         """Release what the queue says can go now."""
-        if not self.engine.up or self.engine.suspect:
+        if not self._lives():
             return
         for release in self.queue.release(self.engine.now, self.engine.waiting):
             self._turns[release.task.id].grant(release)
-        if self.tell is not None and self.engine.reporting and (revised := self.queue.revise()):
+        self._tell_revised()
+
+    def change(self, policy: Policy | None, *, beta: float, engine_waiting: int) -> None:
+        """Release by other limits from now on, and in another order, if one is given."""
+        self.queue.limits = replace(self.queue.limits, beta=beta, engine_waiting=engine_waiting)
+        if policy is not None:
+            self.queue.change_policy(self.engine.now, policy)
+            self._tell_revised()  # before ranks of two policies are compared
+        self.engine_changed()
+
+    def _lives(self) -> bool:
+        return self.engine.up and not self.engine.suspect
+
+    def _tell_revised(self) -> None:
+        if self.tell is None or not (self.engine.reporting and self._lives()):
+            return
+        if revised := self.queue.revise():
             self.tell(tags={release.task.id: to_tag(release.rank) for release in revised})
 
     def keep(self, agent_id: AgentId, kv_tokens: float, agent_class: str | None) -> None:

@@ -1,7 +1,4 @@
-"""Every setting, once: name, default, bounds, unit in the name, and a sentence of help. `sources` says where they come from.
-
-Those marked `RELOAD` can be changed while the gateway serves: see `reload`.
-"""
+"""Every setting, once: name, default, bounds, unit in the name, and a sentence of help. `sources` says where they come from."""
 
 from __future__ import annotations
 
@@ -10,14 +7,13 @@ import re
 import shlex
 import urllib.parse
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    JsonValue,
     SecretStr,
     StringConstraints,
     ValidationInfo,
@@ -26,9 +22,15 @@ from pydantic import (
 from pydantic_settings import BaseSettings, CliSuppress, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "JUSTITIA_"
+MIB = 2**20
 # Of a path to a Unix socket, in bytes.
 LONGEST_SOCKET_PATH = 107
-RELOAD: dict[str, JsonValue] = {"reload": True}
+
+T = TypeVar("T")
+# A setting that can be changed while the gateway serves: see `reload`.
+Reloadable = Annotated[T, Field(json_schema_extra={"reload": True})]
+TENANT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+TenantName = Annotated[str, StringConstraints(pattern=TENANT_NAME)]
 PolicyName = Literal["justitia", "fcfs", "agent-fcfs", "vtc", "las", "sjf", "srjf"]
 
 
@@ -86,12 +88,10 @@ class StateSettings(BaseSettings):
         description="Directory of the predictor's models; default: `models` beside the state's file, or in"
         " `$XDG_STATE_HOME/justitia` with Redis; none with `memory:`.",
     )
-    train_limit_s: float = Field(
-        900, gt=0, description="Seconds that a training may take; then it is ended.", json_schema_extra=RELOAD
+    train_limit_s: Reloadable[float] = Field(
+        900, gt=0, description="Seconds that a training may take; then it is ended."
     )
-    train_memory_mib: int = Field(
-        2048, ge=512, description="Memory that a training may take, in MiB.", json_schema_extra=RELOAD
-    )
+    train_memory_mib: Reloadable[int] = Field(2048, ge=512, description="Memory that a training may take, in MiB.")
 
     _numbers = field_validator("*", mode="before")(classmethod(_no_truth_for_a_number))
 
@@ -130,31 +130,38 @@ class StateSettings(BaseSettings):
         return (init_settings,)
 
 
+class KeysSettings(StateSettings):
+    """What the gateway shares with the commands that deal with keys."""
+
+    keys: Reloadable[Path | None] = Field(
+        None,
+        description="File of the keys by which clients are known; default: `keys.json` beside the state's file, or in"
+        " `$XDG_STATE_HOME/justitia` with Redis or `memory:`.",
+    )
+
+    @property
+    def keys_file(self) -> Path:
+        return self._beside_state("keys.json") if self.keys is None else self.keys.expanduser()
+
+
 class TenantSettings(BaseModel):
     """What a tenant may have. What is not said is not limited."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    weight: float = Field(1.0, gt=0, description="Share among tenants.")
+    weight: float = Field(1.0, gt=0, le=1e6, description="Share among tenants.")
     max_tasks: int | None = Field(None, ge=1, description="Tasks at once, waiting and in flight.")
-    max_waiting: int | None = Field(
-        None,
-        ge=1,
-        description="Tasks that may wait in the queue.",
-        json_schema_extra=RELOAD,
-    )
+    max_waiting: int | None = Field(None, ge=1, description="Tasks that may wait in the queue.")
     max_waiting_mib: float | None = Field(None, gt=0, description="Bodies of tasks that wait, in MiB together.")
     max_queue_s: float | None = Field(
-        None,
-        gt=0,
-        description="Seconds a task may wait in the queue; default: the gateway's.",
-        json_schema_extra=RELOAD,
+        None, gt=0, description="Seconds a task may wait in the queue; default: the gateway's."
     )
     tokens_per_minute: int | None = Field(
-        None, ge=1, description="Prompt and completion tokens a minute; cached ones do not count."
+        None, ge=1, le=10**12, description="Prompt and completion tokens a minute; cached ones do not count."
     )
     kv_per_day: float | None = Field(None, gt=0, description="KV token·iterations a day, in UTC.")
-    max_agent_weight: float = Field(1.0, gt=0, description="Largest `X-Agent-Weight` that its clients may set.")
+    max_agent_weight: float = Field(1.0, gt=0, le=1e6, description="Largest `X-Agent-Weight` that its clients may set.")
+    admin: bool = Field(False, description="Its keys may see the use, and see and end the agents, of all tenants.")
 
     _numbers = field_validator("*", mode="before")(classmethod(_no_truth_for_a_number))
 
@@ -168,14 +175,13 @@ def _filled(tenants: object) -> object:
     return {name: {} if tenant is None else tenant for name, tenant in tenants.items()}
 
 
-TenantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Tenants = Annotated[
     dict[TenantName, TenantSettings],
     BeforeValidator(_filled, json_schema_input_type=dict[TenantName, TenantSettings | None] | None),
 ]
 
 
-class GatewaySettings(StateSettings):
+class GatewaySettings(KeysSettings):
     """`justitia gateway`: the gateway alone, before an engine that is already there."""
 
     engine: str = Field("", description="The engine: http://host:port, or unix:/path/to/socket.")
@@ -190,120 +196,64 @@ class GatewaySettings(StateSettings):
         "127.0.0.1", description="Address to listen on. Until keys are configured, everybody who reaches it is served."
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    keys: Path | None = Field(
-        None,
-        description="File of the keys by which clients are known; default: `keys.json` beside the state's file, or in"
-        " `$XDG_STATE_HOME/justitia`.",
-        json_schema_extra=RELOAD,
+    tenants: CliSuppress[Reloadable[Tenants]] = Field({}, description="What each tenant may have, by its name.")
+    policy: Reloadable[PolicyName] = Field("justitia", description="The order in which tasks are released.")
+    beta: Reloadable[float] = Field(
+        1.0, gt=0, le=10, description="Share of the KV cache that what is in flight may come to hold, as predicted."
     )
-    tenants: CliSuppress[Tenants] = Field(
-        {}, description="What each tenant may have, by its name.", json_schema_extra=RELOAD
-    )
-    policy: PolicyName = Field(
-        "justitia", description="The order in which tasks are released.", json_schema_extra=RELOAD
-    )
-    beta: float = Field(
-        1.0,
-        gt=0,
-        le=10,
-        description="Share of the KV cache that what is in flight may come to hold, as predicted.",
-        json_schema_extra=RELOAD,
-    )
-    max_engine_waiting: int = Field(
-        4,
-        ge=0,
-        description="Tasks in the engine's own queue above which none is released.",
-        json_schema_extra=RELOAD,
+    max_engine_waiting: Reloadable[int] = Field(
+        4, ge=0, description="Tasks in the engine's own queue above which none is released."
     )
     keep_kv: bool = Field(
         True, description="Keep the KV of an agent that waits for its tool for as long as it is worth it (own engine)."
     )
-    max_in_flight: int | None = Field(
-        None,
-        ge=1,
-        description="Tasks at the engine at once; default: what the engine says.",
-        json_schema_extra=RELOAD,
+    max_in_flight: Reloadable[int | None] = Field(
+        None, ge=1, description="Tasks at the engine at once; default: what the engine says."
     )
-    capacity_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="KV cache of the engine in tokens; default: what the engine says.",
-        json_schema_extra=RELOAD,
+    capacity_tokens: Reloadable[int | None] = Field(
+        None, ge=1, description="KV cache of the engine in tokens; default: what the engine says."
     )
-    max_waiting: int = Field(10_000, ge=1, description="Tasks that may wait in the queue; more are refused with 429.")
-    max_waiting_mib: float = Field(
-        1024,
-        gt=0,
-        description="Bodies of tasks that wait, in MiB together; more are refused with 429.",
-        json_schema_extra=RELOAD,
+    max_waiting: Reloadable[int] = Field(
+        10_000, ge=1, description="Tasks that may wait in the queue; more are refused with 429."
     )
-    max_queue_s: float = Field(
+    max_waiting_mib: Reloadable[float] = Field(
+        1024, gt=0, description="Bodies of tasks that wait, in MiB together; more are refused with 429."
+    )
+    max_queue_s: Reloadable[float] = Field(
         600, gt=0, description="Seconds a task may wait in the queue; then it is answered with 504."
     )
-    max_body_mib: float = Field(
-        64,
-        gt=0,
-        description="Largest body of a request, in MiB.",
-        json_schema_extra=RELOAD,
+    max_body_mib: Reloadable[float] = Field(64, gt=0, description="Largest body of a request, in MiB.")
+    agent_idle_s: Reloadable[float] = Field(
+        300, gt=0, description="Seconds without a task after which an agent counts as ended."
     )
-    agent_idle_s: float = Field(
-        300,
-        gt=0,
-        description="Seconds without a task after which an agent counts as ended.",
-        json_schema_extra=RELOAD,
-    )
-    drain_s: float = Field(
-        30,
-        ge=0,
-        description="Seconds that tasks in flight are given when the gateway stops.",
-        json_schema_extra=RELOAD,
+    drain_s: Reloadable[float] = Field(
+        30, ge=0, description="Seconds that tasks in flight are given when the gateway stops."
     )
     kept_agents: int = Field(10_000, ge=1, description="Finished agents that are kept; the oldest go first.")
-    keep_text: bool = Field(
+    keep_text: Reloadable[bool] = Field(
         False,
         description="Keep also the texts of requests, up to 256 KiB each, for `justitia export --text`. They may be private.",
-        json_schema_extra=RELOAD,
     )
-    train: bool = Field(
-        True,
-        description="Train the predictor on finished agents, beside the gateway.",
-        json_schema_extra=RELOAD,
-    )
-    train_every: int = Field(
+    train: Reloadable[bool] = Field(True, description="Train the predictor on finished agents, beside the gateway.")
+    train_every: Reloadable[int] = Field(
         200,
         ge=1,
         description="Finished agents after which a new model is trained; for the first time after 100, if that is less.",
-        json_schema_extra=RELOAD,
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info",
-        description="How much is logged.",
-        json_schema_extra=RELOAD,
+    log_level: Reloadable[Literal["debug", "info", "warning", "error"]] = Field(
+        "info", description="How much is logged."
     )
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mib * MIB)
 
     @field_validator("engine")
     @classmethod
     def _engine_url(cls, url: str) -> str:
         url = url.rstrip("/")
-        if not url:
-            return url
-        if not url.startswith(("http://", "https://", "unix:/")):
-            raise ValueError("must begin with http://, https:// or unix:/")
-        if not url.isprintable() or " " in url:
-            raise ValueError("must not hold spaces or control characters")
-        if url.startswith("unix:/"):
-            if len(url.removeprefix("unix:").encode()) > LONGEST_SOCKET_PATH:
-                raise ValueError(f"the path of a socket has at most {LONGEST_SOCKET_PATH} bytes")
-            return url
-        try:
-            parts = urllib.parse.urlsplit(url)
-            is_whole = bool(parts.hostname) and (parts.port or 1) and not (parts.query or parts.fragment)
-        except ValueError as error:  # of the port, or of an address in brackets
-            raise ValueError(f"is no URL: {error}") from None
-        if not is_whole:
-            raise ValueError("must be http://host:port")
-        if parts.path.endswith("/v1"):
-            raise ValueError("must end before /v1, which is part of the paths that clients ask for")
+        if url and (why := _why_no_engine(url)):
+            raise ValueError(why)
         return url
 
     @field_validator("engine_key")
@@ -313,13 +263,32 @@ class GatewaySettings(StateSettings):
             raise ValueError("must be printable ASCII, without spaces")
         return key
 
-    @property
-    def keys_file(self) -> Path:
-        return self._beside_state("keys.json") if self.keys is None else self.keys.expanduser()
+
+def _why_no_engine(url: str) -> str | None:
+    """Why this cannot be where an engine is."""
+    if not url.startswith(("http://", "https://", "unix:/")):
+        return "must begin with http://, https:// or unix:/"
+    if url.startswith("unix:/"):
+        long = len(url.removeprefix("unix:").encode()) > LONGEST_SOCKET_PATH
+        return f"the path of a socket has at most {LONGEST_SOCKET_PATH} bytes" if long else None
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if not parts.hostname or parts.port == 0 or parts.query or parts.fragment or not re.fullmatch("[!-~]+", url):
+            return "must be http://host:port"
+    except ValueError as error:  # of the port, or of an address in brackets
+        return f"is no URL: {error}"
+    if parts.path.endswith("/v1"):
+        return "must end before /v1, which is part of the paths that clients ask for"
+    return None
 
 
 def _split(value: object) -> object:
-    return tuple(shlex.split(value)) if isinstance(value, str) else value
+    """A line as for a shell, or a list of words and numbers."""
+    if isinstance(value, str):
+        return tuple(shlex.split(value))
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(str(word) if isinstance(word, int | float) and not isinstance(word, bool) else word for word in value)
 
 
 class ServeSettings(GatewaySettings):
@@ -346,7 +315,7 @@ class ServeSettings(GatewaySettings):
         " this, in token·iterations; default: no task is displaced.",
     )
     engine_args: Annotated[
-        tuple[str, ...], NoDecode, BeforeValidator(_split, json_schema_input_type=str | tuple[str, ...])
+        tuple[str, ...], NoDecode, BeforeValidator(_split, json_schema_input_type=str | list[str | float])
     ] = Field((), description="Further arguments for vLLM, as one string.")
     engine_start_s: float = Field(600, gt=0, description="Seconds the engine is given to start.")
 

@@ -69,12 +69,12 @@ class Reading(Generic[Settings]):
     file: Path | None = None
     found: bool = False
 
-    def problem(self, name: str, what: str) -> Problem:
+    def problem(self, name: Name, what: str) -> Problem:
         """Something wrong with a setting, said where it was set."""
         for source in self.sources:
-            if name in source.values:
-                return source.problem((name,), what)
-        return Problem("", name, what)
+            if name[0] in source.values:
+                return source.problem(name, what)
+        return Problem("", dotted(name), what)
 
 
 def load(settings: type[Settings], arguments: list[str], *, program: str) -> Settings:
@@ -103,6 +103,16 @@ def read(
 ) -> Reading[Settings]:
     """The settings that flags, environment, file and defaults give together. file: which one, if none is named; else the one in
     the working directory, if it is there. Raises `Wrong`. Exits with 2 if the arguments are no flags, with 0 after `--help`."""
+    reading, problems = gather(settings, arguments, program=program, file=file)
+    if problems:
+        raise Wrong(problems)
+    return reading
+
+
+def gather(
+    settings: type[Settings], arguments: list[str], *, program: str, file: Path | None = None
+) -> tuple[Reading[Settings], list[Problem]]:
+    """As `read`, with what is wrong beside the settings, and left out of them. Raises `Wrong` where there are none then."""
     made = _by_itself(settings)
     flags, variables = _flags(made, arguments, program), _variables(made)
     sources = [flags, variables]
@@ -114,13 +124,19 @@ def read(
     if path is not None:
         sources.append(_file(made, path))
     problems = [problem for source in sources for problem in source.wrong(made)]
-    if problems:
-        raise Wrong(problems)
     given = {name: value for source in reversed(sources) for name, value in source.values.items()}
     try:
-        return Reading(made(**given), tuple(sources), path, found)
-    except ValidationError as error:  # of settings that do not go together
-        raise Wrong(Problem("", dotted(name), what) for name, what in explain(error, _names_in, _SECRET)) from None
+        right = made(**given)
+    except ValidationError as error:
+        explained = list(explain(error, _names_in, _SECRET))
+        if not problems:  # of settings that do not go together
+            raise Wrong(Problem("", dotted(name), what) for name, what in explained) from None
+        wrong = {name[0] for name, _ in explained if name}
+        try:
+            right = made(**{name: value for name, value in given.items() if name not in wrong})
+        except ValidationError:  # one of them is needed
+            raise Wrong(problems) from None
+    return Reading(right, tuple(sources), path, found), problems
 
 
 def _flags(settings: type[BaseSettings], arguments: list[str], program: str) -> Source:

@@ -109,10 +109,10 @@ async def poll_metrics(parts: Parts) -> None:
         await asyncio.sleep(METRICS_S)
 
 
-async def sweep_agents(parts: Parts, idle_s: float) -> None:
+async def sweep_agents(parts: Parts) -> None:
     while True:
-        await asyncio.sleep(min(SWEEP_S, idle_s / 4))
-        parts.feedback.sweep(idle_s)
+        await asyncio.sleep(min(SWEEP_S, parts.settings.agent_idle_s / 4))
+        parts.feedback.sweep(parts.settings.agent_idle_s)
 
 
 @contextlib.contextmanager
