@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +111,11 @@ def _why_not_writable(file: Path) -> str | None:
     above = file.parent
     while not above.exists():
         above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        return f"{file} cannot be made: {above} is no directory that can be written"
-    return None
+    try:
+        with tempfile.TemporaryFile(dir=above):  # who may write, and to what, is not to be had otherwise
+            return None
+    except OSError as error:
+        return f"{file} cannot be made: {above}: {error.strerror}"
 
 
 def _notes(reading: Reading[Any], keys: Any) -> Iterator[Problem]:

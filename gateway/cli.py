@@ -22,7 +22,7 @@ from gateway.logs import set_up_logs
 from gateway.reload import Check
 from gateway.server import PortTaken, start_gateway
 from gateway.settings import GatewaySettings, ServeSettings, cache_home
-from gateway.sources import load, or_exit
+from gateway.sources import load, or_exit, say_file
 
 USAGE = """\
 usage: justitia COMMAND [OPTIONS]
@@ -72,8 +72,7 @@ def main() -> None:
 def _checked(settings: type[Settings], arguments: list[str], program: str) -> tuple[Checked[Settings], Check]:
     """Settings that are right, and how to read them again. Exits with 2 if they are wrong."""
     begun = or_exit(lambda: check(settings, arguments, program=program))
-    if begun.reading.found:
-        console.print(f"{program}: settings from {begun.reading.file}", markup=False)
+    say_file(begun.reading, program)
     for note in begun.notes:
         console.print(f"{program}: {note}", markup=False)
     return begun, lambda: check(settings, arguments, program=program, file=begun.reading.file)

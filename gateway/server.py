@@ -74,7 +74,7 @@ class RunningGateway:
             asyncio.get_running_loop().add_signal_handler(number, self._stop_soon)
 
     def reload_on_hangup(self, begun: Checked[Any], check: Check) -> None:
-        """SIGHUP has the settings read anew. Where it says that our terminal is gone, it stops the gateway, as it always did."""
+        """SIGHUP has the settings read anew. Where it says that our terminal is gone, it stops the gateway."""
         reloader = Reloader(self.parts, begun, check)
         ours = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()  # it is ignored under nohup
 

@@ -186,7 +186,7 @@ class GatewaySettings(KeysSettings):
 
     engine: str = Field("", description="The engine: http://host:port, or unix:/path/to/socket.")
     engine_key: CliSuppress[SecretStr | None] = Field(
-        None, min_length=1, description="Key that the engine asks for; it is sent instead of the client's."
+        None, description="Key that the engine asks for; it is sent instead of the client's."
     )
     link: str | None = Field(
         None,
@@ -260,7 +260,7 @@ class GatewaySettings(KeysSettings):
     @classmethod
     def _fits_a_header(cls, key: SecretStr | None) -> SecretStr | None:
         if key is not None and not re.fullmatch("[!-~]+", key.get_secret_value()):
-            raise ValueError("must be printable ASCII, without spaces")
+            raise ValueError("must be one or more printable characters of ASCII, and no spaces")
         return key
 
 

@@ -114,7 +114,13 @@ def gather(
 ) -> tuple[Reading[Settings], list[Problem]]:
     """As `read`, with what is wrong beside the settings, and left out of them. Raises `Wrong` where there are none then."""
     made = _by_itself(settings)
-    flags, variables = _flags(made, arguments, program), _variables(made)
+    variables = _variables(made)
+    try:
+        flags = _flags(made, arguments, program)
+    except SystemExit as stop:
+        if stop.code and variables.problems:  # they may be why an argument is missing
+            raise Wrong(variables.problems) from None
+        raise
     sources = [flags, variables]
     path, found = None, False
     if "config" in settings.model_fields:
