@@ -131,18 +131,20 @@ def gather(
         sources.append(_file(made, path))
     problems = [problem for source in sources for problem in source.wrong(made)]
     given = {name: value for source in reversed(sources) for name, value in source.values.items()}
+    return Reading(_right(made, given, problems), tuple(sources), path, found), problems
+
+
+def _right(settings: type[Settings], given: Mapping[str, Any], problems: list[Problem]) -> Settings:
+    """Of what is given all that is right. Raises `Wrong` if that is not enough, or does not go together."""
     try:
-        right = made(**given)
+        return settings(**given)
     except ValidationError as error:
         explained = list(explain(error, _names_in, _SECRET))
-        if not problems:  # of settings that do not go together
-            raise Wrong(Problem("", dotted(name), what) for name, what in explained) from None
-        wrong = {name[0] for name, _ in explained if name}
-        try:
-            right = made(**{name: value for name, value in given.items() if name not in wrong})
-        except ValidationError:  # one of them is needed
-            raise Wrong(problems) from None
-    return Reading(right, tuple(sources), path, found), problems
+    wrong = {name[0] for name, _ in explained if name}
+    right = {name: value for name, value in given.items() if name not in wrong}
+    if not problems or len(right) == len(given):
+        raise Wrong(problems or [Problem("", dotted(name), what) for name, what in explained])
+    return _right(settings, right, problems)
 
 
 def _flags(settings: type[BaseSettings], arguments: list[str], program: str) -> Source:
