@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -18,7 +19,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.accuracy import Accuracy
+from gateway.agents import agent_routes
 from gateway.background import Background
+from gateway.billing import DAY_S, usage_routes
 from gateway.capacity import EngineView
 from gateway.dialects import OPENAI
 from gateway.engine_client import EngineClient
@@ -26,6 +29,7 @@ from gateway.errors import GatewayError
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
 from gateway.identify import Roots
+from gateway.keys import Keys
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
 from gateway.metrics import Metrics
@@ -34,9 +38,11 @@ from gateway.parts import Parts
 from gateway.release import Dispatcher
 from gateway.routes import task_routes
 from gateway.settings import GatewaySettings, Live
-from gateway.state import Store, open_store
+from gateway.state import Journal, Store, TenantUsage, UsageRow, open_store
+from gateway.state.types import HOUR_S
+from gateway.tenants import Tenants
 from gateway.tool_waits import ToolWaits
-from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health
+from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health, watch_keys
 from predictor.learned import Learned
 from predictor.types import Predictor
 
@@ -70,7 +76,8 @@ async def create_app(
     predictor: Predictor | None = None,
     store: Store | None = None,
 ) -> FastAPI:
-    """The gateway for these settings; what is not given is made from them. Call it in the event loop that will serve."""
+    """The gateway for these settings; what is not given is made from them. Call it in the event loop that will serve. Raises
+    `KeysError`."""
     version = distribution_version("justitia")
     engine = EngineView(settings.capacity_tokens, settings.max_in_flight)
     limits = ReleaseLimits(beta=settings.beta, engine_waiting=settings.max_engine_waiting)
@@ -79,29 +86,41 @@ async def create_app(
     predictor = predictor or Learned()
     accuracy = Accuracy()
     store = store or open_store(settings.state, settings.kept_agents)
+    journal = Journal(store, settings.journal_directory, kept_agents=settings.kept_agents)
     waits = ToolWaits()
-    dispatcher = Dispatcher(queue, engine, max_waiting=settings.max_waiting, waits=waits if settings.keep_kv else None)
+    tenants = Tenants(
+        Keys.load(settings.keys_file),
+        settings.tenants,
+        max_waiting=settings.max_waiting,
+        max_waiting_bytes=settings.max_waiting_bytes,
+    )
+    roots = Roots()
+    dispatcher = Dispatcher(queue, engine, tenants, waits=waits if settings.keep_kv else None)
     parts = Parts(
         queue=queue,
         dispatcher=dispatcher,
         engine=engine,
-        client=client or EngineClient(settings.engine),
+        client=client or EngineClient(settings.engine, relays_keys=lambda: not tenants.keys.configured),
+        tenants=tenants,
         predictor=predictor,
         feedback=Feedback(
             queue,
             predictor,
-            store,
+            journal,
             metrics,
             accuracy,
             now=lambda: engine.now,
             waits=waits,
             keep=dispatcher.keep,
             correct=dispatcher.correct,
+            charge=partial(_charge, tenants, metrics),
+            restored=roots.restore,
         ),
+        journal=journal,
         metrics=metrics,
         accuracy=accuracy,
         learning=Learning(predictor, settings.models_directory, metrics),
-        roots=Roots(),
+        roots=roots,
         background=Background(),
         suspect=asyncio.Event(),
         live=Live(settings),
@@ -109,6 +128,8 @@ async def create_app(
     app = Gateway(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
     app.state.parts = parts
     app.serve(task_routes(parts))
+    app.include_router(agent_routes(parts))
+    app.include_router(usage_routes(tenants, store, parts.feedback.flush))
     app.include_router(operation_routes(parts, version=version))
     _answer_errors(app)
     return app
@@ -119,13 +140,14 @@ def _lifespan(
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        remembered = await parts.feedback.recall()
-        logger.info("learned from %d agents that the state store had kept", remembered)
+        await parts.journal.start(partial(_recall, parts, store), parts.feedback.rewrite)
         link = settings.link
         watches: list[Callable[[], Awaitable[None]]] = [
             partial(watch_health, parts),
+            parts.journal.run,
             partial(follow_link, parts, link) if link is not None else partial(poll_metrics, parts),
             partial(sweep_agents, parts),
+            partial(watch_keys, parts.tenants),
         ]
         watches += _learning_watches(settings, parts, store)
         tasks = [asyncio.create_task(keep_running(watch)) for watch in watches]
@@ -134,11 +156,25 @@ def _lifespan(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await parts.background.cancel()
-        await parts.feedback.flush()
+        await parts.journal.close()
         await store.close()
         await parts.client.close()
 
     return lifespan
+
+
+async def _recall(parts: Parts, store: Store) -> None:
+    """Raises `StateError`."""
+    now_s = int(time.time())
+    today = await store.usage(now_s - now_s % DAY_S, now_s + HOUR_S)
+    await parts.feedback.recall()
+    parts.tenants.restore(today)
+
+
+def _charge(tenants: Tenants, metrics: Metrics, tenant: str, used: TenantUsage) -> UsageRow:
+    row = tenants.charge(tenants.named(tenant), used)
+    metrics.charged(row)
+    return row
 
 
 def _learning_watches(settings: GatewaySettings, parts: Parts, store: Store) -> list[Callable[[], Awaitable[None]]]:

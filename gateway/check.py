@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from gateway.keys import Keys, KeysError
 from gateway.problems import Problem, Wrong
 from gateway.settings import GatewaySettings, ServeSettings
 from gateway.sources import Reading, gather
@@ -26,10 +26,10 @@ class CheckSettings(ServeSettings):
 
 @dataclass(frozen=True, slots=True)
 class Checked(Generic[Settings]):
-    """Settings that are right. keys: see `load_keys`. notes: what may be meant so."""
+    """Settings that are right. notes: what may be meant so."""
 
     reading: Reading[Settings]
-    keys: Any
+    keys: Keys
     notes: tuple[Problem, ...]
 
     @property
@@ -45,10 +45,10 @@ def check(
     given = reading.settings
     if given.state_file is not None and (why := _why_not_writable(given.state_file)):
         problems.append(reading.problem(("state",), why))
-    keys = None
+    keys = Keys()
     try:
-        keys = load_keys(given.keys_file)
-    except ValueError as error:
+        keys = Keys.load(given.keys_file)
+    except KeysError as error:
         problems.append(reading.problem(("keys",), str(error)))
     if problems:
         raise Wrong(problems)
@@ -71,18 +71,6 @@ def run_check(arguments: list[str]) -> int:
     tenants = len(settings.tenants)
     print(f"{file or 'no settings file'}: right; policy {settings.policy}, {tenants} tenant{'s' * (tenants != 1)}")
     return 0
-
-
-def load_keys(path: Path) -> Any:
-    """The keys of this file; None for as long as there is no `gateway.keys`. Raises `ValueError`."""
-    try:
-        keys = importlib.import_module("gateway.keys")
-    except ModuleNotFoundError:
-        return None
-    try:
-        return keys.Keys.load(path)
-    except keys.KeysError as error:
-        raise ValueError(str(error)) from error
 
 
 def schema() -> dict[str, Any]:
@@ -118,9 +106,9 @@ def _why_not_writable(file: Path) -> str | None:
         return f"{file} cannot be made: {above}: {error.strerror}"
 
 
-def _notes(reading: Reading[Any], keys: Any) -> Iterator[Problem]:
+def _notes(reading: Reading[Any], keys: Keys) -> Iterator[Problem]:
     settings = reading.settings
-    if keys is None or not keys.configured:
+    if not keys.configured:
         if settings.tenants:
             yield reading.problem(("tenants",), "there are no keys, so that everybody is the tenant default")
         return

@@ -17,6 +17,8 @@ from rich.console import Console
 from engine import tiny_model
 from engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState
 from gateway.check import Checked, check, run_check
+from gateway.keys import KeysError
+from gateway.keys_command import run_keys
 from gateway.learning.command import ExportSettings, run_export, run_predictor
 from gateway.logs import set_up_logs
 from gateway.reload import Check
@@ -33,6 +35,7 @@ usage: justitia COMMAND [OPTIONS]
   demo       a mix of agents before a real engine, once as fcfs and once as justitia, and what changed
   replay     agents through any policy and vLLM's own scheduler on a virtual clock: no GPU, no waiting
   predictor  the models that say what agents will cost: list, show, promote, rollback, train, evaluate
+  keys       who may come in, as which tenant: add, list, revoke
   export     the agents that a gateway has served, as a trace for replay
   version    print the version
 
@@ -55,6 +58,7 @@ def main() -> None:
         "demo": _demo,
         "replay": _replay,
         "predictor": run_predictor,
+        "keys": run_keys,
         "export": _export,
         "version": lambda arguments: print(distribution_version("justitia")) or 0,
     }
@@ -110,8 +114,8 @@ async def _gateway(begun: Checked[GatewaySettings], check_again: Check) -> int:
     set_up_logs(settings.log_level)
     try:
         gateway = await start_gateway(settings)
-    except PortTaken as error:
-        console.print(f"justitia gateway: {error}")
+    except (PortTaken, KeysError) as error:
+        console.print(f"justitia gateway: {error}", markup=False)
         return 1
     gateway.stop_on_signals()
     gateway.reload_on_hangup(begun, check_again)
@@ -146,8 +150,8 @@ async def _serve(begun: Checked[ServeSettings], check_again: Check) -> int:
         link = spec.link_address if settings.engine_scheduler == "justitia" else None
         try:
             gateway = await start_gateway(settings.model_copy(update={"engine": spec.url, "link": link}))
-        except PortTaken as error:
-            console.print(f"justitia serve: {error}")
+        except (PortTaken, KeysError) as error:
+            console.print(f"justitia serve: {error}", markup=False)
             return 1
         gateway.stop_on_signals()
         gateway.reload_on_hangup(begun, check_again)

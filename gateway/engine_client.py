@@ -5,7 +5,7 @@ Foreign exceptions end here: what leaves is `EngineUnreachable` (the task never 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 
 import httpx
@@ -16,7 +16,8 @@ from gateway.errors import EngineLost
 
 CONTROL_S = 5.0
 
-_RELAYED_HEADERS = ("authorization", "x-api-key", "content-type", "traceparent", "tracestate", "x-request-id")
+_CREDENTIALS = ("authorization", "x-api-key")
+_RELAYED_HEADERS = ("content-type", "traceparent", "tracestate", "x-request-id")
 _RELAYED_BACK = (b"retry-after", b"x-request-id")
 
 
@@ -61,14 +62,16 @@ class Answer:
 
 
 class EngineClient:
-    """url: `http://host:port`, or `unix:/path/to/socket`. Make it inside a running event loop."""
+    """url: `http://host:port`, or `unix:/path/to/socket`. key: the engine's own, if it wants one. relays_keys: whether it gets
+    those of clients. Make it inside a running event loop."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str | None = None, *, relays_keys: Callable[[], bool] = lambda: True) -> None:
         self._pool = Pool(url)
+        self._own = {} if key is None else {"authorization": f"Bearer {key}"}
+        self._relays_keys = relays_keys
         transport = httpx.AsyncHTTPTransport(uds=url.removeprefix("unix:") if url.startswith("unix:") else None)
         base = "http://engine" if url.startswith("unix:") else url
         self._control = httpx.AsyncClient(transport=transport, base_url=base, timeout=CONTROL_S, trust_env=False)
-        self._host = self._pool.host
 
     async def ask(
         self, method: str, path: str, body: bytes, headers: Mapping[str, str], own: Mapping[str, str] | None = None
@@ -90,7 +93,7 @@ class EngineClient:
 
     async def get(self, path: str, headers: Mapping[str, str] | None = None) -> httpx.Response:
         """A control call. Raises `EngineUnreachable`."""
-        relayed = {name: value for name, value in (headers or {}).items() if name in _RELAYED_HEADERS}
+        relayed = {**self._relayed(headers or {}), **self._own}
         try:
             return await self._control.get(path, headers=relayed)
         except httpx.HTTPError as error:
@@ -110,17 +113,15 @@ class EngineClient:
     def _head(
         self, method: str, path: str, length: int, headers: Mapping[str, str], own: Mapping[str, str] | None
     ) -> bytes:
-        lines = [f"{method} {path} HTTP/1.1\r\nhost: {self._host}"]
-        for name in _RELAYED_HEADERS:
-            value = headers.get(name)
-            if value is not None and "\r" not in value and "\n" not in value:
-                lines.append(f"{name}: {value}")
-        if own:
-            lines += [f"{name}: {value}" for name, value in own.items()]
+        sent = {"host": self._pool.host, **self._relayed(headers), **self._own, **(own or {})}
         if length:
-            if "content-type" not in headers:
-                lines.append("content-type: application/json")
-            lines.append(f"content-length: {length}")
-        elif method == "POST":
-            lines.append("content-length: 0")
-        return "\r\n".join([*lines, "\r\n"]).encode("latin-1")
+            sent.setdefault("content-type", "application/json")
+        if length or method == "POST":
+            sent["content-length"] = str(length)
+        lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in sent.items()), "\r\n"]
+        return "\r\n".join(lines).encode("latin-1")
+
+    def _relayed(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """Of a client's headers those that are for the engine. A key that is ours to check is not."""
+        names = _RELAYED_HEADERS if self._own or not self._relays_keys() else _RELAYED_HEADERS + _CREDENTIALS
+        return {name: headers[name] for name in names if name in headers and headers[name].isprintable()}

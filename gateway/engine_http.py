@@ -165,6 +165,9 @@ class Connection(asyncio.Protocol):
             self.headers = {}
 
     def on_body(self, body: bytes) -> None:
+        if self._ended:  # of a second answer, which nobody asked for
+            self._keep = False
+            return
         self._chunks.append(body)
         self._waiting += len(body)
 
@@ -211,7 +214,7 @@ class Pool:
         connection.idle_since = self._loop.time()
         self._idle.append(connection)
         # Those at the other end have waited longest.
-        while self._idle[0].idle_since <= connection.idle_since - KEEPALIVE_S:
+        while self._idle and self._idle[0].idle_since <= connection.idle_since - KEEPALIVE_S:
             self._idle.popleft().close()
 
     def close(self) -> None:

@@ -8,12 +8,16 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from gateway.accuracy import WINDOW
-from gateway.errors import Outcome
+from gateway.errors import Outcome, Reason
+from gateway.state.types import UsageRow
 from predictor.types import FinishedTask
 
 # Classes are the clients' words: after this many different ones, `other`.
 MAX_CLASSES = 1000
 NO_CLASS, OTHER_CLASSES = "none", "other"
+# Tenants have keys, so there are as many as somebody has made keys for.
+MAX_TENANTS = 1000
+OTHER_TENANTS = "other"
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _OVERHEAD_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
@@ -58,6 +62,7 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry, *, version: str, policy: str) -> None:
         self.registry = registry
         self._classes: set[str] = set()
+        self._tenants: set[str] = set()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"justitia_{name}", text, labels, registry=registry)
@@ -110,6 +115,17 @@ class Metrics:
         self._observed_cost = _Children(
             counter("observed_cost_token_iterations_total", "True cost of tasks, KV token·iterations.", "agent_class")
         )
+        self._rejected = counter("rejected_total", "Tasks handed back before they reached the engine.", "reason")
+        for reason in Reason:
+            self._rejected.labels(reason)
+        self._tenant_rejected = counter("tenant_rejected_total", "The same, by tenant.", "tenant")
+        self._tenant_requests = counter("tenant_requests_total", "Tasks that were charged.", "tenant")
+        self._tenant_tokens = counter(
+            "tenant_tokens_total", "Tokens by kind: prompt, cached (of the prompts'), completion.", "tenant", "kind"
+        )
+        self._tenant_cost = counter(
+            "tenant_kv_token_iterations_total", "What tenants were charged, KV token·iterations.", "tenant"
+        )
         self._agents = gauge("agents", "Agents by state: waiting, running (nothing waits), idle.", "state")
         self._tasks = gauge("tasks", "Tasks by state.", "state")
         self._kv_held = gauge("kv_held_tokens", "KV cache in use at the engine, tokens.")
@@ -118,7 +134,9 @@ class Metrics:
             "kv_predicted_tokens", "The most KV that what is in flight is predicted to come to hold, tokens."
         )
         self._virtual_time = gauge(
-            "virtual_time", "Virtual time of the fluid reference, token·iterations per unit of weight."
+            "virtual_time",
+            "Virtual time of a tenant's agents in the fluid reference, token·iterations per unit of weight.",
+            "tenant",
         )
         self._iterations = gauge("service_iterations", "Engine iterations done: the service clock.")
         self._engine_up = gauge("engine_up", "1 when the engine serves.")
@@ -152,7 +170,18 @@ class Metrics:
         )
         self._state_errors = counter("state_errors_total", "Failed reads and writes of the state store.")
         self._state_unreadable = gauge(
-            "state_unreadable_agents", "Agents of the state store that could not be read and were passed over."
+            "state_unreadable_agents",
+            "Agents of the state store, and steps of the journal, that could not be read and were passed over.",
+        )
+        self._state_up = gauge("state_up", "1 when the state store answers; at 0 the gateway goes on alone.")
+        self._state_waiting = gauge("state_waiting_bytes", "What is in the journal and not yet in the state store.")
+        self._state_unwritten = counter(
+            "state_unwritten_total",
+            "Settled tasks that the journal's disk did not take: a kill would have cost them, until the store had them.",
+        )
+        self._state_given_up = counter(
+            "state_given_up_total",
+            "What was given up for good: finished agents, when the store was away for long; settled tasks.",
         )
         self._prediction_s = histogram(
             "prediction_seconds", "Time from a parsed request to what it is predicted to cost.", _PREDICTION_SECONDS
@@ -205,6 +234,19 @@ class Metrics:
     def request_ended(self, endpoint: str, outcome: Outcome, seconds: float) -> None:
         self._requests[endpoint, outcome].inc()
         self._request_s[endpoint, outcome].observe(seconds)
+
+    def rejected(self, tenant: str, reason: Reason) -> None:
+        self._rejected.labels(reason).inc()
+        self._tenant_rejected.labels(self._tenant(tenant)).inc()
+
+    def charged(self, row: UsageRow) -> None:
+        """What a task used, or a correction of it. A counter cannot take anything back, so it does not."""
+        label = self._tenant(row.tenant)
+        self._tenant_requests.labels(label).inc(row.requests)
+        self._tenant_tokens.labels(label, "prompt").inc(row.prompt_tokens)
+        self._tenant_tokens.labels(label, "cached").inc(row.cached_tokens)
+        self._tenant_tokens.labels(label, "completion").inc(row.completion_tokens)
+        self._tenant_cost.labels(label).inc(max(0.0, row.kv_cost))
 
     def left_queue(self, outcome: Outcome, seconds: float) -> None:
         self._queue_s[outcome,].observe(seconds)
@@ -264,11 +306,13 @@ class Metrics:
         self._trainings.labels(outcome).inc()
         self._training_s.set(seconds)
 
-    def queue_is(self, *, waiting: int, in_flight: int, predicted_tokens: float, virtual_time: float) -> None:
+    def queue_is(self, *, waiting: int, in_flight: int, predicted_tokens: float) -> None:
         self._tasks.labels("waiting").set(waiting)
         self._tasks.labels("in_flight").set(in_flight)
         self._kv_predicted.set(predicted_tokens)
-        self._virtual_time.set(virtual_time)
+
+    def virtual_time_is(self, tenant: str, virtual_time: float) -> None:
+        self._virtual_time.labels(self._tenant(tenant)).set(virtual_time)
 
     def agents_are(self, *, waiting: int, running: int, idle: int) -> None:
         for state, count in (("waiting", waiting), ("running", running), ("idle", idle)):
@@ -317,8 +361,23 @@ class Metrics:
     def state_failed(self) -> None:
         self._state_errors.inc()
 
-    def state_is(self, *, unreadable: int) -> None:
+    def state_is(self, *, up: bool, waiting_bytes: int, unreadable: int) -> None:
+        self._state_up.set(up)
+        self._state_waiting.set(waiting_bytes)
         self._state_unreadable.set(unreadable)
+
+    def _tenant(self, tenant: str) -> str:
+        if tenant not in self._tenants:
+            if len(self._tenants) >= MAX_TENANTS:
+                return OTHER_TENANTS
+            self._tenants.add(tenant)
+        return tenant
+
+    def state_counted(self, errors: int, unwritten: int, given_up: int) -> None:
+        """In the order of `journal.Counts`."""
+        self._state_errors.inc(errors)
+        self._state_unwritten.inc(unwritten)
+        self._state_given_up.inc(given_up)
 
     def _class(self, agent_class: str | None) -> str:
         if agent_class is None:

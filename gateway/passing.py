@@ -15,7 +15,6 @@ from gateway.background import owns
 from gateway.dialects import ANTHROPIC, OPENAI, Dialect
 from gateway.engine_client import EngineUnreachable
 from gateway.errors import EngineLost, GatewayError, NoEngine, NotFound, Outcome, QueueFull, outcome_of
-from gateway.identify import DEFAULT_TENANT
 from gateway.intake import ClientGone, headers_of, read_body
 from gateway.leaving import Client
 from gateway.parts import Parts
@@ -92,10 +91,11 @@ class Passing:
         """Raises `GatewayError`, and `ClientGone`."""
         if self._at_once.requests > MAX_AT_ONCE:
             raise QueueFull(f"{MAX_AT_ONCE} requests of such a kind are being served already", retry_after_s=1)
-        headers, tenant = headers_of(scope), DEFAULT_TENANT
+        headers = headers_of(scope)
+        tenant = self._parts.tenants.authenticate(headers)
         path = self._passed.path
         if (answer_id := scope.get("path_params", {}).get("id")) is not None:
-            if not owns(tenant, answer_id):
+            if not owns(tenant.name, answer_id):
                 raise NotFound(f"no response {answer_id[:80]!r} is kept")
             path = path.format(id=answer_id)
         if query := scope["query_string"]:

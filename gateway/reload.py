@@ -9,21 +9,16 @@ from typing import Any
 
 from gateway.check import Checked
 from gateway.fairness import POLICIES
+from gateway.keys import KeysError
 from gateway.logs import set_log_level
 from gateway.metrics import ReloadOutcome
 from gateway.parts import Parts
 from gateway.problems import Wrong
-from gateway.settings import GatewaySettings, TenantSettings
+from gateway.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
 
 Check = Callable[[], Checked[Any]]
-# Told of the keys and of what each tenant may have. Raises `ValueError` to refuse; then nothing has changed.
-ReplaceTenants = Callable[[Any, Mapping[str, TenantSettings]], None]
-
-
-def no_tenants(keys: Any, tenants: Mapping[str, TenantSettings]) -> None:
-    """Where nobody asks who comes."""
 
 
 def apply(parts: Parts, old: GatewaySettings, new: GatewaySettings) -> None:
@@ -31,7 +26,7 @@ def apply(parts: Parts, old: GatewaySettings, new: GatewaySettings) -> None:
     parts.live.settings = new
     parts.engine.declared_capacity_tokens = new.capacity_tokens
     parts.engine.declared_max_num_seqs = new.max_in_flight
-    parts.dispatcher.max_waiting = new.max_waiting
+    parts.tenants.max_waiting, parts.tenants.max_waiting_bytes = new.max_waiting, new.max_waiting_bytes
     policy = POLICIES[new.policy]() if new.policy != old.policy else None
     parts.dispatcher.change(policy, beta=new.beta, engine_waiting=new.max_engine_waiting)
     parts.metrics.policy_is(new.policy)
@@ -40,12 +35,10 @@ def apply(parts: Parts, old: GatewaySettings, new: GatewaySettings) -> None:
 
 
 class Reloader:
-    """begun: what the gateway was started with. check: reads it anew; it may block. replace_tenants: see there."""
+    """begun: what the gateway was started with. check: reads it anew; it may block."""
 
-    def __init__(
-        self, parts: Parts, begun: Checked[Any], check: Check, replace_tenants: ReplaceTenants = no_tenants
-    ) -> None:
-        self._parts, self._check, self._replace_tenants = parts, check, replace_tenants
+    def __init__(self, parts: Parts, begun: Checked[Any], check: Check) -> None:
+        self._parts, self._check = parts, check
         self._given: GatewaySettings = begun.settings
         self._asked = False
         self._running: asyncio.Task[None] | None = None
@@ -76,8 +69,8 @@ class Reloader:
             why = "cannot change while the gateway serves: it needs a restart"
             raise Wrong(checked.reading.problem((name,), why) for name in fixed)
         try:
-            self._replace_tenants(checked.keys, new.tenants)
-        except ValueError as error:
+            self._parts.tenants.replace(checked.keys, new.tenants)
+        except KeysError as error:
             raise Wrong([checked.reading.problem(("keys",), str(error))]) from error
         now = self._parts.settings
         apply(self._parts, now, now.model_copy(update={name: getattr(new, name) for name in changed}))

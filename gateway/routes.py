@@ -21,7 +21,7 @@ from gateway.dialects import RESPONSES
 from gateway.endpoints import ENDPOINTS, Endpoint
 from gateway.errors import GatewayError, InvalidRequest, Outcome
 from gateway.fairness import TaskId
-from gateway.identify import DEFAULT_TENANT, identify
+from gateway.identify import identify
 from gateway.intake import ClientGone, headers_of, read_body
 from gateway.parts import Parts
 from gateway.passing import passing_routes
@@ -64,18 +64,30 @@ class TaskRoute:
 
     async def _request(self, headers: dict[str, str], receive: Receive, arrived_s: float) -> TaskRequest:
         """Raises `GatewayError`, or `ClientGone`."""
-        parts, tenant = self._parts, DEFAULT_TENANT
+        parts = self._parts
+        tenant = parts.tenants.authenticate(headers)
         body = parse_body(await read_body(receive, headers, parts.settings.max_body_bytes), self._endpoint)
         identity = identify(headers, body.fields)
         keeps = self._endpoint.dialect is RESPONSES
         if keeps:
-            _must_own(tenant, body)
+            _must_own(tenant.name, body)
         task_id = TaskId(next(self._numbers))
         name = identity.name or f"task-{task_id}"
-        root = parts.roots.fold(tenant, name, identity.parent)
-        record = parts.feedback.arrived(tenant, root, identity)
+        weight = parts.tenants.weight_of(tenant, identity.weight)
+        root = parts.roots.fold(tenant.name, name, identity.parent)
+        record = parts.feedback.arrived(tenant.name, root, identity)
         final = identity.name is None or (identity.final and root == name)
-        return TaskRequest(task_id, body, headers, record, arrived_s, final, answer_id(tenant) if keeps else None)
+        return TaskRequest(
+            id=task_id,
+            body=body,
+            headers=headers,
+            tenant=tenant,
+            record=record,
+            weight=weight,
+            arrived_s=arrived_s,
+            final=final,
+            answer_id=answer_id(tenant.name) if keeps else None,
+        )
 
     def _never_a_task(self, outcome: Outcome, arrived_s: float) -> None:
         self._parts.metrics.request_ended(self._endpoint.path, outcome, time.monotonic() - arrived_s)

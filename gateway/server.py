@@ -16,6 +16,7 @@ import uvicorn
 
 from gateway.app import create_app
 from gateway.check import Checked
+from gateway.keys import KeysError
 from gateway.parts import Parts
 from gateway.reload import Check, Reloader
 from gateway.settings import GatewaySettings
@@ -98,12 +99,16 @@ class RunningGateway:
 
 
 async def start_gateway(settings: GatewaySettings) -> RunningGateway:
-    """Listen at once. Tasks are served from the moment that the engine answers. Raises `PortTaken`."""
+    """Listen at once. Tasks are served from the moment that the engine answers. Raises `PortTaken`, or `KeysError`."""
     try:
         listening = socket.create_server((settings.host, settings.port), backlog=BACKLOG)
     except OSError as error:
         raise PortTaken(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
-    app = await create_app(settings)
+    try:
+        app = await create_app(settings)
+    except KeysError:
+        listening.close()
+        raise
     _collect_seldom()
     config = uvicorn.Config(
         app,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import urllib.parse
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -88,6 +88,11 @@ class StateSettings(BaseSettings):
         description="Directory of the predictor's models; default: `models` beside the state's file, or in"
         " `$XDG_STATE_HOME/justitia` with Redis; none with `memory:`.",
     )
+    journal: Path | None = Field(
+        None,
+        description="Directory of what the state does not have yet; default: `journal` beside the state's file, or in"
+        " `$XDG_STATE_HOME/justitia` with Redis; none with `memory:`.",
+    )
     train_limit_s: Reloadable[float] = Field(
         900, gt=0, description="Seconds that a training may take; then it is ended."
     )
@@ -116,6 +121,19 @@ class StateSettings(BaseSettings):
 
     def _beside_state(self, name: str) -> Path:
         return (_state_home() if self.state_file is None else self.state_file.parent) / name
+
+    @property
+    def journal_directory(self) -> Path | None:
+        """Of this state only: what one has not taken is not for another."""
+        if self.state == "memory:":
+            return None
+        if self.state_file is not None:
+            name = self.state_file.name
+        else:  # without the password, which may change
+            url = urlsplit(self.state)
+            place = f"{url.hostname or ''}-{url.port or ''}{url.path}-{url.query if url.scheme == 'unix' else ''}"
+            name = re.sub(r"[^\w.]+", "-", place).strip("-")
+        return (self.journal or self._beside_state("journal")).expanduser() / name
 
     @classmethod
     def settings_customise_sources(
@@ -245,6 +263,10 @@ class GatewaySettings(KeysSettings):
     )
 
     @property
+    def max_waiting_bytes(self) -> int:
+        return int(self.max_waiting_mib * MIB)
+
+    @property
     def max_body_bytes(self) -> int:
         return int(self.max_body_mib * MIB)
 
@@ -272,7 +294,7 @@ def _why_no_engine(url: str) -> str | None:
         long = len(url.removeprefix("unix:").encode()) > LONGEST_SOCKET_PATH
         return f"the path of a socket has at most {LONGEST_SOCKET_PATH} bytes" if long else None
     try:
-        parts = urllib.parse.urlsplit(url)
+        parts = urlsplit(url)
         if not parts.hostname or parts.port == 0 or parts.query or parts.fragment or not re.fullmatch("[!-~]+", url):
             return "must be http://host:port"
     except ValueError as error:  # of the port, or of an address in brackets

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import types
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
-from gateway import check as checking
 from gateway.check import check, run_check, schema
+from gateway.keys import add_key
 from gateway.problems import Wrong
 from gateway.settings import GatewaySettings, ServeSettings
 
@@ -65,6 +65,7 @@ def test_all_that_is_wrong_is_said_at_once_each_where_it_was_set(
         "justitia.yaml:7:5: tenants.red.wieght: is not a setting; did you mean weight?",
         "justitia.yaml:8:5: tenants.red.weight: is there twice, and first in line 6",
         f"state: {tmp_path}/state/justitia/state.db cannot be made: {tmp_path}/state: Not a directory",
+        f"keys: {tmp_path}/state/justitia/keys.json: the file of keys cannot be read: Not a directory",
     ]
 
 
@@ -93,46 +94,24 @@ def test_a_setting_of_serve_is_checked_too(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("place", ["/proc/justitia/state.db", "/dev/null/state.db", "/proc"])
 def test_a_state_that_cannot_be_written(place: str, capsys: pytest.CaptureFixture[str]) -> None:
     write(f"port: 1\nstate: sqlite:///{place}\n")
-    (line,) = told(capsys)
-    assert line.startswith(f"justitia.yaml:2:1: state: {place} ")
+    first, *_ = told(capsys)  # nor can there be keys beside it
+    assert first.startswith(f"justitia.yaml:2:1: state: {place} ")
 
 
 # Keys
 
 
-class KeysError(Exception):
-    pass
+def keys_of(*tenants: str) -> None:
+    for tenant in tenants:
+        add_key(Path("k"), tenant, "", datetime.now(UTC))
 
 
-class Keys:
-    """In place of `gateway.keys`: one line a tenant."""
-
-    def __init__(self, tenants: set[str]) -> None:
-        self.tenants, self.configured = tenants, bool(tenants)
-
-    @classmethod
-    def load(cls, path: Path) -> Keys:
-        if not path.exists():
-            return cls(set())
-        if path.read_text() == "broken":
-            raise KeysError(f"{path}: it does not hold keys")
-        return cls(set(path.read_text().split()))
-
-
-@pytest.fixture
-def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.ModuleType("gateway.keys")
-    module.__dict__.update(Keys=Keys, KeysError=KeysError)
-    monkeypatch.setitem(sys.modules, "gateway.keys", module)
-
-
-@pytest.mark.usefixtures("_keys")
 def test_keys_and_entries_that_have_no_counterpart_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
     write("keys: k\ntenants:\n  red:\n  blue: {max_tasks: 3}\n")
     said = "justitia.yaml: right; policy justitia, 2 tenants"
     everybody = "note: justitia.yaml:2:1: tenants: there are no keys, so that everybody is the tenant default"
     assert told(capsys, code=0) == [everybody, said]
-    Path("k").write_text("red green")
+    keys_of("red", "green")
     assert told(capsys, code=0) == [
         "note: justitia.yaml:4:3: tenants.blue: has no key",
         "note: justitia.yaml:2:1: tenants.green: has a key and no entry, and so no limits",
@@ -140,25 +119,17 @@ def test_keys_and_entries_that_have_no_counterpart_are_noted(capsys: pytest.Capt
     ]
 
 
-@pytest.mark.usefixtures("_keys")
 def test_keys_that_cannot_be_read_are_wrong_beside_all_else(capsys: pytest.CaptureFixture[str]) -> None:
     Path("k").write_text("broken")
     write("port: -1\nkeys: k\n")
-    assert told(capsys) == [
-        "justitia.yaml:1:1: port: must be greater than or equal to 0, not -1",
-        "justitia.yaml:2:1: keys: k: it does not hold keys",
-    ]
+    first, second = told(capsys)
+    assert first == "justitia.yaml:1:1: port: must be greater than or equal to 0, not -1"
+    assert second.startswith("justitia.yaml:2:1: keys: k")
 
 
-@pytest.mark.usefixtures("_keys")
 def test_a_start_is_given_the_keys() -> None:
-    Path("k").write_text("red")
+    keys_of("red")
     assert check(GatewaySettings, ["--keys", "k"], program="justitia gateway").keys.tenants == {"red"}
-
-
-def test_no_keys_can_be_loaded_where_nothing_loads_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gateway.keys", None)
-    assert checking.load_keys(Path("k")) is None
 
 
 # The schema

@@ -12,8 +12,9 @@ import signal
 import sys
 import termios
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import httpx
 import pytest
 
 from gateway.check import Checked
+from gateway.keys import Keys, add_key
 from gateway.problems import Wrong
 from gateway.reload import Reloader, reloadable
 from gateway.settings import GatewaySettings, TenantSettings
@@ -167,6 +169,25 @@ async def test_of_settings_that_are_wrong_nothing_is_taken(scripted: ScriptedEng
         )
 
 
+async def test_tenants_and_keys_change_too(scripted: ScriptedEngine, tmp_path: Path) -> None:
+    async with gateway(scripted, tmp_path / "j.yaml", keys=tmp_path / "keys") as served:
+        assert (await served.task("a", "x")).status_code == 200
+        _, secret = add_key(tmp_path / "keys", "red", "", datetime.now(UTC))
+        served.write(tenants="{red: {max_waiting_mib: 0.001}, blue: }")
+        served.hang_up()
+        await served.said("settings reloaded: tenants")
+        await served.said("tenants.blue: has no key")
+        assert (await served.task("a", "x")).status_code == 401
+        served.client.headers["X-Api-Key"] = secret
+        assert (await served.task("a", "x")).status_code == 200
+        assert (await served.task("a", "x" * 2000)).status_code == 413
+        (tmp_path / "keys").write_text("{")
+        served.write(policy="vtc")
+        served.hang_up()
+        await served.said(f"{served.file}:4:1: keys: ")
+        assert await served.policy() == "justitia"
+
+
 async def test_a_second_signal_while_settings_are_being_read_has_them_read_again(
     scripted: ScriptedEngine, tmp_path: Path
 ) -> None:
@@ -248,8 +269,8 @@ async def test_a_gateway_whose_terminal_is_gone_ends_as_ever_unless_it_is_to_out
 # Inside
 
 
-def checked(settings: GatewaySettings, keys: Any = None) -> Checked[GatewaySettings]:
-    return Checked(Reading(settings, ()), keys, ())
+def checked(settings: GatewaySettings, keys: Keys | None = None) -> Checked[GatewaySettings]:
+    return Checked(Reading(settings, ()), keys or Keys(), ())
 
 
 def reloads(under_test: GatewayUnderTest) -> dict[str, float | None]:
@@ -301,33 +322,31 @@ async def test_all_that_is_marked_is_taken_and_the_rest_stays(start: StartGatewa
     assert {name: getattr(parts.settings, name) for name in OTHERS} == OTHERS
     limits, engine = parts.queue.limits, parts.engine
     assert (limits.beta, limits.engine_waiting, limits.in_flight) == (2.0, 9, 7)
-    assert (engine.capacity_tokens, parts.queue.capacity_tokens, parts.dispatcher.max_waiting) == (777, 777, 8)
+    assert (engine.capacity_tokens, parts.queue.capacity_tokens, parts.tenants.max_waiting) == (777, 777, 8)
+    assert parts.tenants.max_waiting_bytes == 3 * 2**20
     assert (await gateway.chat(max_tokens=1, padding="x" * 2**20)).status_code == 413
     assert (await gateway.chat(max_tokens=1)).status_code == 200
 
 
-async def test_tenants_are_asked_first_and_may_refuse(start: StartGateway) -> None:
-    gateway = await start()
-    given = GatewaySettings(state="memory:")
-    told: list[tuple[Any, Mapping[str, TenantSettings]]] = []
-    refused = False
-
-    def replace(keys: Any, tenants: Mapping[str, TenantSettings]) -> None:
-        if refused:
-            raise ValueError("there would be no keys any more")
-        told.append((keys, tenants))
-
-    new = given.model_copy(update={"policy": "las", "tenants": {"red": TenantSettings(weight=3)}})
-    reloader = Reloader(gateway.parts, checked(given), lambda: checked(new, "keys"), replace)
-    refused = True
+async def test_keys_that_would_let_everybody_in_are_refused_and_all_else_with_them(
+    start: StartGateway, tmp_path: Path
+) -> None:
+    _, secret = add_key(tmp_path / "keys", "red", "", datetime.now(UTC))
+    gateway = await start(keys=tmp_path / "keys")
+    given = gateway.parts.settings
+    new = given.model_copy(update={"policy": "las", "tenants": {"red": TenantSettings(max_tasks=3)}})
+    keys = Keys()
+    reloader = Reloader(gateway.parts, checked(given), lambda: checked(new, keys))
     await reload(reloader)
-    assert (gateway.parts.settings.policy, told, reloads(gateway)["refused"]) == ("justitia", [], 1)
-    refused = False
+    assert (gateway.parts.settings.policy, reloads(gateway)) == ("justitia", {"applied": 0, "refused": 1})
+    red = gateway.parts.tenants.named("red")
+    assert red.settings.max_tasks is None
+    keys = Keys.load(tmp_path / "keys")
     await reload(reloader)
-    assert (gateway.parts.settings.policy, reloads(gateway)["applied"]) == ("las", 1)
-    assert told == [("keys", {"red": TenantSettings(weight=3)})]
-    await reload(reloader)
-    assert len(told) == 2, "keys may be others though no setting is"
+    assert (gateway.parts.settings.policy, reloads(gateway)) == ("las", {"applied": 1, "refused": 1})
+    assert red.settings.max_tasks == 3
+    assert (await gateway.chat()).status_code == 401
+    assert (await gateway.chat(headers={"Authorization": f"Bearer {secret}"})).status_code == 200
 
 
 @pytest.mark.parametrize("error", [Wrong([]), RuntimeError("unforeseen")])
