@@ -37,10 +37,10 @@ from gateway.operations import operation_routes
 from gateway.parts import Parts
 from gateway.release import Dispatcher
 from gateway.routes import task_routes
-from gateway.settings import GatewaySettings
+from gateway.settings import GatewaySettings, Live
 from gateway.state import Journal, Store, TenantUsage, UsageRow, open_store
 from gateway.state.types import HOUR_S
-from gateway.tenants import MIB, Tenants
+from gateway.tenants import Tenants
 from gateway.tool_waits import ToolWaits
 from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health, watch_keys
 from predictor.learned import Learned
@@ -92,7 +92,7 @@ async def create_app(
         Keys.load(settings.keys_file),
         settings.tenants,
         max_waiting=settings.max_waiting,
-        max_waiting_bytes=int(settings.max_waiting_mib * MIB),
+        max_waiting_bytes=settings.max_waiting_bytes,
     )
     roots = Roots()
     dispatcher = Dispatcher(queue, engine, tenants, waits=waits if settings.keep_kv else None)
@@ -124,15 +124,14 @@ async def create_app(
         roots=roots,
         background=Background(),
         suspect=asyncio.Event(),
-        max_queue_s=settings.max_queue_s,
-        keep_text=settings.keep_text,
+        live=Live(settings),
     )
     app = Gateway(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
     app.state.parts = parts
-    app.serve(task_routes(parts, max_body_bytes=int(settings.max_body_mib * MIB)))
+    app.serve(task_routes(parts))
     app.include_router(agent_routes(parts))
     app.include_router(usage_routes(tenants, store, parts.feedback.flush))
-    app.include_router(operation_routes(parts, version=version, policy=settings.policy))
+    app.include_router(operation_routes(parts, version=version))
     _answer_errors(app)
     return app
 
@@ -148,7 +147,7 @@ def _lifespan(
             partial(watch_health, parts),
             parts.journal.run,
             partial(follow_link, parts, link) if link is not None else partial(poll_metrics, parts),
-            partial(sweep_agents, parts, settings.agent_idle_s),
+            partial(sweep_agents, parts),
             partial(watch_keys, parts.tenants),
         ]
         watches += _learning_watches(settings, parts, store)
@@ -189,8 +188,8 @@ def _learning_watches(settings: GatewaySettings, parts: Parts, store: Store) -> 
     watches: list[Callable[[], Awaitable[None]]] = [parts.learning.watch]
     if settings.state == "memory:":
         logger.info("no models are trained: the state is in memory (--state)")
-    elif settings.train:
-        watches.append(Training(settings, models, store, parts.learning, parts.accuracy, parts.metrics).watch)
+    else:
+        watches.append(Training(parts.live, models, store, parts.learning, parts.accuracy, parts.metrics).watch)
     return watches
 
 

@@ -51,6 +51,13 @@ class _Children(dict[tuple[str, ...], Any]):
         return child
 
 
+class ReloadOutcome(StrEnum):
+    """of the settings. refused: something was wrong, and nothing has changed."""
+
+    APPLIED = "applied"
+    REFUSED = "refused"
+
+
 class Metrics:
     def __init__(self, registry: CollectorRegistry, *, version: str, policy: str) -> None:
         self.registry = registry
@@ -66,7 +73,9 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"justitia_{name}", text, labels, registry=registry, buckets=buckets)
 
-        Info("justitia_build", "Version and policy.", registry=registry).info({"version": version, "policy": policy})
+        self._version = version
+        self._build = Info("justitia_build", "Version and policy.", registry=registry)
+        self.policy_is(policy)
         self._requests = _Children(
             counter("requests_total", "Requests by endpoint and outcome.", "endpoint", "outcome")
         )
@@ -211,7 +220,16 @@ class Metrics:
         self._trainings = counter("trainings_total", "Trainings by outcome.", "outcome")
         for outcome in TrainingOutcome:
             self._trainings.labels(outcome)
+        self._reloads = counter("reloads_total", "Times that the settings were read anew, by outcome.", "outcome")
+        for reload_outcome in ReloadOutcome:
+            self._reloads.labels(reload_outcome)
         self._training_s = gauge("training_seconds", "How long the last training took.")
+
+    def policy_is(self, policy: str) -> None:
+        self._build.info({"version": self._version, "policy": policy})
+
+    def reloaded(self, outcome: ReloadOutcome) -> None:
+        self._reloads.labels(outcome).inc()
 
     def request_ended(self, endpoint: str, outcome: Outcome, seconds: float) -> None:
         self._requests[endpoint, outcome].inc()

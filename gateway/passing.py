@@ -44,12 +44,12 @@ PASSED = (
 )
 
 
-def passing_routes(parts: Parts, max_body_bytes: int) -> list[Route]:
+def passing_routes(parts: Parts) -> list[Route]:
     at_once = AtOnce()
     return [
         Route(
             passed.path,
-            Passing(parts, passed, at_once, max_body_bytes),
+            Passing(parts, passed, at_once),
             methods=[passed.method],
             name=f"{passed.method} {passed.path}",
         )
@@ -65,9 +65,8 @@ class AtOnce:
 class Passing:
     """One endpoint, as an ASGI application."""
 
-    def __init__(self, parts: Parts, passed: Passed, at_once: AtOnce, max_body_bytes: int) -> None:
+    def __init__(self, parts: Parts, passed: Passed, at_once: AtOnce) -> None:
         self._parts, self._passed, self._at_once = parts, passed, at_once
-        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_s = time.monotonic()
@@ -101,7 +100,7 @@ class Passing:
             path = path.format(id=answer_id)
         if query := scope["query_string"]:
             path += "?" + query.decode("latin-1")
-        body = await read_body(receive, headers, self._max_body_bytes)
+        body = await read_body(receive, headers, self._parts.settings.max_body_bytes)
         client = Client(receive, send)
         try:
             return await self._relay(path, body, headers, client)

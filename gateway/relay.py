@@ -98,7 +98,8 @@ class Relay:
         try:
             turn = self._turn = self._enqueue()
             while True:
-                release = await turn.wait(self._request.tenant.settings.max_queue_s or self._parts.max_queue_s)
+                limit_s = self._request.tenant.settings.max_queue_s or self._parts.settings.max_queue_s
+                release = await turn.wait(limit_s)
                 self._note_release(release, turn)
                 try:
                     with turn.at_engine():
@@ -273,7 +274,7 @@ class Relay:
         try:
             if self._usage is not None and self._outcome is Outcome.COMPLETED:
                 finished = finished_task(self._usage, request.body, parts.engine.held_by(request.id))
-                if parts.keep_text:
+                if parts.settings.keep_text:
                     system, text = texts_of(request.body)
                     finished = msgspec.structs.replace(finished, prompt=text, system=system)
                 finished = parts.feedback.placed(request.record, finished, request.arrived_s, self._estimate.row)

@@ -16,7 +16,18 @@ from typing import Protocol
 from engine.hints import to_tag
 from gateway.capacity import CAPACITY_ITERATIONS, EngineView, ServedCapacity, ServedRate
 from gateway.errors import GatewayError, NoEngine, ShuttingDown, WaitedTooLong
-from gateway.fairness import AgentId, FairQueue, KvTokenIterations, QueueError, Release, Spent, Task, TaskId, TenantId
+from gateway.fairness import (
+    AgentId,
+    FairQueue,
+    KvTokenIterations,
+    Policy,
+    QueueError,
+    Release,
+    Spent,
+    Task,
+    TaskId,
+    TenantId,
+)
 from gateway.tenants import Tenant, Tenants
 from gateway.tool_waits import ToolWaits
 
@@ -188,13 +199,29 @@ class Dispatcher:
 
     def pump(self) -> None:
         """Release what the queue says can go now."""
-        if not self.engine.up or self.engine.suspect:
+        if not self._lives():
             return
         for release in self.queue.release(self.engine.now, self.engine.waiting):
             turn = self._turns[release.task.id]
             self._tenants.released(turn.tenant, turn.body_bytes)
             turn.grant(release)
-        if self.tell is not None and self.engine.reporting and (revised := self.queue.revise()):
+        self._tell_revised()
+
+    def change(self, policy: Policy | None, *, beta: float, engine_waiting: int) -> None:
+        """Release by other limits from now on, and in another order, if one is given."""
+        self.queue.limits = replace(self.queue.limits, beta=beta, engine_waiting=engine_waiting)
+        if policy is not None:
+            self.queue.change_policy(self.engine.now, policy)
+            self._tell_revised()  # before ranks of two policies are compared
+        self.engine_changed()
+
+    def _lives(self) -> bool:
+        return self.engine.up and not self.engine.suspect
+
+    def _tell_revised(self) -> None:
+        if self.tell is None or not (self.engine.reporting and self._lives()):
+            return
+        if revised := self.queue.revise():
             self.tell(tags={release.task.id: to_tag(release.rank) for release in revised})
 
     def keep(self, agent_id: AgentId, kv_tokens: float, agent_class: str | None) -> None:

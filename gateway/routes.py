@@ -30,22 +30,21 @@ from gateway.relay import Relay, TaskRequest
 logger = logging.getLogger(__name__)
 
 
-def task_routes(parts: Parts, *, max_body_bytes: int) -> list[Route]:
+def task_routes(parts: Parts) -> list[Route]:
     # Numbers that grow over restarts too, so that an engine which outlives the gateway never sees one twice.
     numbers = itertools.count(time.time_ns())
     tasks = [
-        Route(endpoint.path, TaskRoute(parts, endpoint, numbers, max_body_bytes), methods=["POST"], name=endpoint.path)
+        Route(endpoint.path, TaskRoute(parts, endpoint, numbers), methods=["POST"], name=endpoint.path)
         for endpoint in ENDPOINTS
     ]
-    return [*tasks, *passing_routes(parts, max_body_bytes)]
+    return [*tasks, *passing_routes(parts)]
 
 
 class TaskRoute:
     """One endpoint, as an ASGI application."""
 
-    def __init__(self, parts: Parts, endpoint: Endpoint, numbers: Iterator[int], max_body_bytes: int) -> None:
+    def __init__(self, parts: Parts, endpoint: Endpoint, numbers: Iterator[int]) -> None:
         self._parts, self._endpoint, self._numbers = parts, endpoint, numbers
-        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_s = time.monotonic()
@@ -67,7 +66,7 @@ class TaskRoute:
         """Raises `GatewayError`, or `ClientGone`."""
         parts = self._parts
         tenant = parts.tenants.authenticate(headers)
-        body = parse_body(await read_body(receive, headers, self._max_body_bytes), self._endpoint)
+        body = parse_body(await read_body(receive, headers, parts.settings.max_body_bytes), self._endpoint)
         identity = identify(headers, body.fields)
         keeps = self._endpoint.dialect is RESPONSES
         if keeps:

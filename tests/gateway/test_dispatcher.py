@@ -485,3 +485,42 @@ async def test_what_was_revised_while_nobody_could_be_told_is_told_later() -> No
     engine.answered()
     to.engine_changed()
     assert listening.tags[1:] == [{1: 90_000}]
+
+
+# Another policy, other limits
+
+
+async def test_a_change_of_policy_is_told_before_anything_is_released_by_it() -> None:
+    to, queue, engine = dispatcher(slots=2)
+    listening = Listening(to)
+    to.submit(task(1), 20_000.0)
+    to.submit(task(2, "b"), 30_000.0)
+    waiting = to.submit(task(3, "c"), 90_000.0)
+    to.submit(task(4, "d", prompt=10, output=10), 95_000.0)
+    engine.declared_max_num_seqs = 3
+    to.change(POLICIES["sjf"](), beta=1.0, engine_waiting=4)
+    assert listening.tags == [{1: 15_050, 2: 15_050}], "the costs of the tasks"
+    assert queue.in_flight == 3 and not waiting._released.done(), "the smaller one goes first"
+    to.change(None, beta=1.0, engine_waiting=4)
+    assert len(listening.tags) == 1
+
+
+async def test_a_change_of_policy_is_told_when_the_engine_is_known_to_live() -> None:
+    to, _, engine = dispatcher(slots=2)
+    listening = Listening(to)
+    to.submit(task(1), 20_000.0)
+    engine.suspect = True
+    to.change(POLICIES["fcfs"](), beta=1.0, engine_waiting=4)
+    assert listening.tags == []
+    engine.answered()
+    to.engine_changed()
+    assert listening.tags == [{1: 1}]
+
+
+async def test_other_limits_hold_at_once() -> None:
+    to, queue, _ = dispatcher(slots=9)
+    for number in range(1, 10):
+        to.submit(task(number), 1e5)
+    assert queue.in_flight == 5, "of 200 tokens each"
+    to.change(None, beta=1.5, engine_waiting=4)
+    assert queue.in_flight == 7
