@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -19,16 +20,18 @@ from gateway.background import Background
 from gateway.capacity import EngineView
 from gateway.dialects import OPENAI
 from gateway.engine_client import EngineClient
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, outcome_of
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
 from gateway.identify import Roots
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
 from gateway.metrics import Metrics
+from gateway.observer import REQUEST_ID, UNKNOWN, Observer, open_tracing
 from gateway.operations import operation_routes
 from gateway.parts import Parts
 from gateway.release import Dispatcher
+from gateway.request_log import open_request_log
 from gateway.routes import task_routes
 from gateway.settings import GatewaySettings
 from gateway.state import Store, open_store
@@ -49,12 +52,18 @@ async def create_app(
     predictor: Predictor | None = None,
     store: Store | None = None,
 ) -> FastAPI:
-    """The gateway for these settings; what is not given is made from them. Call it in the event loop that will serve."""
+    """The gateway for these settings; what is not given is made from them. Call it in the event loop that will serve. Raises
+    `RequestLogError` and `NoOpenTelemetry`."""
     version = distribution_version("justitia")
     engine = EngineView(settings.capacity_tokens, settings.max_in_flight)
     limits = ReleaseLimits(beta=settings.beta, engine_waiting=settings.max_engine_waiting)
     queue = FairQueue(POLICIES[settings.policy](), limits)
     metrics = Metrics(CollectorRegistry(), version=version, policy=settings.policy)
+    observer = Observer(
+        metrics,
+        open_request_log(settings.request_log, metrics.log_dropped),
+        open_tracing(settings.otlp_endpoint, version, metrics.spans_dropped),
+    )
     predictor = predictor or Learned()
     accuracy = Accuracy()
     store = store or open_store(settings.state, settings.kept_agents)
@@ -78,6 +87,7 @@ async def create_app(
             correct=dispatcher.correct,
         ),
         metrics=metrics,
+        observer=observer,
         accuracy=accuracy,
         learning=Learning(predictor, settings.models_directory, metrics),
         roots=Roots(),
@@ -90,7 +100,7 @@ async def create_app(
     app.state.parts = parts
     app.router.routes += task_routes(parts, max_body_bytes=int(settings.max_body_mib * MIB))
     app.include_router(operation_routes(parts, version=version, policy=settings.policy))
-    _answer_errors(app)
+    _answer_errors(app, observer)
     return app
 
 
@@ -117,6 +127,7 @@ def _lifespan(
         await parts.feedback.flush()
         await store.close()
         await parts.client.close()
+        await parts.observer.close()
 
     return lifespan
 
@@ -136,7 +147,7 @@ def _learning_watches(settings: GatewaySettings, parts: Parts, store: Store) -> 
     return watches
 
 
-def _answer_errors(app: FastAPI) -> None:
+def _answer_errors(app: FastAPI, observer: Observer) -> None:
     """Every error leaves in OpenAI's shape."""
 
     @app.exception_handler(GatewayError)
@@ -145,8 +156,13 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
+        span = observer.begins(
+            request.method, UNKNOWN, dict(request.headers), request.scope["headers"], time.monotonic()
+        )
+        span.answered(error.status_code)
+        span.ended(outcome_of(error.status_code))
         answer = _plain(error.status_code, str(error.detail), "invalid_request_error")
-        answer.headers.update(error.headers or {})
+        answer.headers.update({**(error.headers or {}), REQUEST_ID: span.request_id})
         return answer
 
     @app.exception_handler(Exception)

@@ -17,7 +17,9 @@ from rich.console import Console
 from engine import tiny_model
 from engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState
 from gateway.learning.command import ExportSettings, run_export, run_predictor
-from gateway.logs import set_up_logs
+from gateway.logs import LoggedText, set_up_logs
+from gateway.observer import NoOpenTelemetry
+from gateway.request_log import RequestLogError
 from gateway.server import PortTaken, start_gateway
 from gateway.settings import GatewaySettings, ServeSettings, cache_home, load
 
@@ -36,6 +38,9 @@ usage: justitia COMMAND [OPTIONS]
 """
 
 STOP_GRACE_S = 20.0
+
+# What keeps a gateway from starting, in a line.
+CANNOT_START = (PortTaken, RequestLogError, NoOpenTelemetry)
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -90,10 +95,10 @@ async def _gateway(settings: GatewaySettings) -> int:
     if not settings.engine:
         console.print("justitia gateway: --engine is needed: http://host:port, or unix:/path/to/socket")
         return 2
-    set_up_logs(settings.log_level)
+    _set_up_logs(settings)
     try:
         gateway = await start_gateway(settings)
-    except PortTaken as error:
+    except CANNOT_START as error:
         console.print(f"justitia gateway: {error}")
         return 1
     gateway.stop_on_signals()
@@ -104,7 +109,7 @@ async def _gateway(settings: GatewaySettings) -> int:
 
 async def _serve(settings: ServeSettings) -> int:
     """The gateway listens at once, and says 503 until the engine is there. It goes first at the end, the engine after it."""
-    set_up_logs(settings.log_level)
+    _set_up_logs(settings)
     with tempfile.TemporaryDirectory(prefix="justitia-") as temporary:
         model = settings.model
         if model == "tiny":
@@ -127,7 +132,7 @@ async def _serve(settings: ServeSettings) -> int:
         link = spec.link_address if settings.engine_scheduler == "justitia" else None
         try:
             gateway = await start_gateway(settings.model_copy(update={"engine": spec.url, "link": link}))
-        except PortTaken as error:
+        except CANNOT_START as error:
             console.print(f"justitia serve: {error}")
             return 1
         gateway.stop_on_signals()
@@ -157,6 +162,12 @@ async def _serve(settings: ServeSettings) -> int:
         except asyncio.CancelledError:  # it was not ready yet
             pass
         return 0
+
+
+def _set_up_logs(settings: GatewaySettings) -> None:
+    set_up_logs(settings.log_level, settings.log_format)
+    if settings.log_format == "json":
+        console.file = LoggedText(logging.getLogger("justitia"))
 
 
 def _engine_args(settings: ServeSettings) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ _RELAYED_HEADERS = (
     "x-request-id",
     PRIORITY_HEADER,
 )
-_RELAYED_BACK = ("retry-after", "x-request-id")
+_RELAYED_BACK = ("retry-after",)
 
 
 class Health(Enum):

@@ -14,6 +14,7 @@ from gateway.feedback import Feedback
 from gateway.identify import Roots
 from gateway.learning.serving import Learning
 from gateway.metrics import Metrics
+from gateway.observer import Observer
 from gateway.release import Dispatcher
 from predictor.types import Predictor
 
@@ -30,6 +31,7 @@ class Parts:
     predictor: Predictor
     feedback: Feedback
     metrics: Metrics
+    observer: Observer
     accuracy: Accuracy
     learning: Learning
     roots: Roots

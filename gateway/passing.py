@@ -17,6 +17,7 @@ from gateway.errors import EngineLost, GatewayError, NoEngine, NotFound, Outcome
 from gateway.identify import DEFAULT_TENANT
 from gateway.intake import ClientGone, headers_of, read_body
 from gateway.leaving import Client
+from gateway.observer import RequestSpan
 from gateway.parts import Parts
 
 # At once. They cost the engine's front-end some work.
@@ -68,25 +69,29 @@ class Passing:
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        arrived_s = time.monotonic()
+        arrived_s, headers, passed = time.monotonic(), headers_of(scope), self._passed
+        span = self._parts.observer.begins(passed.method, passed.path, headers, scope["headers"], arrived_s)
         outcome = Outcome.CANCELLED
         self._at_once.requests += 1
         try:
-            outcome = await self._serve(scope, receive, send)
+            outcome = await self._serve(scope, headers, receive, send, span)
         except GatewayError as error:
             outcome = error.outcome
-            await answers.send_error(error, self._passed.dialect, send)
+            span.failed(error)
+            await answers.send_error(error, passed.dialect, send, [span.header])
         except ClientGone:
             pass
         finally:
             self._at_once.requests -= 1
-            self._parts.metrics.request_ended(self._passed.path, outcome, time.monotonic() - arrived_s)
+            span.ended(outcome)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> Outcome:
+    async def _serve(
+        self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send, span: RequestSpan
+    ) -> Outcome:
         """Raises `GatewayError`, and `ClientGone`."""
         if self._at_once.requests > MAX_AT_ONCE:
             raise QueueFull(f"{MAX_AT_ONCE} requests of such a kind are being served already", retry_after_s=1)
-        headers, tenant = headers_of(scope), DEFAULT_TENANT
+        tenant = DEFAULT_TENANT
         path = self._passed.path
         if (answer_id := scope["path_params"].get("id")) is not None:
             if not owns(tenant, answer_id):
@@ -97,7 +102,7 @@ class Passing:
         body = await read_body(receive, headers, self._max_body_bytes)
         client = Client(receive, send)
         try:
-            return await self._relay(path, body, headers, client)
+            return await self._relay(path, body, headers, client, span)
         except asyncio.CancelledError:
             if not client.cancelled():
                 raise
@@ -105,11 +110,15 @@ class Passing:
         finally:
             client.done()
 
-    async def _relay(self, path: str, body: bytes, headers: dict[str, str], client: Client) -> Outcome:
+    async def _relay(
+        self, path: str, body: bytes, headers: dict[str, str], client: Client, span: RequestSpan
+    ) -> Outcome:
         started = False
+        span.asks_engine(headers)
         try:
             async with self._parts.client.ask(self._passed.method, path, body, headers) as answer:
-                await client.send(answers.start(answer.status, answer.content_type, answer.headers))
+                span.answered(answer.status)
+                await client.send(answers.start(answer.status, answer.content_type, [span.header, *answer.headers]))
                 started = True
                 async for chunk in answer.chunks():
                     await client.send(answers.body(chunk, more=True))

@@ -27,6 +27,7 @@ from gateway.estimate import Estimate, estimate_agent, estimate_arrival
 from gateway.fairness import KvTokenIterations, Release, Spent, Task, TaskId
 from gateway.feedback import AgentRecord
 from gateway.leaving import Client
+from gateway.observer import RequestSpan
 from gateway.parts import Parts
 from gateway.release import Turn
 from gateway.sse import UsageFilter
@@ -41,7 +42,8 @@ _EVENTS = "text/event-stream"
 @dataclass(frozen=True, slots=True)
 class TaskRequest:
     """One task as it came. headers: by lower-case name. arrived_s: on the monotonic clock. final: the client says that it is
-    its agent's last. answer_id: by which the engine is to keep its answer, where it keeps any."""
+    its agent's last. span: told of what becomes of it. answer_id: by which the engine is to keep its answer, where it keeps
+    any."""
 
     id: TaskId
     body: Body
@@ -49,6 +51,7 @@ class TaskRequest:
     record: AgentRecord
     arrived_s: float
     final: bool
+    span: RequestSpan
     answer_id: str | None = None
 
 
@@ -98,9 +101,11 @@ class Relay:
                 try:
                     return await self._exchange(release, send)
                 except EngineLost as lost:
+                    self._request.span.engine_lost()
                     self._parts.engine_lost_a_task()
                     if self._started or not turn.requeue(sent=not isinstance(lost, EngineUnreachable)):
                         raise
+                    self._request.span.queued()
                     self._released_at, self._goes_on = None, False
         except GatewayError as error:
             self._outcome = error.outcome
@@ -134,6 +139,7 @@ class Relay:
         except Exception:
             parts.feedback.withdrawn(request.record)
             raise
+        request.span.queued()
         parts.feedback.accepted(request.record, estimate, final=request.final)
         return turn
 
@@ -141,6 +147,7 @@ class Relay:
         agent = self._parts.queue.agents[release.task.agent_id]
         self._released_at = self._parts.engine.iterations
         self._parts.feedback.released(self._request.record, agent.predicted)
+        self._request.span.released(agent.finish_tag)
         self._own_headers = ascii_headers(
             {
                 "x-agent-id": self._request.record.name,
@@ -160,6 +167,7 @@ class Relay:
             headers = {**headers, PRIORITY_HEADER: str(hints.tag)}
         body = request.body.for_engine(hints, request.answer_id)
         asked_s = time.monotonic()
+        request.span.asks_engine(headers)
         async with client.ask("POST", request.body.endpoint.path, body, headers) as answer:
             self._engine_s += time.monotonic() - asked_s
             if answer.status >= 500 and await client.health() is not Health.UP:
@@ -194,7 +202,7 @@ class Relay:
                         if data.startswith(dialect.fails) and await self._parts.client.health() is not Health.UP:
                             raise EngineLost("the engine died")
                         await self._start(answer, send)
-                        self._parts.metrics.first_token(clock() - self._request.arrived_s)
+                        self._request.span.first_token()
                     await send(answers.body(data, more=True))
                 since_s = clock()
         finally:
@@ -207,15 +215,17 @@ class Relay:
 
     async def _start(self, answer: Answer, send: Send, *, length: int | None = None) -> None:
         self._started = True
-        headers = [*self._own_headers, *answer.headers]
+        self._request.span.answered(answer.status)
+        headers = [self._request.span.header, *self._own_headers, *answer.headers]
         await send(answers.start(answer.status, answer.content_type, headers, length))
 
     async def _send_error(self, error: GatewayError, send: Send) -> None:
-        dialect = self._request.body.endpoint.dialect
+        dialect, span = self._request.body.endpoint.dialect, self._request.span
+        span.failed(error)
         if self._started:
             await send(answers.body(dialect.error_event(error), more=False))
         else:
-            await answers.send_error(error, dialect, send, self._own_headers)
+            await answers.send_error(error, dialect, send, [span.header, *self._own_headers])
 
     async def _follow(self) -> None:
         """The engine goes on with what nobody waits for: it holds its memory until it is done."""
@@ -231,11 +241,25 @@ class Relay:
 
     def _settle(self) -> None:
         """Charge what was used and say how it went. Awaits nothing."""
+        ended_s = time.monotonic()
+        cost = None
+        try:
+            if self._turn is not None and self._estimate is not None:
+                cost = self._charge(self._turn, self._estimate)
+        finally:
+            self._request.span.ended(
+                self._outcome,
+                at_s=ended_s,
+                queue_s=None if self._turn is None else self._turn.queued_s,
+                engine_s=self._engine_s,
+                usage=self._usage,
+                predicted_cost=None if self._estimate is None else self._estimate.cost,
+                observed_cost=cost,
+            )
+
+    def _charge(self, turn: Turn, estimate: Estimate) -> float:
+        """What the task cost, in token·iterations."""
         request, parts = self._request, self._parts
-        ended_s = time.monotonic() - request.arrived_s
-        parts.metrics.request_ended(request.body.endpoint.path, self._outcome, ended_s)
-        if self._turn is None or self._estimate is None:
-            return
         agent = parts.queue.agents[request.record.id]
         finished = None
         try:
@@ -244,24 +268,22 @@ class Relay:
                 if parts.keep_text:
                     system, text = texts_of(request.body)
                     finished = msgspec.structs.replace(finished, prompt=text, system=system)
-                finished = parts.feedback.placed(request.record, finished, request.arrived_s, self._estimate.row)
-                arrived = max(0.0, agent.arrived - self._estimate.cost + finished.cost)
+                finished = parts.feedback.placed(request.record, finished, request.arrived_s, estimate.row)
+                arrived = max(0.0, agent.arrived - estimate.cost + finished.cost)
                 spent = Spent(KvTokenIterations(finished.cost), finished.prompt_tokens, finished.decode_tokens)
                 total: float = agent.predicted
                 if arrived > total:  # else it stands
                     total = estimate_agent(parts.predictor, request.record.progress(arrived))
-                self._turn.complete(spent, total)
+                turn.complete(spent, total)
             else:
-                self._turn.cancel(Spent(KvTokenIterations(self._cost_held(self._estimate))))
+                spent = Spent(KvTokenIterations(self._cost_held(estimate)))
+                turn.cancel(spent)
         finally:
-            self._turn.cancel(
-                Spent(KvTokenIterations(0.0))
-            )  # does nothing, unless the queue has refused what came before
+            turn.cancel(Spent(KvTokenIterations(0.0)))  # does nothing, unless the queue has refused what came before
             told_later = parts.engine.counts_held and request.body.endpoint.xargs
             parts.feedback.ended(request.record, finished, request.id if told_later else None)
-        parts.metrics.left_queue(self._outcome, self._turn.queued_s)
-        if self._outcome is Outcome.COMPLETED:
-            parts.metrics.overhead(ended_s - self._turn.queued_s - self._engine_s)
+        parts.metrics.left_queue(self._outcome, turn.queued_s)
+        return spent.cost
 
     def _cost_held(self, estimate: Estimate) -> float:
         """Of a task that was broken off, in token·iterations: by its usage so far, if it was told; else by the engine's last

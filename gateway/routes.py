@@ -22,6 +22,7 @@ from gateway.errors import GatewayError, InvalidRequest, Outcome
 from gateway.fairness import TaskId
 from gateway.identify import DEFAULT_TENANT, identify
 from gateway.intake import ClientGone, headers_of, read_body
+from gateway.observer import RequestSpan
 from gateway.parts import Parts
 from gateway.passing import passing_routes
 from gateway.relay import Relay, TaskRequest
@@ -46,17 +47,25 @@ class TaskRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_s = time.monotonic()
+        headers = headers_of(scope)
+        span = self._parts.observer.begins("POST", self._endpoint.path, headers, scope["headers"], arrived_s)
         try:
-            request = await self._request(headers_of(scope), receive, arrived_s)
+            request = await self._request(headers, receive, arrived_s, span)
         except GatewayError as error:
-            self._never_a_task(error.outcome, arrived_s)
-            await send_error(error, self._endpoint.dialect, send)
+            span.failed(error)
+            span.ended(error.outcome)
+            await send_error(error, self._endpoint.dialect, send, [span.header])
         except ClientGone:
-            self._never_a_task(Outcome.CANCELLED, arrived_s)
+            span.ended(Outcome.CANCELLED)
+        except BaseException:
+            span.ended(Outcome.FAILED)
+            raise
         else:
             await Relay(self._parts, request).serve(receive, send)
 
-    async def _request(self, headers: dict[str, str], receive: Receive, arrived_s: float) -> TaskRequest:
+    async def _request(
+        self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan
+    ) -> TaskRequest:
         """Raises `GatewayError`, or `ClientGone`."""
         parts, tenant = self._parts, DEFAULT_TENANT
         body = parse_body(await read_body(receive, headers, self._max_body_bytes), self._endpoint)
@@ -68,11 +77,9 @@ class TaskRoute:
         name = identity.name or f"task-{task_id}"
         root = parts.roots.fold(tenant, name, identity.parent)
         record = parts.feedback.arrived(tenant, root, identity)
+        span.identified(record, task_id, body)
         final = identity.name is None or (identity.final and root == name)
-        return TaskRequest(task_id, body, headers, record, arrived_s, final, answer_id(tenant) if keeps else None)
-
-    def _never_a_task(self, outcome: Outcome, arrived_s: float) -> None:
-        self._parts.metrics.request_ended(self._endpoint.path, outcome, time.monotonic() - arrived_s)
+        return TaskRequest(task_id, body, headers, record, arrived_s, final, span, answer_id(tenant) if keeps else None)
 
 
 def _must_own(tenant: str, body: Body) -> None:

@@ -166,6 +166,17 @@ class GatewaySettings(StateSettings):
         description="Finished agents after which a new model is trained; for the first time after 100, if that is less.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
+    log_format: Literal["text", "json"] = Field("text", description="How it is logged, on standard error.")
+    request_log: str = Field(
+        "-",
+        description="Where each request is logged when it has ended, as a line of JSON: `-` for standard output, `none`, or a"
+        " path.",
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="OpenTelemetry collector to which requests are sent as traces: http://host:4318 (OTLP over HTTP). Default:"
+        " `$OTEL_EXPORTER_OTLP_ENDPOINT`, and no traces without it. Needs the extra `otel`.",
+    )
 
     @field_validator("engine")
     @classmethod
@@ -173,6 +184,13 @@ class GatewaySettings(StateSettings):
         if url and not url.startswith(("http://", "https://", "unix:/")):
             raise ValueError("must begin with http://, https:// or unix:/")
         return url.rstrip("/")
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _otlp_url(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError("must begin with http:// or https://")
+        return url
 
 
 def _split(value: object) -> object:
