@@ -16,6 +16,8 @@ from rich.console import Console
 
 from engine import tiny_model
 from engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState
+from gateway.keys import KeysError
+from gateway.keys_command import run_keys
 from gateway.learning.command import ExportSettings, run_export, run_predictor
 from gateway.logs import LoggedText, set_up_logs
 from gateway.observer import NoOpenTelemetry
@@ -31,6 +33,7 @@ usage: justitia COMMAND [OPTIONS]
   demo       a mix of agents before a real engine, once as fcfs and once as justitia, and what changed
   replay     agents through any policy and vLLM's own scheduler on a virtual clock: no GPU, no waiting
   predictor  the models that say what agents will cost: list, show, promote, rollback, train, evaluate
+  keys       who may come in, as which tenant: add, list, revoke
   export     the agents that a gateway has served, as a trace for replay
   version    print the version
 
@@ -39,8 +42,8 @@ usage: justitia COMMAND [OPTIONS]
 
 STOP_GRACE_S = 20.0
 
-# What keeps a gateway from starting, in a line.
-CANNOT_START = (PortTaken, RequestLogError, NoOpenTelemetry)
+# What keeps a gateway from starting, and is told in a line.
+CANNOT_START = (PortTaken, KeysError, RequestLogError, NoOpenTelemetry)
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -53,6 +56,7 @@ def main() -> None:
         "demo": _demo,
         "replay": _replay,
         "predictor": run_predictor,
+        "keys": run_keys,
         "export": _export,
         "version": lambda arguments: print(distribution_version("justitia")) or 0,
     }
@@ -99,7 +103,7 @@ async def _gateway(settings: GatewaySettings) -> int:
     try:
         gateway = await start_gateway(settings)
     except CANNOT_START as error:
-        console.print(f"justitia gateway: {error}")
+        console.print(f"justitia gateway: {error}", markup=False)
         return 1
     gateway.stop_on_signals()
     console.print(f"justitia listens on {gateway.url}, in front of {settings.engine}")
@@ -133,7 +137,7 @@ async def _serve(settings: ServeSettings) -> int:
         try:
             gateway = await start_gateway(settings.model_copy(update={"engine": spec.url, "link": link}))
         except CANNOT_START as error:
-            console.print(f"justitia serve: {error}")
+            console.print(f"justitia serve: {error}", markup=False)
             return 1
         gateway.stop_on_signals()
         logging.getLogger("engine.launcher").setLevel(logging.WARNING)  # said on the console

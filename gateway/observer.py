@@ -20,8 +20,8 @@ from gateway.body import Body
 from gateway.endpoints import COMPLETIONS, ENDPOINTS
 from gateway.errors import GatewayError, Outcome
 from gateway.fairness import TaskId
-from gateway.feedback import AgentRecord
 from gateway.metrics import Metrics
+from gateway.record import AgentRecord
 from gateway.request_log import Line, RequestLog
 from gateway.trace_context import take_trace_context
 from gateway.usage import Usage
@@ -53,10 +53,10 @@ class NoOpenTelemetry(Exception):
 
 
 class Observer:
-    """log, tracing: None where nobody wants them."""
+    """tracing, log: None where nobody wants them."""
 
-    def __init__(self, metrics: Metrics, log: RequestLog | None = None, tracing: Tracing | None = None) -> None:
-        self.metrics, self.log, self.tracing = metrics, log, tracing
+    def __init__(self, metrics: Metrics, tracing: Tracing | None = None, log: RequestLog | None = None) -> None:
+        self.metrics, self.tracing, self.log = metrics, tracing, log
 
     def begins(
         self, method: str, endpoint: str, headers: dict[str, str], raw: list[tuple[bytes, bytes]], arrived_s: float
@@ -114,11 +114,14 @@ class RequestSpan:
     def request_id(self) -> str:
         return self._line.request_id
 
+    def authenticated(self, tenant: str) -> None:
+        self._line.tenant = tenant
+
     def identified(self, record: AgentRecord, task_id: TaskId, body: Body) -> None:
         """It is a task, of this agent."""
         line, self._record = self._line, record
         self._operation = _OPERATIONS[line.endpoint]
-        line.tenant, line.agent, line.source = record.tenant, record.name, record.source
+        line.agent, line.source = record.name, record.source
         line.task, line.model, line.streaming = str(task_id), _model_of(body), body.stream
 
     def queued(self) -> None:
@@ -222,6 +225,7 @@ class RequestSpan:
             "http.response.status_code": line.status,
             "justitia.request_id": line.request_id,
             "justitia.outcome": line.outcome,
+            "justitia.tenant": line.tenant,
         }
         if self._operation is not None:
             told |= {
@@ -232,7 +236,6 @@ class RequestSpan:
                 "gen_ai.usage.input_tokens": line.prompt_tokens,
                 "gen_ai.usage.cache_read.input_tokens": line.cached_tokens,
                 "gen_ai.usage.output_tokens": line.completion_tokens,
-                "justitia.tenant": line.tenant,
                 "justitia.agent_class": line.agent_class,
                 "justitia.agent_source": line.source,
                 "justitia.task": line.task,

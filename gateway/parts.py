@@ -16,6 +16,8 @@ from gateway.learning.serving import Learning
 from gateway.metrics import Metrics
 from gateway.observer import Observer
 from gateway.release import Dispatcher
+from gateway.state import Journal
+from gateway.tenants import Tenants
 from predictor.types import Predictor
 
 
@@ -28,8 +30,10 @@ class Parts:
     dispatcher: Dispatcher
     engine: EngineView
     client: EngineClient
+    tenants: Tenants
     predictor: Predictor
     feedback: Feedback
+    journal: Journal
     metrics: Metrics
     observer: Observer
     accuracy: Accuracy

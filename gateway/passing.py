@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
 
@@ -14,11 +15,12 @@ from gateway.background import owns
 from gateway.dialects import ANTHROPIC, OPENAI, Dialect
 from gateway.engine_client import EngineUnreachable
 from gateway.errors import EngineLost, GatewayError, NoEngine, NotFound, Outcome, QueueFull, outcome_of
-from gateway.identify import DEFAULT_TENANT
 from gateway.intake import ClientGone, headers_of, read_body
 from gateway.leaving import Client
 from gateway.observer import RequestSpan
 from gateway.parts import Parts
+
+logger = logging.getLogger(__name__)
 
 # At once. They cost the engine's front-end some work.
 MAX_AT_ONCE = 256
@@ -77,13 +79,20 @@ class Passing:
             outcome = await self._serve(scope, headers, receive, send, span)
         except GatewayError as error:
             outcome = error.outcome
-            span.failed(error)
-            await answers.send_error(error, passed.dialect, send, [span.header])
+            await self._refuse(error, span, send)
         except ClientGone:
             pass
+        except Exception:
+            logger.exception("a request failed")
+            outcome = Outcome.FAILED
+            await self._refuse(GatewayError("internal error"), span, send)
         finally:
             self._at_once.requests -= 1
             span.ended(outcome)
+
+    async def _refuse(self, error: GatewayError, span: RequestSpan, send: Send) -> None:
+        span.failed(error)
+        await answers.send_error(error, self._passed.dialect, send, [span.header])
 
     async def _serve(
         self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send, span: RequestSpan
@@ -91,10 +100,11 @@ class Passing:
         """Raises `GatewayError`, and `ClientGone`."""
         if self._at_once.requests > MAX_AT_ONCE:
             raise QueueFull(f"{MAX_AT_ONCE} requests of such a kind are being served already", retry_after_s=1)
-        tenant = DEFAULT_TENANT
+        tenant = self._parts.tenants.authenticate(headers)
+        span.authenticated(tenant.name)
         path = self._passed.path
-        if (answer_id := scope["path_params"].get("id")) is not None:
-            if not owns(tenant, answer_id):
+        if (answer_id := scope.get("path_params", {}).get("id")) is not None:
+            if not owns(tenant.name, answer_id):
                 raise NotFound(f"no response {answer_id[:80]!r} is kept")
             path = path.format(id=answer_id)
         if query := scope["query_string"]:
@@ -113,20 +123,19 @@ class Passing:
     async def _relay(
         self, path: str, body: bytes, headers: dict[str, str], client: Client, span: RequestSpan
     ) -> Outcome:
-        started = False
         span.asks_engine(headers)
         try:
-            async with self._parts.client.ask(self._passed.method, path, body, headers) as answer:
-                span.answered(answer.status)
-                await client.send(answers.start(answer.status, answer.content_type, [span.header, *answer.headers]))
-                started = True
-                async for chunk in answer.chunks():
-                    await client.send(answers.body(chunk, more=True))
-                await client.send(answers.body(b"", more=False))
-                return outcome_of(answer.status)
+            answer = await self._parts.client.ask(self._passed.method, path, body, headers)
         except EngineUnreachable as error:
             raise NoEngine(error.message, retry_after_s=5) from error
+        try:
+            span.answered(answer.status)
+            await client.send(answers.start(answer.status, answer.content_type, [span.header, *answer.headers]))
+            while chunk := await answer.read_some():
+                await client.send(answers.body(chunk, more=True))
+            await client.send(answers.body(b"", more=False))
         except EngineLost:
-            if not started:
-                raise
             return Outcome.FAILED  # the connection is closed in the middle of the answer, which says it all
+        finally:
+            answer.close()
+        return outcome_of(answer.status)

@@ -25,12 +25,14 @@ from gateway.engine_client import Answer, EngineUnreachable, Health
 from gateway.errors import EngineLost, GatewayError, Outcome, ShuttingDown, outcome_of
 from gateway.estimate import Estimate, estimate_agent, estimate_arrival
 from gateway.fairness import KvTokenIterations, Release, Spent, Task, TaskId
-from gateway.feedback import AgentRecord
 from gateway.leaving import Client
 from gateway.observer import RequestSpan
 from gateway.parts import Parts
+from gateway.record import AgentRecord
 from gateway.release import Turn
 from gateway.sse import UsageFilter
+from gateway.state import TenantUsage
+from gateway.tenants import Tenant
 from gateway.usage import Usage, finished_task, parse_usage
 from predictor.cost import task_cost
 
@@ -41,14 +43,16 @@ _EVENTS = "text/event-stream"
 
 @dataclass(frozen=True, slots=True)
 class TaskRequest:
-    """One task as it came. headers: by lower-case name. arrived_s: on the monotonic clock. final: the client says that it is
-    its agent's last. span: told of what becomes of it. answer_id: by which the engine is to keep its answer, where it keeps
-    any."""
+    """One task as it came. headers: by lower-case name. weight: of its agent. arrived_s: on the monotonic clock. final: the
+    client says that it is its agent's last. span: told of what becomes of it. answer_id: by which the engine is to keep its
+    answer, where it keeps any."""
 
     id: TaskId
     body: Body
     headers: dict[str, str]
+    tenant: Tenant
     record: AgentRecord
+    weight: float
     arrived_s: float
     final: bool
     span: RequestSpan
@@ -72,6 +76,8 @@ class Relay:
         self._released_at: float | None = None  # on the service clock
         self._started = False  # bytes have left for the client
         self._goes_on = False  # at the engine, whatever becomes of the client
+        self._charged = False
+        self._cost: float | None = None  # in token·iterations, once it is charged
         self._engine_s = 0.0  # spent waiting for the engine
 
     async def serve(self, receive: Receive, send: Send) -> None:
@@ -96,10 +102,11 @@ class Relay:
         try:
             turn = self._turn = self._enqueue()
             while True:
-                release = await turn.wait(self._parts.max_queue_s)
+                release = await turn.wait(self._request.tenant.settings.max_queue_s or self._parts.max_queue_s)
                 self._note_release(release, turn)
                 try:
-                    return await self._exchange(release, send)
+                    with turn.at_engine():
+                        return await self._exchange(release, send)
                 except EngineLost as lost:
                     self._request.span.engine_lost()
                     self._parts.engine_lost_a_task()
@@ -109,6 +116,8 @@ class Relay:
                     self._released_at, self._goes_on = None, False
         except GatewayError as error:
             self._outcome = error.outcome
+            if error.reason is not None:
+                self._parts.metrics.rejected(self._request.tenant.name, error.reason)
             await self._send_error(error, send)
         except Exception:
             logger.exception("a task failed")
@@ -135,7 +144,9 @@ class Relay:
             request.body.sequences,
         )
         try:
-            turn = parts.dispatcher.submit(task, estimate.agent.cost)
+            turn = parts.dispatcher.submit(
+                task, estimate.agent.cost, request.tenant, weight=request.weight, body_bytes=request.body.size
+            )
         except Exception:
             parts.feedback.withdrawn(request.record)
             raise
@@ -162,13 +173,13 @@ class Relay:
         """Raises `EngineLost` if the engine breaks off; nothing may have been sent by then."""
         request, client = self._request, self._parts.client
         hints = Hints(to_tag(release.rank), release.task.agent_id, release.task.id)
-        headers = request.headers
-        if not request.body.endpoint.priority:
-            headers = {**headers, PRIORITY_HEADER: str(hints.tag)}
+        endpoint = request.body.endpoint
+        own = None if endpoint.priority else {PRIORITY_HEADER: str(hints.tag)}
         body = request.body.for_engine(hints, request.answer_id)
         asked_s = time.monotonic()
-        request.span.asks_engine(headers)
-        async with client.ask("POST", request.body.endpoint.path, body, headers) as answer:
+        request.span.asks_engine(request.headers)
+        answer = await client.ask("POST", endpoint.path, body, request.headers, own)
+        try:
             self._engine_s += time.monotonic() - asked_s
             if answer.status >= 500 and await client.health() is not Health.UP:
                 raise EngineLost("the engine died")
@@ -176,6 +187,8 @@ class Relay:
                 await self._relay_events(answer, send)
             else:
                 await self._relay_whole(answer, send)
+        finally:
+            answer.close()
 
     async def _relay_whole(self, answer: Answer, send: Send) -> None:
         asked_s = time.monotonic()
@@ -184,6 +197,8 @@ class Relay:
         self._usage = parse_usage(data) if answer.status == 200 else None
         self._goes_on = self._request.body.background and answer.status == 200 and unfinished(data)
         self._outcome = outcome_of(answer.status)
+        if not self._goes_on:
+            self._charge()
         await self._start(answer, send, length=len(data))
         await send(answers.body(data, more=False))
 
@@ -195,7 +210,7 @@ class Relay:
         clock = time.monotonic
         since_s = clock()
         try:
-            async for chunk in answer.chunks():
+            while chunk := await answer.read_some():
                 self._engine_s += clock() - since_s
                 if data := events.feed(chunk):
                     if not self._started:
@@ -203,15 +218,21 @@ class Relay:
                             raise EngineLost("the engine died")
                         await self._start(answer, send)
                         self._request.span.first_token()
+                    if events.done:
+                        self._note_end(events)
                     await send(answers.body(data, more=True))
                 since_s = clock()
         finally:
             self._usage, self._events = events.usage, events.events
         if not events.done:
             raise EngineLost("the engine broke off its answer")
+        await send(answers.body(b"", more=False))
+
+    def _note_end(self, events: UsageFilter) -> None:
+        self._usage, self._events = events.usage, events.events
         self._goes_on = False
         self._outcome = Outcome.COMPLETED if self._usage is not None else Outcome.FAILED  # it ended with an error event
-        await send(answers.body(b"", more=False))
+        self._charge()
 
     async def _start(self, answer: Answer, send: Send, *, length: int | None = None) -> None:
         self._started = True
@@ -240,50 +261,57 @@ class Relay:
             self._settle()
 
     def _settle(self) -> None:
-        """Charge what was used and say how it went. Awaits nothing."""
+        """Charge what was used, if that has not been done, and say how it went. Awaits nothing."""
         ended_s = time.monotonic()
-        cost = None
         try:
-            if self._turn is not None and self._estimate is not None:
-                cost = self._charge(self._turn, self._estimate)
+            self._charge()
         finally:
+            queue_s = None if self._turn is None else self._turn.queued_s
+            if queue_s is not None:
+                self._parts.metrics.left_queue(self._outcome, queue_s)
             self._request.span.ended(
                 self._outcome,
                 at_s=ended_s,
-                queue_s=None if self._turn is None else self._turn.queued_s,
+                queue_s=queue_s,
                 engine_s=self._engine_s,
                 usage=self._usage,
                 predicted_cost=None if self._estimate is None else self._estimate.cost,
-                observed_cost=cost,
+                observed_cost=self._cost,
             )
 
-    def _charge(self, turn: Turn, estimate: Estimate) -> float:
-        """What the task cost, in token·iterations."""
+    def _charge(self) -> None:
+        """Settle the turn, with what was used, once. Awaits nothing. Of an answer it is done before its end is sent: what a
+        client has seen the end of is in the journal."""
+        if self._turn is None or self._estimate is None or self._charged:
+            return
+        self._charged = True
         request, parts = self._request, self._parts
         agent = parts.queue.agents[request.record.id]
-        finished = None
+        finished, cost = None, 0.0
         try:
             if self._usage is not None and self._outcome is Outcome.COMPLETED:
                 finished = finished_task(self._usage, request.body, parts.engine.held_by(request.id))
                 if parts.keep_text:
                     system, text = texts_of(request.body)
                     finished = msgspec.structs.replace(finished, prompt=text, system=system)
-                finished = parts.feedback.placed(request.record, finished, request.arrived_s, estimate.row)
-                arrived = max(0.0, agent.arrived - estimate.cost + finished.cost)
-                spent = Spent(KvTokenIterations(finished.cost), finished.prompt_tokens, finished.decode_tokens)
+                finished = parts.feedback.placed(request.record, finished, request.arrived_s, self._estimate.row)
+                cost = finished.cost
+                arrived = max(0.0, agent.arrived - self._estimate.cost + cost)
+                spent = Spent(KvTokenIterations(cost), finished.prompt_tokens, finished.decode_tokens)
                 total: float = agent.predicted
                 if arrived > total:  # else it stands
                     total = estimate_agent(parts.predictor, request.record.progress(arrived))
-                turn.complete(spent, total)
+                self._turn.complete(spent, total)
             else:
-                spent = Spent(KvTokenIterations(self._cost_held(estimate)))
-                turn.cancel(spent)
+                cost = self._cost_held(self._estimate)
+                self._turn.cancel(Spent(KvTokenIterations(cost)))
         finally:
-            turn.cancel(Spent(KvTokenIterations(0.0)))  # does nothing, unless the queue has refused what came before
+            self._turn.cancel(
+                Spent(KvTokenIterations(0.0))
+            )  # does nothing, unless the queue has refused what came before
+            self._cost = cost
             told_later = parts.engine.counts_held and request.body.endpoint.xargs
-            parts.feedback.ended(request.record, finished, request.id if told_later else None)
-        parts.metrics.left_queue(self._outcome, turn.queued_s)
-        return spent.cost
+            parts.feedback.ended(request.record, finished, request.id if told_later else None, _used(self._usage, cost))
 
     def _cost_held(self, estimate: Estimate) -> float:
         """Of a task that was broken off, in token·iterations: by its usage so far, if it was told; else by the engine's last
@@ -303,3 +331,9 @@ class Relay:
             return 0.0
         iterations = self._parts.engine.iterations - self._released_at
         return min(estimate.cost, sequences * task_cost(prompt_tokens, iterations))
+
+
+def _used(usage: Usage | None, cost: float) -> TenantUsage:
+    if usage is None:
+        return TenantUsage(requests=1, kv_cost=cost)
+    return TenantUsage(1, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, cost)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -28,6 +30,8 @@ from pydantic_settings import (
 PREFIX = "JUSTITIA_"
 OTHER_PREFIXES = ("JUSTITIA_DEMO_", "JUSTITIA_REPLAY_", "JUSTITIA_EVALUATE_")
 PolicyName = Literal["justitia", "fcfs", "agent-fcfs", "vtc", "las", "sjf", "srjf"]
+TENANT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+TenantName = Annotated[str, StringConstraints(pattern=TENANT_NAME)]
 
 
 def _state_home() -> Path:
@@ -72,6 +76,11 @@ class StateSettings(BaseSettings):
         description="Directory of the predictor's models; default: `models` beside the state's file, or in"
         " `$XDG_STATE_HOME/justitia` with Redis; none with `memory:`.",
     )
+    journal: Path | None = Field(
+        None,
+        description="Directory of what the state does not have yet; default: `journal` beside the state's file, or in"
+        " `$XDG_STATE_HOME/justitia` with Redis; none with `memory:`.",
+    )
     train_limit_s: float = Field(900, gt=0, description="Seconds that a training may take; then it is ended.")
     train_memory_mib: int = Field(2048, ge=512, description="Memory that a training may take, in MiB.")
 
@@ -91,6 +100,19 @@ class StateSettings(BaseSettings):
         if self.state.startswith("sqlite:///"):
             return Path(self.state.removeprefix("sqlite:///")).expanduser().parent / "models"
         return _state_home() / "models"
+
+    @property
+    def journal_directory(self) -> Path | None:
+        """Of this state only: what one has not taken is not for another."""
+        if self.state == "memory:":
+            return None
+        if self.state.startswith("sqlite:///"):
+            path = Path(self.state.removeprefix("sqlite:///")).expanduser()
+            return (self.journal or path.parent / "journal").expanduser() / path.name
+        # A password may change.
+        url = urlsplit(self.state)
+        name = f"{url.hostname or ''}-{url.port or ''}{url.path}-{url.query if url.scheme == 'unix' else ''}"
+        return (self.journal or _state_home() / "journal").expanduser() / re.sub(r"[^\w.]+", "-", name).strip("-")
 
     @classmethod
     def settings_customise_sources(
@@ -119,7 +141,49 @@ class _SharedFile(TomlConfigSettingsSource):
         return {name: value for name, value in super().__call__().items() if name not in others}
 
 
-class GatewaySettings(StateSettings):
+class TenantSettings(BaseModel):
+    """What a tenant may have. The defaults mean no limit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight: float = Field(1.0, gt=0, le=1e6, allow_inf_nan=False, description="Share among tenants.")
+    max_tasks: int | None = Field(None, ge=1, description="Tasks at once, waiting and in flight.")
+    max_waiting: int | None = Field(None, ge=1, description="Tasks that may wait.")
+    max_waiting_mib: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Bodies of the tasks that wait, together, in MiB."
+    )
+    max_queue_s: float | None = Field(
+        None, gt=0, description="Seconds a task may wait in the queue; default: the gateway's."
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, le=10**12, description="Tokens a minute, of prompts and answers; cached ones are not counted."
+    )
+    kv_per_day: float | None = Field(None, gt=0, allow_inf_nan=False, description="KV token·iterations a day, in UTC.")
+    max_agent_weight: float = Field(
+        1.0, gt=0, le=1e6, allow_inf_nan=False, description="Largest `X-Agent-Weight` that its clients may set."
+    )
+    admin: bool = Field(False, description="Its keys may see the use, and see and end the agents, of all tenants.")
+
+
+class KeysSettings(StateSettings):
+    """What the gateway shares with `justitia keys`."""
+
+    keys: Path | None = Field(
+        None,
+        description="File of the API keys (`justitia keys`); default: `keys.json` beside the state's file, or in"
+        " `$XDG_STATE_HOME/justitia` with Redis or `memory:`.",
+    )
+
+    @property
+    def keys_file(self) -> Path:
+        if self.keys is not None:
+            return self.keys.expanduser()
+        if self.state.startswith("sqlite:///"):
+            return Path(self.state.removeprefix("sqlite:///")).expanduser().parent / "keys.json"
+        return _state_home() / "keys.json"
+
+
+class GatewaySettings(KeysSettings):
     """`justitia gateway`: the gateway alone, before an engine that is already there."""
 
     engine: str = Field("", description="The engine: http://host:port, or unix:/path/to/socket.")
@@ -148,9 +212,13 @@ class GatewaySettings(StateSettings):
         None, ge=1, description="KV cache of the engine in tokens; default: what the engine says."
     )
     max_waiting: int = Field(10_000, ge=1, description="Tasks that may wait in the queue; more are refused with 429.")
+    max_waiting_mib: float = Field(
+        1024, gt=0, allow_inf_nan=False, description="Bodies of the tasks that wait, together, in MiB."
+    )
     max_queue_s: float = Field(
         600, gt=0, description="Seconds a task may wait in the queue; then it is answered with 504."
     )
+    tenants: dict[TenantName, TenantSettings] = Field({}, description="What each tenant may have, by its name.")
     max_body_mib: float = Field(64, gt=0, description="Largest body of a request, in MiB.")
     agent_idle_s: float = Field(300, gt=0, description="Seconds without a task after which an agent counts as ended.")
     drain_s: float = Field(30, ge=0, description="Seconds that tasks in flight are given when the gateway stops.")

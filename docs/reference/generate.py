@@ -7,8 +7,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from gateway.errors import GatewayError, Outcome
-from gateway.metrics import Metrics
+from gateway.errors import GatewayError, Outcome, Reason
+from gateway.metrics import MAX_CLASSES, MAX_TENANTS, Metrics
 from gateway.settings import PREFIX, GatewaySettings, ServeSettings
 
 HERE = Path(__file__).resolve().parent
@@ -50,13 +50,20 @@ def settings_page() -> str:
 def _default(name: str, default: Any, made: bool) -> str:
     if made:
         return {"state": "`sqlite:///…/state.db` in `$XDG_STATE_HOME/justitia`"}[name]
-    return "" if default in (None, "", ()) else f"`{default}`"
+    return "" if default in (None, "", (), {}) else f"`{default}`"
 
 
 def metrics_page() -> str:
     registry = CollectorRegistry()
     Metrics(registry, version="", policy="")
-    lines = [NOTE, "# Metrics", "", "Labels with a class hold at most 1,000 classes; later ones are `other`.", ""]
+    lines = [
+        NOTE,
+        "# Metrics",
+        "",
+        f"Labels with a class hold at most {MAX_CLASSES:,} classes, those with a tenant {MAX_TENANTS:,} tenants; later ones",
+        "are `other`. Without keys there is one tenant, `default`.",
+        "",
+    ]
     lines += ["| name | kind | labels | |", "|---|---|---|---|"]
     collectors = registry._collector_to_names  # the only list of collectors with their labels
     for collector in collectors:
@@ -84,7 +91,8 @@ def errors_page() -> str:
         f"| {error.status} | `{error.code}` | `{error.type}` | `{error.outcome}` |"
         for error in sorted(GatewayError.__subclasses__(), key=lambda error: (error.status, error.code))
     ]
-    lines += ["", "Outcomes, as the label of metrics: " + ", ".join(f"`{outcome}`" for outcome in Outcome) + ".", ""]
+    lines += ["", "Outcomes, as the label of metrics: " + ", ".join(f"`{outcome}`" for outcome in Outcome) + "."]
+    lines += ["", "Reasons of rejections, likewise: " + ", ".join(f"`{reason}`" for reason in Reason) + ".", ""]
     return "\n".join(lines)
 
 

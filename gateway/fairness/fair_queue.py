@@ -26,6 +26,7 @@ from gateway.fairness.types import (
     ReleaseLimits,
     Reservation,
     Spent,
+    Standing,
     Task,
     TaskId,
     Tenant,
@@ -97,6 +98,23 @@ class FairQueue:
                 turns.append((tag, tenant.seq, place, agent))
         return (agent for *_, agent in sorted(turns, key=lambda turn: turn[:3]))
 
+    def standing(self, agent_id: AgentId) -> Standing:
+        """What `restore` needs, as of the last call that took `now`. Raises `KeyError` for an agent that is not here."""
+        agent = self._agents[agent_id]
+        tenant, flights = agent.tenant.id, agent.in_flight.values()
+        backlog = self._reference.backlog_tag(tenant, agent_id) - agent.unfinished / agent.weight
+        idle_since = self._reference.virtual_time(tenant) if agent.busy else agent.idle_since
+        return Standing(
+            agent.weight,
+            agent.predicted,
+            KvTokenIterations(max(0.0, agent.arrived - agent.unfinished)),
+            VirtualTime(agent.start_tag - max(idle_since, backlog)),
+            agent.prompt_tokens - sum([flight.prompt_tokens for flight in flights]),
+            agent.output_tokens - sum([flight.output_tokens for flight in flights]),
+            agent.lift,
+            agent.forming,
+        )
+
     # The verbs
 
     def set_capacity(self, now: Iterations, tokens: float, served_tokens: float | None = None) -> None:
@@ -151,7 +169,44 @@ class FairQueue:
             self._policy.woke(agent, None if first is None else agent.tenant.order.place(first)[0])
         self._wait(agent, task)
         agent.arrived = KvTokenIterations(agent.arrived + task.cost)
+        agent.unfinished = KvTokenIterations(agent.unfinished + task.cost)
         self._settle_tag(agent, agent_cost)
+
+    def restore(
+        self,
+        now: Iterations,
+        agent_id: AgentId,
+        standing: Standing,
+        *,
+        tenant: TenantId = NO_TENANT,
+        tenant_weight: float = 1.0,
+    ) -> None:
+        """Put back an agent that was here before a restart. It is idle, as after a busy period, and F - V is what it was then.
+        Where several are put back, the one that came first goes first."""
+        weights_are_sound = 0 < standing.weight < math.inf and 0 < tenant_weight < math.inf
+        if agent_id in self._agents or not (weights_are_sound and _restorable(standing)):
+            raise QueueError(f"agent {agent_id!r} is here already, or was kept with what cannot be: {standing}")
+        self._reference.advance(now)
+        agent = Agent(
+            agent_id,
+            self._seq(),
+            self._tenant(tenant),
+            standing.weight,
+            standing.predicted,
+            arrived=standing.served,
+            released=standing.served,
+            attained=standing.served,
+            prompt_tokens=standing.prompt_tokens,
+            output_tokens=standing.output_tokens,
+            lift=standing.lift,
+            forming=standing.forming,
+        )
+        agent.tenant.weight = tenant_weight
+        self._reference.restore(agent.tenant.id, agent_id, standing.weight, tenant_weight)
+        agent.idle_since = self._reference.virtual_time(agent.tenant.id)
+        agent.start_tag = VirtualTime(agent.idle_since + standing.start_tag)
+        self._agents[agent_id] = agent
+        self._settle_tag(agent, standing.predicted)
 
     def release(self, now: Iterations, engine_waiting: int = 0) -> list[Release]:
         """The tasks to send to the engine now, in order. `engine_waiting`: tasks in the engine's own queue."""
@@ -415,6 +470,7 @@ class FairQueue:
         difference = KvTokenIterations(cost - task.cost)
         self._reference.correct(agent.tenant.id, agent.id, difference)
         agent.arrived = KvTokenIterations(max(0.0, agent.arrived + difference))
+        agent.unfinished = KvTokenIterations(agent.unfinished - task.cost if agent.busy else 0.0)
         self._settle_tag(agent, agent_cost)
         if not agent.busy:
             agent.idle_since = self._reference.virtual_time(agent.tenant.id)
@@ -474,6 +530,13 @@ class FairQueue:
         if len(self._tenants) == 1:
             return self._policy.rank(agent, flight.task)
         return flight.tenant_tag + max(0.0, agent.predicted - flight.agent_released) / agent.tenant.weight
+
+
+def _restorable(standing: Standing) -> bool:
+    amounts = (standing.predicted, standing.served, standing.prompt_tokens, standing.output_tokens)
+    return (
+        all(0 <= a < math.inf for a in amounts) and math.isfinite(standing.start_tag) and math.isfinite(standing.lift)
+    )
 
 
 def _left_to_release(agent: Agent) -> float:

@@ -208,6 +208,15 @@ class QueueMachine(RuleBasedStateMachine):
         if known is not None and not known.busy:
             self.queue.evict(self.now, AgentId(agent))
 
+    @rule(agent=agents)
+    def is_put_back(self, agent: str) -> None:
+        known = self.queue.agents.get(AgentId(agent))
+        if known is not None and not known.busy:
+            standing, tenant = self.queue.standing(known.id), known.tenant
+            self.queue.evict(self.now, known.id)
+            self.queue.restore(self.now, known.id, standing, tenant=tenant.id, tenant_weight=tenant.weight)
+            assert self.queue.agents[known.id].finish_tag >= self.queue.backlog_tag(known.id)
+
     @rule(capacity=st.just(0.0) | st.floats(1, 1000))
     def capacity_changes(self, capacity: float) -> None:
         self.capacity = capacity

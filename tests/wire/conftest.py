@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.fairness import AgentId
+from gateway.identify import Identity
 from gateway.parts import Parts
 from gateway.server import RunningGateway, start_gateway
 from gateway.settings import GatewaySettings
@@ -41,6 +43,11 @@ class GatewayUnderTest:
                 for task in tasks:
                     assert not task.done(), task.exception() or task.result().text
                 await asyncio.sleep(0.01)
+
+    def has_agent(self, tenant: str, name: str) -> None:
+        """A tenant has an agent, which has done nothing yet."""
+        identity = Identity(name, "x-agent-id", None, tenant, final=False)
+        self.parts.feedback.arrived(AgentId(f"{tenant}/{name}"), identity)
 
     def is_empty(self) -> bool:
         queue = self.parts.queue
