@@ -24,11 +24,16 @@ _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tup
 def set_up_logs(level: str, form: Literal["text", "json"] = "text") -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Json() if form == "json" else _Text(_TEXT))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(handlers=[handler], force=True)
     for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if level != "debug":  # the gateway says it itself, once
-        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+    set_log_level(level)
+
+
+def set_log_level(level: str) -> None:
+    logging.getLogger().setLevel(level.upper())
+    # That a collector is gone, the gateway says itself, once.
+    logging.getLogger("opentelemetry").setLevel(logging.NOTSET if level == "debug" else logging.CRITICAL)
 
 
 class _Text(logging.Formatter):

@@ -65,6 +65,11 @@ class Observer:
         engine: what must not is taken out, and what is missing put in. raw: as they came. arrived_s: on the monotonic clock."""
         return RequestSpan(self, method, endpoint, headers, raw, arrived_s)
 
+    def reopen(self) -> None:
+        """The request log's file, as after it was moved away."""
+        if self.log is not None:
+            self.log.reopen()
+
     async def close(self) -> None:
         if self.tracing is not None:
             await self.tracing.close()

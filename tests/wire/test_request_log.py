@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from gateway.bench.processes import free_port
+from gateway.keys import add_key
 from gateway.request_log import Line
 from tests.wire.conftest import StartGateway, running_gateway
 from tests.wire.scripted_engine import ScriptedEngine, push, wait_for_word
@@ -185,8 +186,26 @@ async def test_what_never_becomes_a_task(
     gateway = await start(request_log=str(log), max_body_mib=1)
     answer = await gateway.client.post("/v1/chat/completions", content=content, headers=headers)
     (row,) = await lines(1)
-    holds(row, status=status, outcome="invalid", error=error, tenant=None, agent=None, task=None, queue_ms=None)
+    holds(row, status=status, outcome="invalid", error=error, tenant="default", agent=None, task=None)
+    assert row["queue_ms"] is row["engine_ms"] is None
     assert answer.headers["x-request-id"] == row["request_id"]
+
+
+async def test_a_key_is_its_tenant_and_one_that_is_unknown_nobody(
+    start: StartGateway, log: Path, lines: Lines, tmp_path: Path
+) -> None:
+    _, secret = add_key(tmp_path / "keys.json", "red", "", datetime.now(UTC))
+    gateway = await start(request_log=str(log), keys=tmp_path / "keys.json")
+    for key in (secret, secret[:-1] + "_"):
+        headers = {"Authorization": f"Bearer {key}"}
+        await gateway.chat(headers=headers)
+        await gateway.client.get("/v1/models", headers=headers)
+    task, models, refused, models_refused = await lines(4)
+    holds(task, status=200, tenant="red", agent="a")
+    holds(models, status=200, tenant="red")
+    for row in (refused, models_refused):
+        holds(row, status=401, outcome="invalid", error="invalid_api_key", tenant=None, agent=None)
+    assert secret.rpartition("_")[2] not in json.dumps([task, models, refused, models_refused])
 
 
 async def test_what_passes_by_the_queue_and_what_is_not_there_but_no_scrapes(
@@ -300,11 +319,12 @@ async def test_no_log_at_any_level_holds_a_prompt_or_a_key(form: str, tmp_path: 
         await start_answer(send, b"application/json", status=500)
         await push(send, f'{{"error": {{"message": "{SECRET}"}}}}'.encode(), more=False)
 
-    port, log = free_port(), tmp_path / "log"
+    port, log, keys = free_port(), tmp_path / "log", tmp_path / "keys.json"
+    _, key = add_key(keys, "red", "", datetime.now(UTC))
     secrets = {
         "Authorization": f"Bearer {SECRET}",
         "X-API-Key": SECRET,
-        "api-key": SECRET,
+        "api-key": key,
         "Cookie": SECRET,
         "User-Agent": SECRET,
         "X-Request-ID": f"{SECRET} is no id",
@@ -321,12 +341,11 @@ async def test_no_log_at_any_level_holds_a_prompt_or_a_key(form: str, tmp_path: 
         {"model": {"name": SECRET}, "messages": []},
     ]
     async with ScriptedEngine().serving() as engine:
-        arguments = ("--engine", engine.url, "--port", str(port), "--state", "memory:", "--log-level", "debug")
+        arguments = ("--engine", engine.url, "--port", str(port), "--state", "memory:", "--keys", str(keys))
+        logs = ("--log-level", "debug", "--log-format", form, "--request-log", str(log))
         # A collector that is not there: what is said of that must not tell more.
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_EXPORTER_OTLP_TIMEOUT": "0.2"}
-        async with justitia(
-            "gateway", *arguments, "--log-format", form, "--request-log", str(log), **environment
-        ) as command:
+        async with justitia("gateway", *arguments, *logs, **environment) as command:
             await command.until_said("the engine is up")
             url = f"http://127.0.0.1:{port}"
             async with httpx.AsyncClient(base_url=url, headers=secrets, timeout=60) as client:
@@ -353,8 +372,9 @@ async def test_no_log_at_any_level_holds_a_prompt_or_a_key(form: str, tmp_path: 
         assert all(json.loads(line)["level"] for line in command.said.splitlines())
     written = log.read_text()
     assert len(written.splitlines()) > 50
-    for said in (command.said, written):
-        assert SECRET not in said
+    for secret in (SECRET, key.rpartition("_")[2]):
+        assert secret not in command.said
+        assert secret not in written
 
 
 async def command_is_up(client: httpx.AsyncClient) -> None:
