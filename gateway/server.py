@@ -16,7 +16,6 @@ import uvicorn
 
 from gateway.app import create_app
 from gateway.check import Checked
-from gateway.keys import KeysError
 from gateway.parts import Parts
 from gateway.reload import Check, Reloader
 from gateway.settings import GatewaySettings
@@ -99,14 +98,15 @@ class RunningGateway:
 
 
 async def start_gateway(settings: GatewaySettings) -> RunningGateway:
-    """Listen at once. Tasks are served from the moment that the engine answers. Raises `PortTaken`, or `KeysError`."""
+    """Listen at once. Tasks are served from the moment that the engine answers. Raises `PortTaken`, and what
+    `create_app` raises."""
     try:
         listening = socket.create_server((settings.host, settings.port), backlog=BACKLOG)
     except OSError as error:
         raise PortTaken(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
     try:
         app = await create_app(settings)
-    except KeysError:
+    except Exception:
         listening.close()
         raise
     _collect_seldom()
