@@ -4,42 +4,71 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from importlib.metadata import version as distribution_version
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.accuracy import Accuracy
+from gateway.agents import agent_routes
 from gateway.background import Background
+from gateway.billing import DAY_S, usage_routes
 from gateway.capacity import EngineView
 from gateway.dialects import OPENAI
 from gateway.engine_client import EngineClient
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, outcome_of
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
 from gateway.identify import Roots
+from gateway.keys import Keys
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
 from gateway.metrics import Metrics
+from gateway.observer import REQUEST_ID, UNKNOWN, Observer, open_tracing
 from gateway.operations import operation_routes
 from gateway.parts import Parts
 from gateway.release import Dispatcher
+from gateway.request_log import open_request_log
 from gateway.routes import task_routes
-from gateway.settings import GatewaySettings
-from gateway.state import Store, open_store
+from gateway.settings import GatewaySettings, Live
+from gateway.state import Journal, Store, TenantUsage, UsageRow, open_store
+from gateway.state.types import HOUR_S
+from gateway.tenants import Tenants
 from gateway.tool_waits import ToolWaits
-from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health
+from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health, watch_keys
 from predictor.learned import Learned
 from predictor.types import Predictor
 
 logger = logging.getLogger(__name__)
 
-MIB = 2**20
+
+class Gateway(FastAPI):
+    """What clients ask for goes straight to who serves it: FastAPI's own way there takes as long as all the rest."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._straight: dict[tuple[str, str], ASGIApp] = {}
+
+    def serve(self, routes: list[Route]) -> None:
+        self.router.routes += routes  # for what they do not take: a wrong method, a path with an id in it
+        for route in routes:
+            self._straight |= {(method, route.path): route.app for method in route.methods or ()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        straight = self._straight.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if straight is None:
+            await super().__call__(scope, receive, send)
+        else:
+            await straight(scope, receive, send)
 
 
 async def create_app(
@@ -49,7 +78,8 @@ async def create_app(
     predictor: Predictor | None = None,
     store: Store | None = None,
 ) -> FastAPI:
-    """The gateway for these settings; what is not given is made from them. Call it in the event loop that will serve."""
+    """The gateway for these settings; what is not given is made from them. Call it in the event loop that will serve. Raises
+    `KeysError`, `RequestLogError`, and `NoOpenTelemetry`."""
     version = distribution_version("justitia")
     engine = EngineView(settings.capacity_tokens, settings.max_in_flight)
     limits = ReleaseLimits(beta=settings.beta, engine_waiting=settings.max_engine_waiting)
@@ -58,39 +88,64 @@ async def create_app(
     predictor = predictor or Learned()
     accuracy = Accuracy()
     store = store or open_store(settings.state, settings.kept_agents)
+    journal = Journal(store, settings.journal_directory, kept_agents=settings.kept_agents)
     waits = ToolWaits()
-    dispatcher = Dispatcher(queue, engine, max_waiting=settings.max_waiting, waits=waits if settings.keep_kv else None)
+    tenants = Tenants(
+        Keys.load(settings.keys_file),
+        settings.tenants,
+        max_waiting=settings.max_waiting,
+        max_waiting_bytes=settings.max_waiting_bytes,
+    )
+    roots = Roots()
+    dispatcher = Dispatcher(queue, engine, tenants, waits=waits if settings.keep_kv else None)
+    observer = Observer(
+        metrics,
+        open_tracing(settings.otlp_endpoint, version, metrics.spans_dropped),
+        open_request_log(settings.request_log, metrics.log_dropped),
+    )
     parts = Parts(
         queue=queue,
         dispatcher=dispatcher,
         engine=engine,
-        client=client or EngineClient(settings.engine),
+        client=client
+        or EngineClient(
+            settings.engine,
+            None if settings.engine_key is None else settings.engine_key.get_secret_value(),
+            relays_keys=lambda: not tenants.keys.configured,
+        ),
+        tenants=tenants,
         predictor=predictor,
         feedback=Feedback(
             queue,
             predictor,
-            store,
+            journal,
             metrics,
             accuracy,
             now=lambda: engine.now,
             waits=waits,
             keep=dispatcher.keep,
             correct=dispatcher.correct,
+            charge=partial(_charge, tenants, metrics),
+            tenant_weight=lambda tenant: tenants.named(tenant).weight,
+            restored=roots.restore,
         ),
+        journal=journal,
         metrics=metrics,
+        observer=observer,
         accuracy=accuracy,
         learning=Learning(predictor, settings.models_directory, metrics),
-        roots=Roots(),
+        roots=roots,
         background=Background(),
         suspect=asyncio.Event(),
-        max_queue_s=settings.max_queue_s,
-        keep_text=settings.keep_text,
+        live=Live(settings),
     )
-    app = FastAPI(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
+    app = Gateway(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
     app.state.parts = parts
-    app.router.routes += task_routes(parts, max_body_bytes=int(settings.max_body_mib * MIB))
-    app.include_router(operation_routes(parts, version=version, policy=settings.policy))
-    _answer_errors(app)
+    app.serve(task_routes(parts))
+    app.include_router(agent_routes(parts))
+    app.include_router(usage_routes(tenants, store, parts.feedback.flush))
+    app.include_router(operation_routes(parts, version=version))
+    _answer_errors(app, observer)
     return app
 
 
@@ -99,13 +154,14 @@ def _lifespan(
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        remembered = await parts.feedback.recall()
-        logger.info("learned from %d agents that the state store had kept", remembered)
+        await parts.journal.start(partial(_recall, parts, store), parts.feedback.rewrite)
         link = settings.link
         watches: list[Callable[[], Awaitable[None]]] = [
             partial(watch_health, parts),
+            parts.journal.run,
             partial(follow_link, parts, link) if link is not None else partial(poll_metrics, parts),
-            partial(sweep_agents, parts, settings.agent_idle_s),
+            partial(sweep_agents, parts),
+            partial(watch_keys, parts.tenants),
         ]
         watches += _learning_watches(settings, parts, store)
         tasks = [asyncio.create_task(keep_running(watch)) for watch in watches]
@@ -114,11 +170,26 @@ def _lifespan(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await parts.background.cancel()
-        await parts.feedback.flush()
+        await parts.journal.close()
         await store.close()
         await parts.client.close()
+        await parts.observer.close()
 
     return lifespan
+
+
+async def _recall(parts: Parts, store: Store) -> None:
+    """Raises `StateError`."""
+    now_s = int(time.time())
+    today = await store.usage(now_s - now_s % DAY_S, now_s + HOUR_S)
+    await parts.feedback.recall()
+    parts.tenants.restore(today)
+
+
+def _charge(tenants: Tenants, metrics: Metrics, tenant: str, used: TenantUsage) -> UsageRow:
+    row = tenants.charge(tenants.named(tenant), used)
+    metrics.charged(row)
+    return row
 
 
 def _learning_watches(settings: GatewaySettings, parts: Parts, store: Store) -> list[Callable[[], Awaitable[None]]]:
@@ -131,12 +202,12 @@ def _learning_watches(settings: GatewaySettings, parts: Parts, store: Store) -> 
     watches: list[Callable[[], Awaitable[None]]] = [parts.learning.watch]
     if settings.state == "memory:":
         logger.info("no models are trained: the state is in memory (--state)")
-    elif settings.train:
-        watches.append(Training(settings, models, store, parts.learning, parts.accuracy, parts.metrics).watch)
+    else:
+        watches.append(Training(parts.live, models, store, parts.learning, parts.accuracy, parts.metrics).watch)
     return watches
 
 
-def _answer_errors(app: FastAPI) -> None:
+def _answer_errors(app: FastAPI, observer: Observer) -> None:
     """Every error leaves in OpenAI's shape."""
 
     @app.exception_handler(GatewayError)
@@ -145,8 +216,13 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
+        span = observer.begins(
+            request.method, UNKNOWN, dict(request.headers), request.scope["headers"], time.monotonic()
+        )
+        span.answered(error.status_code)
+        span.ended(outcome_of(error.status_code))
         answer = _plain(error.status_code, str(error.detail), "invalid_request_error")
-        answer.headers.update(error.headers or {})
+        answer.headers.update({**(error.headers or {}), REQUEST_ID: span.request_id})
         return answer
 
     @app.exception_handler(Exception)

@@ -12,6 +12,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
@@ -95,6 +96,14 @@ def identify(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> I
     )
 
 
+class Restored(Protocol):
+    """name: of the root. aliases: of its sub-agents."""
+
+    tenant: str
+    name: str
+    aliases: set[str]
+
+
 class Roots:
     """Whose part a sub-agent is, by tenant. Those not heard of for longest are forgotten first; they would then be agents of
     their own, if they came back without naming their parent."""
@@ -109,6 +118,11 @@ class Roots:
             if len(self._roots) > MAX_ALIASES:
                 self._roots.popitem(last=False)
         return self._root(tenant, name)
+
+    def restore(self, record: Restored) -> None:
+        """An agent has come back after a restart, with its sub-agents."""
+        for alias in record.aliases:
+            self.fold(record.tenant, alias, record.name)
 
     def _root(self, tenant: str, name: str) -> str:
         # There is no circle: who is its own parent's root is not put below it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
 
@@ -14,10 +15,12 @@ from gateway.background import owns
 from gateway.dialects import ANTHROPIC, OPENAI, Dialect
 from gateway.engine_client import EngineUnreachable
 from gateway.errors import EngineLost, GatewayError, NoEngine, NotFound, Outcome, QueueFull, outcome_of
-from gateway.identify import DEFAULT_TENANT
 from gateway.intake import ClientGone, headers_of, read_body
 from gateway.leaving import Client
+from gateway.observer import RequestSpan
 from gateway.parts import Parts
+
+logger = logging.getLogger(__name__)
 
 # At once. They cost the engine's front-end some work.
 MAX_AT_ONCE = 256
@@ -42,12 +45,12 @@ PASSED = (
 )
 
 
-def passing_routes(parts: Parts, max_body_bytes: int) -> list[Route]:
+def passing_routes(parts: Parts) -> list[Route]:
     at_once = AtOnce()
     return [
         Route(
             passed.path,
-            Passing(parts, passed, at_once, max_body_bytes),
+            Passing(parts, passed, at_once),
             methods=[passed.method],
             name=f"{passed.method} {passed.path}",
         )
@@ -63,41 +66,52 @@ class AtOnce:
 class Passing:
     """One endpoint, as an ASGI application."""
 
-    def __init__(self, parts: Parts, passed: Passed, at_once: AtOnce, max_body_bytes: int) -> None:
+    def __init__(self, parts: Parts, passed: Passed, at_once: AtOnce) -> None:
         self._parts, self._passed, self._at_once = parts, passed, at_once
-        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        arrived_s = time.monotonic()
+        arrived_s, headers, passed = time.monotonic(), headers_of(scope), self._passed
+        span = self._parts.observer.begins(passed.method, passed.path, headers, scope["headers"], arrived_s)
         outcome = Outcome.CANCELLED
         self._at_once.requests += 1
         try:
-            outcome = await self._serve(scope, receive, send)
+            outcome = await self._serve(scope, headers, receive, send, span)
         except GatewayError as error:
             outcome = error.outcome
-            await answers.send_error(error, self._passed.dialect, send)
+            await self._refuse(error, span, send)
         except ClientGone:
             pass
+        except Exception:
+            logger.exception("a request failed")
+            outcome = Outcome.FAILED
+            await self._refuse(GatewayError("internal error"), span, send)
         finally:
             self._at_once.requests -= 1
-            self._parts.metrics.request_ended(self._passed.path, outcome, time.monotonic() - arrived_s)
+            span.ended(outcome)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> Outcome:
+    async def _refuse(self, error: GatewayError, span: RequestSpan, send: Send) -> None:
+        span.failed(error)
+        await answers.send_error(error, self._passed.dialect, send, [span.header])
+
+    async def _serve(
+        self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send, span: RequestSpan
+    ) -> Outcome:
         """Raises `GatewayError`, and `ClientGone`."""
         if self._at_once.requests > MAX_AT_ONCE:
             raise QueueFull(f"{MAX_AT_ONCE} requests of such a kind are being served already", retry_after_s=1)
-        headers, tenant = headers_of(scope), DEFAULT_TENANT
+        tenant = self._parts.tenants.authenticate(headers)
+        span.authenticated(tenant.name)
         path = self._passed.path
-        if (answer_id := scope["path_params"].get("id")) is not None:
-            if not owns(tenant, answer_id):
+        if (answer_id := scope.get("path_params", {}).get("id")) is not None:
+            if not owns(tenant.name, answer_id):
                 raise NotFound(f"no response {answer_id[:80]!r} is kept")
             path = path.format(id=answer_id)
         if query := scope["query_string"]:
             path += "?" + query.decode("latin-1")
-        body = await read_body(receive, headers, self._max_body_bytes)
+        body = await read_body(receive, headers, self._parts.settings.max_body_bytes)
         client = Client(receive, send)
         try:
-            return await self._relay(path, body, headers, client)
+            return await self._relay(path, body, headers, client, span)
         except asyncio.CancelledError:
             if not client.cancelled():
                 raise
@@ -105,19 +119,22 @@ class Passing:
         finally:
             client.done()
 
-    async def _relay(self, path: str, body: bytes, headers: dict[str, str], client: Client) -> Outcome:
-        started = False
+    async def _relay(
+        self, path: str, body: bytes, headers: dict[str, str], client: Client, span: RequestSpan
+    ) -> Outcome:
+        span.asks_engine(headers)
         try:
-            async with self._parts.client.ask(self._passed.method, path, body, headers) as answer:
-                await client.send(answers.start(answer.status, answer.content_type, answer.headers))
-                started = True
-                async for chunk in answer.chunks():
-                    await client.send(answers.body(chunk, more=True))
-                await client.send(answers.body(b"", more=False))
-                return outcome_of(answer.status)
+            answer = await self._parts.client.ask(self._passed.method, path, body, headers)
         except EngineUnreachable as error:
             raise NoEngine(error.message, retry_after_s=5) from error
+        try:
+            span.answered(answer.status)
+            await client.send(answers.start(answer.status, answer.content_type, [span.header, *answer.headers]))
+            while chunk := await answer.read_some():
+                await client.send(answers.body(chunk, more=True))
+            await client.send(answers.body(b"", more=False))
         except EngineLost:
-            if not started:
-                raise
             return Outcome.FAILED  # the connection is closed in the middle of the answer, which says it all
+        finally:
+            answer.close()
+        return outcome_of(answer.status)

@@ -25,11 +25,14 @@ from gateway.engine_client import Answer, EngineUnreachable, Health
 from gateway.errors import EngineLost, GatewayError, Outcome, ShuttingDown, outcome_of
 from gateway.estimate import Estimate, estimate_agent, estimate_arrival
 from gateway.fairness import KvTokenIterations, Release, Spent, Task, TaskId
-from gateway.feedback import AgentRecord
 from gateway.leaving import Client
+from gateway.observer import RequestSpan
 from gateway.parts import Parts
+from gateway.record import AgentRecord
 from gateway.release import Turn
 from gateway.sse import UsageFilter
+from gateway.state import TenantUsage
+from gateway.tenants import Tenant
 from gateway.usage import Usage, finished_task, parse_usage
 from predictor.cost import task_cost
 
@@ -40,15 +43,19 @@ _EVENTS = "text/event-stream"
 
 @dataclass(frozen=True, slots=True)
 class TaskRequest:
-    """One task as it came. headers: by lower-case name. arrived_s: on the monotonic clock. final: the client says that it is
-    its agent's last. answer_id: by which the engine is to keep its answer, where it keeps any."""
+    """One task as it came. headers: by lower-case name. weight: of its agent. arrived_s: on the monotonic clock. final: the
+    client says that it is its agent's last. span: told of what becomes of it. answer_id: by which the engine is to keep its
+    answer, where it keeps any."""
 
     id: TaskId
     body: Body
     headers: dict[str, str]
+    tenant: Tenant
     record: AgentRecord
+    weight: float
     arrived_s: float
     final: bool
+    span: RequestSpan
     answer_id: str | None = None
 
 
@@ -69,7 +76,8 @@ class Relay:
         self._released_at: float | None = None  # on the service clock
         self._started = False  # bytes have left for the client
         self._goes_on = False  # at the engine, whatever becomes of the client
-        self._settled = False
+        self._charged = self._settled = False
+        self._cost: float | None = None  # in token·iterations, once it is charged
         self._engine_s = 0.0  # spent waiting for the engine
 
     async def serve(self, receive: Receive, send: Send) -> None:
@@ -92,17 +100,23 @@ class Relay:
         try:
             turn = self._turn = self._enqueue()
             while True:
-                release = await turn.wait(self._parts.max_queue_s)
+                limit_s = self._request.tenant.settings.max_queue_s or self._parts.settings.max_queue_s
+                release = await turn.wait(limit_s)
                 self._note_release(release, turn)
                 try:
-                    return await self._exchange(release, send)
+                    with turn.at_engine():
+                        return await self._exchange(release, send)
                 except EngineLost as lost:
+                    self._request.span.engine_lost()
                     self._parts.engine_lost_a_task()
                     if self._started or not turn.requeue(sent=not isinstance(lost, EngineUnreachable)):
                         raise
+                    self._request.span.queued()
                     self._released_at = None
         except GatewayError as error:
             self._outcome = error.outcome
+            if error.reason is not None:
+                self._parts.metrics.rejected(self._request.tenant.name, error.reason)
             await self._send_error(error, send)
         except Exception:
             logger.exception("a task failed")
@@ -129,10 +143,13 @@ class Relay:
             request.body.sequences,
         )
         try:
-            turn = parts.dispatcher.submit(task, estimate.agent.cost)
+            turn = parts.dispatcher.submit(
+                task, estimate.agent.cost, request.tenant, weight=request.weight, body_bytes=request.body.size
+            )
         except Exception:
             parts.feedback.withdrawn(request.record)
             raise
+        request.span.queued()
         parts.feedback.accepted(request.record, estimate, final=request.final)
         return turn
 
@@ -140,6 +157,7 @@ class Relay:
         agent = self._parts.queue.agents[release.task.agent_id]
         self._released_at = self._parts.engine.iterations
         self._parts.feedback.released(self._request.record, agent.predicted)
+        self._request.span.released(agent.finish_tag)
         self._own_headers = ascii_headers(
             {
                 "x-agent-id": self._request.record.name,
@@ -154,11 +172,13 @@ class Relay:
         """Raises `EngineLost` if the engine breaks off; nothing may have been sent by then."""
         request, client = self._request, self._parts.client
         hints = Hints(to_tag(release.rank), release.task.agent_id, release.task.id)
-        # For vLLM the header goes over the body: a client's own must not.
-        headers = {**request.headers, PRIORITY_HEADER: str(hints.tag)}
+        endpoint = request.body.endpoint
+        own = None if endpoint.priority else {PRIORITY_HEADER: str(hints.tag)}
         body = request.body.for_engine(hints, request.answer_id)
         asked_s = time.monotonic()
-        async with client.ask("POST", request.body.endpoint.path, body, headers) as answer:
+        request.span.asks_engine(request.headers)
+        answer = await client.ask("POST", endpoint.path, body, request.headers, own)
+        try:
             self._engine_s += time.monotonic() - asked_s
             if answer.status >= 500 and await client.health() is not Health.UP:
                 raise EngineLost("the engine died")
@@ -166,6 +186,8 @@ class Relay:
                 await self._relay_events(answer, send)
             else:
                 await self._relay_whole(answer, send)
+        finally:
+            answer.close()
 
     async def _relay_whole(self, answer: Answer, send: Send) -> None:
         asked_s = time.monotonic()
@@ -175,6 +197,8 @@ class Relay:
         self._outcome = outcome_of(answer.status)
         if self._request.body.background and answer.status == 200 and unfinished(data):
             self._go_on()
+        else:
+            self._charge()
         await self._start(answer, send, length=len(data))
         await send(answers.body(data, more=False))
 
@@ -185,7 +209,7 @@ class Relay:
         clock = time.monotonic
         since_s = clock()
         try:
-            async for chunk in answer.chunks():
+            while chunk := await answer.read_some():
                 self._engine_s += clock() - since_s
                 if data := events.feed(chunk):
                     if not self._started:
@@ -194,29 +218,37 @@ class Relay:
                         if body.background:
                             self._go_on()
                         await self._start(answer, send)
-                        self._parts.metrics.first_token(clock() - self._request.arrived_s)
+                        self._request.span.first_token()
+                    if events.done:
+                        self._note_end(events)
                     await send(answers.body(data, more=True))
                 since_s = clock()
         finally:
             self._usage, self._events = events.usage, events.events
         if not events.done:
             raise EngineLost("the engine broke off its answer")
+        await send(answers.body(b"", more=False))
+
+    def _note_end(self, events: UsageFilter) -> None:
+        self._usage, self._events = events.usage, events.events
         self._goes_on = False
         failed = events.failed or self._usage is None  # it ended with an error event
         self._outcome = Outcome.FAILED if failed else Outcome.COMPLETED
-        await send(answers.body(b"", more=False))
+        self._charge()
 
     async def _start(self, answer: Answer, send: Send, *, length: int | None = None) -> None:
         self._started = True
-        headers = [*self._own_headers, *answer.headers]
+        self._request.span.answered(answer.status)
+        headers = [self._request.span.header, *self._own_headers, *answer.headers]
         await send(answers.start(answer.status, answer.content_type, headers, length))
 
     async def _send_error(self, error: GatewayError, send: Send) -> None:
-        dialect = self._request.body.endpoint.dialect
+        dialect, span = self._request.body.endpoint.dialect, self._request.span
+        span.failed(error)
         if self._started:
             await send(answers.body(dialect.error_event(error), more=False))
         else:
-            await answers.send_error(error, dialect, send, self._own_headers)
+            await answers.send_error(error, dialect, send, [span.header, *self._own_headers])
 
     def _go_on(self) -> None:
         """From here on the task lasts as long as the engine says, and a stream of it may not: vLLM's does not end when the
@@ -237,41 +269,60 @@ class Relay:
                 self._settle()
 
     def _settle(self) -> None:
-        """Charge what was used and say how it went, once. Awaits nothing."""
+        """Charge what was used, if that has not been done, and say how it went, once. Awaits nothing."""
         if self._settled:
             return
         self._settled = True
-        request, parts = self._request, self._parts
-        ended_s = time.monotonic() - request.arrived_s
-        parts.metrics.request_ended(request.body.endpoint.path, self._outcome, ended_s)
-        if self._turn is None or self._estimate is None:
+        ended_s = time.monotonic()
+        try:
+            self._charge()
+        finally:
+            queue_s = None if self._turn is None else self._turn.queued_s
+            if queue_s is not None:
+                self._parts.metrics.left_queue(self._outcome, queue_s)
+            self._request.span.ended(
+                self._outcome,
+                at_s=ended_s,
+                queue_s=queue_s,
+                engine_s=self._engine_s,
+                usage=self._usage,
+                predicted_cost=None if self._estimate is None else self._estimate.cost,
+                observed_cost=self._cost,
+            )
+
+    def _charge(self) -> None:
+        """Settle the turn, with what was used, once. Awaits nothing. Of an answer it is done before its end is sent: what a
+        client has seen the end of is in the journal."""
+        if self._turn is None or self._estimate is None or self._charged:
             return
+        self._charged = True
+        request, parts = self._request, self._parts
         agent = parts.queue.agents[request.record.id]
-        finished = None
+        finished, cost = None, 0.0
         try:
             if self._usage is not None and self._outcome is Outcome.COMPLETED:
                 finished = finished_task(self._usage, request.body, parts.engine.held_by(request.id))
-                if parts.keep_text:
+                if parts.settings.keep_text:
                     system, text = texts_of(request.body)
                     finished = msgspec.structs.replace(finished, prompt=text, system=system)
                 finished = parts.feedback.placed(request.record, finished, request.arrived_s, self._estimate.row)
-                arrived = max(0.0, agent.arrived - self._estimate.cost + finished.cost)
-                spent = Spent(KvTokenIterations(finished.cost), finished.prompt_tokens, finished.decode_tokens)
+                cost = finished.cost
+                arrived = max(0.0, agent.arrived - self._estimate.cost + cost)
+                spent = Spent(KvTokenIterations(cost), finished.prompt_tokens, finished.decode_tokens)
                 total: float = agent.predicted
                 if arrived > total:  # else it stands
                     total = estimate_agent(parts.predictor, request.record.progress(arrived))
                 self._turn.complete(spent, total)
             else:
-                self._turn.cancel(Spent(KvTokenIterations(self._cost_held(self._estimate))))
+                cost = self._cost_held(self._estimate)
+                self._turn.cancel(Spent(KvTokenIterations(cost)))
         finally:
             self._turn.cancel(
                 Spent(KvTokenIterations(0.0))
             )  # does nothing, unless the queue has refused what came before
+            self._cost = cost
             told_later = parts.engine.counts_held and request.body.endpoint.xargs
-            parts.feedback.ended(request.record, finished, request.id if told_later else None)
-        parts.metrics.left_queue(self._outcome, self._turn.queued_s)
-        if self._outcome is Outcome.COMPLETED:
-            parts.metrics.overhead(ended_s - self._turn.queued_s - self._engine_s)
+            parts.feedback.ended(request.record, finished, request.id if told_later else None, _used(self._usage, cost))
 
     def _cost_held(self, estimate: Estimate) -> float:
         """Of a task that was broken off, in token·iterations: by its usage so far, if it was told; else by the engine's last
@@ -295,3 +346,9 @@ class Relay:
             return 0.0
         iterations = self._parts.engine.iterations - self._released_at
         return min(estimate.cost, sequences * task_cost(prompt_tokens, iterations))
+
+
+def _used(usage: Usage | None, cost: float) -> TenantUsage:
+    if usage is None:
+        return TenantUsage(requests=1, kv_cost=cost)
+    return TenantUsage(1, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, cost)

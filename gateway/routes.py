@@ -6,6 +6,7 @@ They are ASGI of our own among FastAPI's routes: what FastAPI does for a request
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Iterator
 
@@ -20,59 +21,85 @@ from gateway.dialects import RESPONSES
 from gateway.endpoints import ENDPOINTS, Endpoint
 from gateway.errors import GatewayError, InvalidRequest, Outcome
 from gateway.fairness import TaskId
-from gateway.identify import DEFAULT_TENANT, identify
+from gateway.identify import identify
 from gateway.intake import ClientGone, headers_of, read_body
+from gateway.observer import RequestSpan
 from gateway.parts import Parts
 from gateway.passing import passing_routes
 from gateway.relay import Relay, TaskRequest
 
+logger = logging.getLogger(__name__)
 
-def task_routes(parts: Parts, *, max_body_bytes: int) -> list[Route]:
+
+def task_routes(parts: Parts) -> list[Route]:
     # Numbers that grow over restarts too, so that an engine which outlives the gateway never sees one twice.
     numbers = itertools.count(time.time_ns())
     tasks = [
-        Route(endpoint.path, TaskRoute(parts, endpoint, numbers, max_body_bytes), methods=["POST"], name=endpoint.path)
+        Route(endpoint.path, TaskRoute(parts, endpoint, numbers), methods=["POST"], name=endpoint.path)
         for endpoint in ENDPOINTS
     ]
-    return [*tasks, *passing_routes(parts, max_body_bytes)]
+    return [*tasks, *passing_routes(parts)]
 
 
 class TaskRoute:
     """One endpoint, as an ASGI application."""
 
-    def __init__(self, parts: Parts, endpoint: Endpoint, numbers: Iterator[int], max_body_bytes: int) -> None:
+    def __init__(self, parts: Parts, endpoint: Endpoint, numbers: Iterator[int]) -> None:
         self._parts, self._endpoint, self._numbers = parts, endpoint, numbers
-        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_s = time.monotonic()
+        headers = headers_of(scope)
+        span = self._parts.observer.begins("POST", self._endpoint.path, headers, scope["headers"], arrived_s)
         try:
-            request = await self._request(headers_of(scope), receive, arrived_s)
+            request = await self._request(headers, receive, arrived_s, span)
         except GatewayError as error:
-            self._never_a_task(error.outcome, arrived_s)
-            await send_error(error, self._endpoint.dialect, send)
+            await self._refuse(error, span, send)
         except ClientGone:
-            self._never_a_task(Outcome.CANCELLED, arrived_s)
+            span.ended(Outcome.CANCELLED)
+        except Exception:
+            logger.exception("a request failed")
+            await self._refuse(GatewayError("internal error"), span, send)
         else:
             await Relay(self._parts, request).serve(receive, send)
 
-    async def _request(self, headers: dict[str, str], receive: Receive, arrived_s: float) -> TaskRequest:
+    async def _request(
+        self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan
+    ) -> TaskRequest:
         """Raises `GatewayError`, or `ClientGone`."""
-        parts, tenant = self._parts, DEFAULT_TENANT
-        body = parse_body(await read_body(receive, headers, self._max_body_bytes), self._endpoint)
+        parts = self._parts
+        tenant = parts.tenants.authenticate(headers)
+        span.authenticated(tenant.name)
+        body = parse_body(await read_body(receive, headers, parts.settings.max_body_bytes), self._endpoint)
         identity = identify(headers, body.fields)
         keeps = self._endpoint.dialect is RESPONSES
         if keeps:
-            _must_own(tenant, body)
+            _must_own(tenant.name, body)
         task_id = TaskId(next(self._numbers))
         name = identity.name or f"task-{task_id}"
-        root = parts.roots.fold(tenant, name, identity.parent)
-        record = parts.feedback.arrived(tenant, root, identity)
+        weight = parts.tenants.weight_of(tenant, identity.weight)
+        root = parts.roots.fold(tenant.name, name, identity.parent)
+        record = parts.feedback.arrived(tenant.name, root, identity)
+        span.identified(record, task_id, body)
         final = identity.name is None or (identity.final and root == name)
-        return TaskRequest(task_id, body, headers, record, arrived_s, final, answer_id(tenant) if keeps else None)
+        return TaskRequest(
+            id=task_id,
+            body=body,
+            headers=headers,
+            tenant=tenant,
+            record=record,
+            weight=weight,
+            arrived_s=arrived_s,
+            final=final,
+            span=span,
+            answer_id=answer_id(tenant.name) if keeps else None,
+        )
 
-    def _never_a_task(self, outcome: Outcome, arrived_s: float) -> None:
-        self._parts.metrics.request_ended(self._endpoint.path, outcome, time.monotonic() - arrived_s)
+    async def _refuse(self, error: GatewayError, span: RequestSpan, send: Send) -> None:
+        """It never becomes a task."""
+        span.failed(error)
+        span.ended(error.outcome)
+        await send_error(error, self._endpoint.dialect, send, [span.header])
 
 
 def _must_own(tenant: str, body: Body) -> None:

@@ -98,7 +98,7 @@ async def test_a_full_queue_answers_429_with_retry_after(start: StartGateway, sc
     assert answer.status_code == 429
     assert answer.json()["error"]["code"] == "queue_full"
     assert 1 <= int(answer.headers["retry-after"]) <= 30
-    assert "c" not in gateway.parts.feedback.records
+    assert "default/c" not in gateway.parts.feedback.records
     scripted.go.set()
     assert [kept_answer.status_code for kept_answer in await asyncio.gather(*kept)] == [200, 200]
 
@@ -129,7 +129,7 @@ async def test_a_refused_final_task_does_not_end_its_agent(start: StartGateway, 
     await asyncio.gather(*kept)
     assert "default/a" in gateway.parts.feedback.records
     assert (await gateway.chat("a", headers=final)).status_code == 200
-    assert "a" not in gateway.parts.feedback.records
+    assert "default/a" not in gateway.parts.feedback.records
 
 
 async def test_slots_are_those_that_the_settings_say(start: StartGateway, scripted: ScriptedEngine) -> None:
