@@ -32,7 +32,7 @@ class Dialect(ABC):
 
 class _OpenAI(Dialect):
     hides_usage = True
-    ends = re.compile(rb"data: \[DONE\]\n\n\Z")
+    ends = re.compile(rb"data: \[DONE\]\n\n")
     fails = b'data: {"error"'
 
     def error(self, error: GatewayError) -> bytes:
