@@ -21,7 +21,8 @@ from gateway.errors import Outcome
 POLL_S = 0.25
 # Of the engine's answers, in a row, that say nothing of the response.
 UNSURE = 20
-_ID = re.compile(r"resp_[0-9a-f]{48}")
+ID_PATTERN = "resp_[0-9a-f]{48}"
+_ID = re.compile(ID_PATTERN)
 _UNFINISHED = frozenset(("queued", "in_progress"))
 _OUTCOMES = {
     "completed": Outcome.COMPLETED,

@@ -34,7 +34,7 @@ class Dialect(ABC):
 
 class _OpenAI(Dialect):
     hides_usage = True
-    ends = re.compile(rb"data: \[DONE\]\n\n\Z")
+    ends = re.compile(rb"data: \[DONE\]\n\n")
     fails = b'data: {"error"'
     counts = b"\n\n"
 

@@ -27,7 +27,8 @@ MAX_ALIASES = 100_000
 DEFAULT_TENANT = "default"
 
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
-_COUNT = re.compile(r"[1-9][0-9]{0,5}")
+COUNT_PATTERN = "[1-9][0-9]{0,5}"
+_COUNT = re.compile(COUNT_PATTERN)
 _WEIGHT = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 _TRUE, _FALSE = {"true", "1"}, {"false", "0"}
 
@@ -52,12 +53,26 @@ _HEADERS: dict[str, tuple[str, ...]] = {
     "x-amp-thread-id": (),
     "x-session-id": ("x-parent-session-id",),
 }
-_NAMES = frozenset((*_OWN, *_HEADERS))
+ID_HEADERS = tuple(_HEADERS)
+_NAMES = frozenset((*_OWN, *ID_HEADERS))
 # What only sub-agents send beside their root's id.
 _PARTS = {"x-claude-code-session-id": "x-claude-code-agent-id"}
 _VENDOR = re.compile(r"x-[a-z0-9-]+-session-id")
-_FIELDS = ("session_id", "metadata", "prompt_cache_key", "safety_identifier", "user")
-_METADATA = ("session_id", "agent_id", "user_id")  # the last is Anthropic's word for `user`
+ID_FIELDS = ("session_id", "metadata", "prompt_cache_key", "safety_identifier", "user")
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_NULL = msgspec.Raw(b"null")
+
+
+class _Metadata(msgspec.Struct):
+    """In the order in which they count; the last is Anthropic's word for `user`."""
+
+    session_id: msgspec.Raw = _NULL
+    agent_id: msgspec.Raw = _NULL
+    user_id: msgspec.Raw = _NULL
+
+
+_METADATA = _Metadata.__struct_fields__
+_decode_metadata = msgspec.json.Decoder(_Metadata).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +141,13 @@ class Roots:
 
     def _root(self, tenant: str, name: str) -> str:
         # There is no circle: who is its own parent's root is not put below it.
+        below = []
         while (above := self._roots.get((tenant, name))) is not None:
             self._roots.move_to_end((tenant, name))
+            below.append(name)
             name = above
+        for descendant in below[:-1]:  # else a long chain would be gone through each time
+            self._roots[tenant, descendant] = name
         return name
 
 
@@ -137,11 +156,14 @@ def _named(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> tup
     own, own_parent = _OWN
     parent = headers.get(own_parent)
     parent = None if parent is None else _visible(parent, own_parent)
+    # Ours are checked also where another goes before them.
+    said = [(field, text) for field in _OWN_FIELDS if (text := _own_text(fields.get(field), field)) is not None]
     if (value := headers.get(own)) is not None:
-        return _visible(value, own), parent, own
-    for field in _OWN_FIELDS:
-        if (raw := fields.get(field)) is not None and (text := _own_text(raw, field)) is not None:
-            return _visible(text, field), parent, field
+        said.insert(0, (own, value))
+    for source, text in said:
+        _visible(text, source)
+    if said:
+        return said[0][1], parent, said[0][0]
     if not _NAMES.isdisjoint(headers):
         for header, parent_headers in _HEADERS.items():
             if value := headers.get(header):
@@ -151,21 +173,21 @@ def _named(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> tup
     for header, value in headers.items():
         if value and header.endswith("-session-id") and _VENDOR.fullmatch(header) and "parent" not in header:
             return _as_id(value), parent, header
-    for field in _FIELDS:
+    for field in ID_FIELDS:
         if (raw := fields.get(field)) is not None:
-            name, source = _in_metadata(raw) if field == "metadata" else (_text(raw), field)
-            if name:
-                return _as_id(name), parent, source
+            text, source = _in_metadata(raw) if field == "metadata" else (_text(raw), field)
+            if text:
+                return _as_id(text), parent, source
     return None, None, "none"
 
 
 def _in_metadata(raw: msgspec.Raw) -> tuple[str | None, str]:
     try:
-        metadata = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        metadata = _decode_metadata(raw)
+    except _UNREADABLE:
         return None, ""
     for key in _METADATA:
-        if (value := metadata.get(key)) is not None and (text := _text(value)):
+        if text := _text(getattr(metadata, key)):
             return text, f"metadata.{key}"
     return None, ""
 
@@ -185,14 +207,16 @@ def _visible(value: str, name: str) -> str:
 def _text(raw: msgspec.Raw) -> str | None:
     try:
         return msgspec.json.decode(raw, type=str)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _UNREADABLE:
         return None
 
 
-def _own_text(raw: msgspec.Raw, name: str) -> str | None:
+def _own_text(raw: msgspec.Raw | None, name: str) -> str | None:
+    if raw is None:
+        return None
     try:
         return msgspec.json.decode(raw, type=str | None)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise InvalidRequest(f"{name} must be a string", param=name) from error
 
 

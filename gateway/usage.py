@@ -52,6 +52,8 @@ class _Answer(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Answer).decode
+# More are no tokens of any engine.
+_MOST = 2**32
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ def parse_usage(answer: bytes) -> Usage | None:
     if usage is None:
         return None
     prompt, completion, cached = _of_openai(usage) if usage.input_tokens is None else _of_input(usage)
-    if prompt < 0 or completion < 0:
+    if not (0 <= prompt <= _MOST and 0 <= completion <= _MOST):
         return None
     return Usage(prompt, completion, max(0, min(cached, prompt)))
 
