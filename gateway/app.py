@@ -20,6 +20,7 @@ from gateway.engine_client import EngineClient, EngineUnreachable
 from gateway.errors import GatewayError, NoEngine
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
+from gateway.intake import BodyBudget
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
 from gateway.metrics import Metrics
@@ -83,7 +84,8 @@ async def create_app(
     )
     app = FastAPI(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
     app.state.parts = parts
-    app.include_router(task_routes(parts, max_body_bytes=int(settings.max_body_mib * MIB)))
+    bodies = BodyBudget(int(settings.max_waiting_mib * MIB))
+    app.include_router(task_routes(parts, bodies, max_body_bytes=int(settings.max_body_mib * MIB)))
     app.include_router(operation_routes(parts, version=version, policy=settings.policy))
     _answer_errors(app)
     return app

@@ -20,6 +20,8 @@ Fields = dict[str, msgspec.Raw]
 # Where the text is, in the bodies of both endpoints: its bytes are what the prompt's length is predicted from.
 _TEXT_FIELDS = ("messages", "prompt", "tools", "suffix")
 MAX_SEQUENCES = 1024
+# Of a field that is taken apart, which needs twenty times its size.
+MAX_VALUE_BYTES = 2**16
 _BATCH = re.compile(rb'\s*\[\s*["\[]')
 
 _decode_fields = msgspec.json.Decoder(Fields).decode
@@ -78,6 +80,8 @@ def _value(fields: Fields, name: str, kind: type[_Value]) -> _Value | None:
     raw = fields.get(name)
     if raw is None:
         return None
+    if len(memoryview(raw)) > MAX_VALUE_BYTES:
+        raise InvalidRequest(f"{name} must be at most {MAX_VALUE_BYTES} bytes", param=name)
     try:
         return msgspec.json.decode(raw, type=kind | None)
     except msgspec.DecodeError as error:

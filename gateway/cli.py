@@ -133,6 +133,7 @@ async def _serve(settings: ServeSettings) -> int:
         gateway.stop_on_signals()
         logging.getLogger("engine.launcher").setLevel(logging.WARNING)  # said on the console
         engine = EngineProcess(spec, _say_state)
+        running: list[asyncio.Task[None]] = []
         try:
             await engine.start()
             running = [asyncio.create_task(engine.run()), gateway.served]
@@ -145,6 +146,8 @@ async def _serve(settings: ServeSettings) -> int:
             console.print(f"the engine cannot be started: {failure}", markup=False)
             return 1
         finally:
+            if running and running[0].done():
+                gateway.cut_off()  # there is nobody left to serve what waits
             await gateway.stop()
             console.print("stopping the engine …")
             await engine.stop(STOP_GRACE_S)

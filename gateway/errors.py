@@ -2,13 +2,17 @@
 
     GatewayError
     ├── InvalidRequest      400  the client's: broken JSON, absurd headers
+    ├── RequestTimeout      408  a head or a body that does not come
     ├── BodyTooLarge        413
+    ├── UrlTooLong          414
     ├── QueueFull           429  Retry-After from the drain rate
+    ├── HeadTooLarge        431
     ├── ClientStuck         499  the client reads nothing; it is told nothing either
     ├── EngineLost          502  the engine died, or broke off, while it had the task
     │   └── engine_client.EngineUnreachable: it never had it
     ├── NoEngine            503  none there, or it is starting; Retry-After
-    ├── ShuttingDown        503
+    ├── ShuttingDown        503  Retry-After: when the next one should be there
+    ├── TooManyConnections  503
     └── WaitedTooLong       504
 
 Whatever the engine itself answers, an error too, passes through as it is.
@@ -62,12 +66,24 @@ class InvalidRequest(GatewayError):
     status, type, code, outcome = 400, "invalid_request_error", "invalid_request", Outcome.INVALID
 
 
+class RequestTimeout(GatewayError):
+    status, type, code, outcome = 408, "timeout_error", "request_timeout", Outcome.INVALID
+
+
 class BodyTooLarge(GatewayError):
     status, type, code, outcome = 413, "invalid_request_error", "body_too_large", Outcome.INVALID
 
 
+class UrlTooLong(GatewayError):
+    status, type, code, outcome = 414, "invalid_request_error", "url_too_long", Outcome.INVALID
+
+
 class QueueFull(GatewayError):
     status, type, code, outcome = 429, "rate_limit_error", "queue_full", Outcome.REJECTED
+
+
+class HeadTooLarge(GatewayError):
+    status, type, code, outcome = 431, "invalid_request_error", "head_too_large", Outcome.INVALID
 
 
 class ClientStuck(GatewayError):
@@ -84,6 +100,10 @@ class NoEngine(GatewayError):
 
 class ShuttingDown(GatewayError):
     status, type, code, outcome = 503, "service_unavailable", "shutting_down", Outcome.REJECTED
+
+
+class TooManyConnections(GatewayError):
+    status, type, code, outcome = 503, "service_unavailable", "too_many_connections", Outcome.REJECTED
 
 
 class WaitedTooLong(GatewayError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
@@ -32,6 +33,17 @@ class TrainingOutcome(StrEnum):
     FAILED = "failed"
     LATE = "late"
     KILLED = "killed"
+
+
+class CutOff(StrEnum):
+    """of a client's connection. invalid: no HTTP, or too much of it. slow: a head or a body did not come. unread: nor was an
+    answer read. crowded: it was idle, and gave way to a new one. refused: there were too many, and none was idle."""
+
+    INVALID = "invalid"
+    SLOW = "slow"
+    UNREAD = "unread"
+    CROWDED = "crowded"
+    REFUSED = "refused"
 
 
 class Metrics:
@@ -164,6 +176,14 @@ class Metrics:
         for outcome in TrainingOutcome:
             self._trainings.labels(outcome)
         self._training_s = gauge("training_seconds", "How long the last training took.")
+        self._connections = gauge("connections", "Connections of clients.")
+        self._cut_off = counter(
+            "connections_cut_off_total",
+            "Connections of clients that were ended before their time, by reason.",
+            "reason",
+        )
+        for reason in CutOff:
+            self._cut_off.labels(reason)
 
     def request_ended(self, endpoint: str, outcome: Outcome, seconds: float) -> None:
         self._requests.labels(endpoint, outcome).inc()
@@ -282,6 +302,13 @@ class Metrics:
 
     def state_is(self, *, unreadable: int) -> None:
         self._state_unreadable.set(unreadable)
+
+    def count_connections(self, count: Callable[[], float]) -> None:
+        """They are counted at the time of the scrape."""
+        self._connections.set_function(count)
+
+    def connection_cut_off(self, why: CutOff) -> None:
+        self._cut_off.labels(why).inc()
 
     def _class(self, agent_class: str | None) -> str:
         if agent_class is None:

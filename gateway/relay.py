@@ -8,6 +8,7 @@ nothing can come between.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from gateway.errors import ClientStuck, EngineLost, GatewayError, Outcome, Shutt
 from gateway.estimate import Estimate, estimate_agent, estimate_arrival
 from gateway.fairness import AgentId, KvTokenIterations, Release, Spent, Task, TaskId
 from gateway.feedback import AgentRecord
+from gateway.intake import HeldBody
 from gateway.parts import Parts
-from gateway.release import Turn
+from gateway.release import RESTART_S, Turn
 from gateway.sse import UsageFilter, begins_with_error, error_event
 from gateway.usage import Usage, finished_task, parse_usage
 from predictor.cost import task_cost
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds that a chunk may wait for the client to read it.
 SEND_S = 60.0
+# The same, for the last word of a gateway that ends.
+FAREWELL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class TaskRequest:
     record: AgentRecord
     arrived_s: float
     final: bool
+    held: HeldBody
 
 
 class TaskResponse(Response):
@@ -81,15 +86,23 @@ class TaskResponse(Response):
         try:
             await self._serve(send)
         except asyncio.CancelledError:
-            if not self._left:  # the gateway ends
-                await self._send_error(ShuttingDown("the gateway is shutting down", retry_after_s=1), send)
-                raise
-            self._outcome = Outcome.CANCELLED
+            if self._left:
+                self._outcome = Outcome.CANCELLED
+            else:
+                await self._cut_off(send)
             if serving.uncancel():
                 raise
         finally:
             watch.cancel()
+            self._request.held.release()
             self._settle()
+
+    async def _cut_off(self, send: Send) -> None:
+        """The gateway ends. A client that does not read is not waited for."""
+        self._outcome = Outcome.FAILED if self._started else Outcome.REJECTED
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_S):
+                await self._send_error(ShuttingDown("the gateway is shutting down", retry_after_s=RESTART_S), send)
 
     async def _watch(self, receive: Receive, serving: asyncio.Task[None]) -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -16,11 +16,13 @@ from typing import Protocol
 
 from engine.hints import to_tag
 from gateway.capacity import CAPACITY_ITERATIONS, EngineView, ServedCapacity
-from gateway.errors import GatewayError, NoEngine, QueueFull, ShuttingDown, WaitedTooLong
+from gateway.errors import NoEngine, QueueFull, ShuttingDown, WaitedTooLong
 from gateway.fairness import AgentId, FairQueue, KvTokenIterations, Release, Spent, Task, TaskId
 from gateway.tool_waits import ToolWaits
 
 MAX_RETRY_AFTER_S = 30
+# Seconds that a gateway takes to start.
+RESTART_S = 5
 # Tasks over whose completions the drain rate is taken.
 DRAIN_WINDOW = 64
 # Tasks at an engine that has not said how much memory it has; at one that has, but not how many tasks it runs at once.
@@ -41,6 +43,7 @@ class Turn:
         self.task = task
         self.queued_s = 0.0
         self._dispatcher = dispatcher
+        self._owner = asyncio.current_task()
         self._released: asyncio.Future[Release] = dispatcher.loop.create_future()
         self._since = time.monotonic()
         self._requeued = False
@@ -58,7 +61,7 @@ class Turn:
 
     def requeue(self, *, sent: bool) -> bool:
         """Back into the queue, in its old place, after the engine lost it; once, if the engine had been `sent` it."""
-        if self._settled or self._dispatcher.draining or (sent and self._requeued):
+        if self._settled or self._dispatcher.cut_off or (sent and self._requeued):
             return False
         self._requeued = self._requeued or sent
         self._released = self._dispatcher.loop.create_future()
@@ -82,10 +85,13 @@ class Turn:
         if not self._released.done():
             self._released.set_result(release)
 
-    def refuse(self, error: GatewayError) -> None:
+    def cut_off(self) -> None:
+        """Hand it back if it waits, else cancel its owner."""
         if not self._released.done():
-            self._released.set_exception(error)
+            self._released.set_exception(_shutting_down(RESTART_S))
             self._released.exception()  # its owner may have left; that is no error
+        elif self._owner is not None and not self._owner.cancelling():
+            self._owner.cancel()
 
 
 class Dispatcher:
@@ -103,7 +109,7 @@ class Dispatcher:
         self.loop = asyncio.get_running_loop()
         self.queue = queue
         self.engine = engine
-        self.draining = False
+        self.draining = self.cut_off = False
         self.tell: Tell | None = None  # the engine, if it listens
         self._served = ServedCapacity()
         self._heard_at = self._capacity_at = engine.now
@@ -113,11 +119,12 @@ class Dispatcher:
         self._ends: deque[float] = deque(maxlen=DRAIN_WINDOW)
         self._all_ended = asyncio.Event()
         self._all_ended.set()
+        self._drained_by_s = 0.0
 
     def submit(self, task: Task, agent_cost: float) -> Turn:
         """Enqueue. Raises `ShuttingDown`, `NoEngine`, or `QueueFull`; then nothing was enqueued."""
         if self.draining:
-            raise ShuttingDown("the gateway is shutting down", retry_after_s=1)
+            raise _shutting_down(max(RESTART_S, math.ceil(self._drained_by_s - time.monotonic())))
         if not self.engine.up:
             raise NoEngine("the engine is not ready", retry_after_s=5)
         if self.queue.waiting >= self._max_waiting:
@@ -130,7 +137,7 @@ class Dispatcher:
 
     def pump(self) -> None:
         """Release what the queue says can go now."""
-        if not self.engine.up or self.engine.suspect:
+        if not self.engine.up or self.engine.suspect or self.cut_off:
             return
         for release in self.queue.release(self.engine.now, self.engine.waiting):
             self._turns[release.task.id].grant(release)
@@ -208,17 +215,23 @@ class Dispatcher:
         span_s = max(time.monotonic() - self._ends[0], 1e-3)
         return max(1, min(MAX_RETRY_AFTER_S, math.ceil(self.queue.waiting * span_s / len(self._ends))))
 
-    async def drain(self, limit_s: float) -> bool:
-        """Take nothing new, hand back what waits, and give what is in flight `limit_s` seconds. True if all of it ended."""
-        self.draining = True
+    def begin_drain(self, limit_s: float) -> None:
+        """Take nothing new. What has been accepted goes on being released."""
+        if not self.draining:
+            self.draining = True
+            self._drained_by_s = time.monotonic() + limit_s
+
+    async def drained(self) -> None:
+        """Until nothing waits and nothing is in flight."""
+        await self._all_ended.wait()
+
+    def end_drain(self) -> None:
+        """Hand back what waits, and break off what is in flight: whoever owns its turn is cancelled."""
+        if self.cut_off:
+            return
+        self.draining = self.cut_off = True
         for turn in list(self._turns.values()):
-            turn.refuse(ShuttingDown("the gateway is shutting down", retry_after_s=1))
-        try:
-            async with asyncio.timeout(limit_s):
-                await self._all_ended.wait()
-        except TimeoutError:
-            return False
-        return True
+            turn.cut_off()
 
     def _ended(self, turn: Turn) -> None:
         del self._turns[turn.task.id]
@@ -226,3 +239,7 @@ class Dispatcher:
             self._all_ended.set()
         # Not at once: whoever settles the task may reserve the memory that it leaves for its agent's next one.
         self.loop.call_soon(self.pump)
+
+
+def _shutting_down(retry_after_s: int) -> ShuttingDown:
+    return ShuttingDown("the gateway is shutting down", retry_after_s=min(retry_after_s, MAX_RETRY_AFTER_S))

@@ -153,7 +153,9 @@ class GatewaySettings(StateSettings):
     )
     max_body_mib: float = Field(64, gt=0, description="Largest body of a request, in MiB.")
     agent_idle_s: float = Field(300, gt=0, description="Seconds without a task after which an agent counts as ended.")
-    drain_s: float = Field(30, ge=0, description="Seconds that tasks in flight are given when the gateway stops.")
+    drain_s: float = Field(
+        30, ge=0, description="Seconds that tasks which wait or are in flight are given when the gateway stops."
+    )
     kept_agents: int = Field(10_000, ge=1, description="Finished agents that are kept; the oldest go first.")
     keep_text: bool = Field(
         False,
@@ -166,6 +168,19 @@ class GatewaySettings(StateSettings):
         description="Finished agents after which a new model is trained; for the first time after 100, if that is less.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
+    max_waiting_mib: float = Field(
+        1024, gt=0, description="Bodies that are held at once, in MiB: being sent, waiting, or in flight; more get 429."
+    )
+    max_connections: int = Field(
+        10_000, ge=1, description="Client connections at once; above it idle ones are closed, then new ones refused."
+    )
+    keep_alive_s: float = Field(75, gt=0, description="Seconds that a connection without a request is kept open.")
+    client_stall_s: float = Field(
+        60,
+        gt=0,
+        description="Seconds that a client may take to send a request's head, and may make no progress with sending its"
+        " body or reading its answer.",
+    )
 
     @field_validator("engine")
     @classmethod
