@@ -98,6 +98,10 @@ class NoEngine(GatewayError):
     status, type, code, outcome = 503, "service_unavailable", "no_engine", Outcome.REJECTED
 
 
+# Seconds that a gateway takes to start: `Retry-After` of one that ends.
+RESTART_S = 5
+
+
 class ShuttingDown(GatewayError):
     status, type, code, outcome = 503, "service_unavailable", "shutting_down", Outcome.REJECTED
 

@@ -10,6 +10,7 @@ an answer nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import http
 import logging
@@ -27,6 +28,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from gateway.errors import (
+    RESTART_S,
     GatewayError,
     HeadTooLarge,
     InvalidRequest,
@@ -57,9 +59,13 @@ MAX_UNREAD_BYTES = 256 * 2**20
 # the connection were gone.
 LINGER_S = 2.0
 SWEEP_S = 1.0
+# Connections that are looked at in one go, which takes some 0.2 ms.
+AT_ONCE = 200
 # Idle connections that give way at once when there are too many, as a share of the limit: one by one, each new one would
 # have to look for the oldest.
 YIELD_SHARE = 0.02
+# Seconds for which none is looked for after none was found.
+NONE_IDLE_S = 0.1
 # Connections above the limit that are told so; those above are closed without a word.
 TOLD = 64
 
@@ -82,6 +88,7 @@ class Connections:
         self.cut_off = cut_off
         self.draining = False
         self._open: set[ClientConnection] = set()
+        self._none_idle_until = 0.0
 
     def __len__(self) -> int:
         return len(self._open)
@@ -98,8 +105,10 @@ class Connections:
 
     def opened(self, connection: ClientConnection) -> bool:
         """False if there are too many; then it should go. Idle ones give way to new ones."""
-        if len(self._open) >= self.limits.max_connections:
+        if len(self._open) >= self.limits.max_connections and connection.since >= self._none_idle_until:
             idle = [other for other in self._open if other.idle]
+            if not idle:
+                self._none_idle_until = connection.since + NONE_IDLE_S
             for other in nsmallest(max(1, int(self.limits.max_connections * YIELD_SHARE)), idle, lambda c: c.since):
                 self.cut_off(CutOff.CROWDED)
                 other.transport.abort()
@@ -127,13 +136,15 @@ class Connections:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(every_s)
-            self.sweep(loop.time())
+            await self.sweep(loop.time())
 
-    def sweep(self, now: float) -> None:
+    async def sweep(self, now: float) -> None:
         """now: on the event loop's clock."""
         unread = {}
-        for connection in tuple(self._open):
-            if size := connection.look(now):
+        for number, connection in enumerate(tuple(self._open)):
+            if number % AT_ONCE == 0:
+                await asyncio.sleep(0)
+            if connection in self._open and (size := connection.look(now)):
                 unread[connection] = size
         excess = sum(unread.values()) - MAX_UNREAD_BYTES
         if excess > 0:
@@ -282,7 +293,7 @@ class ClientConnection(HttpToolsProtocol):
     def shutdown(self) -> None:
         """The server ends: what is idle or only half there goes, an answer may still go out."""
         if self._unanswered and self._unanswered[-1].more_body:
-            self._refuse(ShuttingDown("the gateway is shutting down", retry_after_s=1))
+            self._refuse(ShuttingDown("the gateway is shutting down", retry_after_s=RESTART_S))
         elif self._unanswered:
             self.end_after_answer()
         else:
@@ -351,8 +362,9 @@ class ClientConnection(HttpToolsProtocol):
     def _decline_upgrade(self) -> None:
         """None is on offer. Clients in Java ask with every request, and the parser would pass over the body: once more, then,
         without the wish."""
+        version = self.parser.get_http_version().encode()
         self.parser = httptools.HttpRequestParser(self)
-        lines = [b"%s %s HTTP/1.1" % (self._upgrading, self.url)]
+        lines = [b"%s %s HTTP/%s" % (self._upgrading, self.url, version)]
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
         self._upgrading = b""
         self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
@@ -405,7 +417,8 @@ def _unread_by_peer(transport: asyncio.Transport) -> int:
     """Bytes that the kernel has taken and the client has not. The kernel holds megabytes, and asks for more when a third is
     gone: a slow client would seem to read nothing for long."""
     unread = array("i", [0])
-    fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, unread)
+    with contextlib.suppress(OSError):  # it has just been closed
+        fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, unread)
     return unread[0]
 
 

@@ -22,13 +22,13 @@ from gateway.accuracy import NOBODY
 from gateway.body import Body
 from gateway.content import texts_of
 from gateway.engine_client import Answer, EngineUnreachable, Health
-from gateway.errors import ClientStuck, EngineLost, GatewayError, Outcome, ShuttingDown
+from gateway.errors import RESTART_S, ClientStuck, EngineLost, GatewayError, Outcome, ShuttingDown
 from gateway.estimate import Estimate, estimate_agent, estimate_arrival
 from gateway.fairness import AgentId, KvTokenIterations, Release, Spent, Task, TaskId
 from gateway.feedback import AgentRecord
 from gateway.intake import HeldBody
 from gateway.parts import Parts
-from gateway.release import RESTART_S, Turn
+from gateway.release import Turn
 from gateway.sse import UsageFilter, begins_with_error, error_event
 from gateway.usage import Usage, finished_task, parse_usage
 from predictor.cost import task_cost

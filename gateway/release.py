@@ -16,13 +16,11 @@ from typing import Protocol
 
 from engine.hints import to_tag
 from gateway.capacity import CAPACITY_ITERATIONS, EngineView, ServedCapacity
-from gateway.errors import NoEngine, QueueFull, ShuttingDown, WaitedTooLong
+from gateway.errors import RESTART_S, NoEngine, QueueFull, ShuttingDown, WaitedTooLong
 from gateway.fairness import AgentId, FairQueue, KvTokenIterations, Release, Spent, Task, TaskId
 from gateway.tool_waits import ToolWaits
 
 MAX_RETRY_AFTER_S = 30
-# Seconds that a gateway takes to start.
-RESTART_S = 5
 # Tasks over whose completions the drain rate is taken.
 DRAIN_WINDOW = 64
 # Tasks at an engine that has not said how much memory it has; at one that has, but not how many tasks it runs at once.

@@ -18,6 +18,7 @@ from gateway.parts import Parts
 from gateway.protocol import ConnectionLimits, Connections
 from gateway.release import Dispatcher
 from gateway.settings import GatewaySettings
+from gateway.watch import keep_running
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class GatewayServer(uvicorn.Server):
         self._cut_off.set()
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        sweeping = asyncio.create_task(self._connections.watch())
+        sweeping = asyncio.create_task(keep_running(self._connections.watch))
         try:
             await super().serve(sockets)
         finally:

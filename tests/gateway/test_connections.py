@@ -51,14 +51,14 @@ def test_where_none_is_idle_a_new_one_is_told_to_go() -> None:
     assert why == []
 
 
-def test_the_largest_answers_that_nobody_reads_are_given_up() -> None:
+async def test_the_largest_answers_that_nobody_reads_are_given_up() -> None:
     mib = MAX_UNREAD_BYTES // 256
     clients = [Client(unread=size * mib) for size in (50, 0, 100, 40, 60, 1)]
     connections, why = crowd(clients, at_most=10)
-    connections.sweep(0.0)
+    await connections.sweep(0.0)
     assert why == []
     clients[1].unread = 10 * mib
-    connections.sweep(0.0)
+    await connections.sweep(0.0)
     assert [client.aborted for client in clients] == [False, False, True, False, False, False]
     assert why == [CutOff.UNREAD]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +19,7 @@ from gateway.bench.processes import free_port
 from tests.wire.scripted_engine import ScriptedEngine, Send, answer_at_once, chunk, push, start
 from tests.wire.test_commands import Command, justitia
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 TASKS = 200
 SLOTS = 8
 # Far beyond what any of it takes.
@@ -182,3 +186,48 @@ async def test_a_second_signal_does_not_wait() -> None:
         ends = Counter(await load.ends())
         assert ends["refused"] + ends["broken off"] == TASKS
         await ends_well(command)
+
+
+# `justitia serve` with a process of ours in the place of vLLM's.
+SERVE = """
+import sys
+from engine.launcher import EngineSpec
+from gateway.cli import main
+
+ENGINE = '''
+import sys
+sys.path.insert(0, sys.argv[2])
+import uvicorn
+from gateway.bench.stand_in import StandIn
+uvicorn.run(StandIn(token_s=0.01), uds=sys.argv[1], log_level="warning")
+'''
+root, sys.argv = sys.argv[1], ["justitia", "serve"]
+EngineSpec.command = lambda spec: [sys.executable, "-c", ENGINE, str(spec.socket), root]
+main()
+"""
+
+
+async def test_the_engine_of_serve_outlives_the_drain() -> None:
+    port = free_port()
+    given = {"port": port, "model": "org/none", "engine_scheduler": "stock", "max_in_flight": 4, "state": "memory:"}
+    environment = {f"JUSTITIA_{name.upper()}": str(value) for name, value in given.items()}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SERVE, str(ROOT), stderr=asyncio.subprocess.PIPE, env={**os.environ, **environment}
+    )
+    command = Command(process)
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
+            await command.until_said("stop: Ctrl-C")
+            load = Load(client)
+            load.add(24)
+            async with asyncio.timeout(PATIENCE_S):
+                while await waiting(client) < 16:
+                    await asyncio.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            assert Counter(await load.ends()) == {"served": 24}
+        await ends_well(command)
+        assert command.said.index("shutting down: ") < command.said.index("stopping the engine")
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
