@@ -59,7 +59,7 @@ MAX_UNREAD_BYTES = 256 * 2**20
 # the connection were gone.
 LINGER_S = 2.0
 SWEEP_S = 1.0
-# Connections that are looked at in one go, which takes some 0.2 ms.
+# Connections that are looked at in one go: all 10,000 at once would be felt.
 AT_ONCE = 200
 # Idle connections that give way at once when there are too many, as a share of the limit: one by one, each new one would
 # have to look for the oldest.

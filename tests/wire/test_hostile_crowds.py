@@ -144,6 +144,18 @@ def test_whole_answers_that_nobody_reads_stop_the_engine(gateway: GatewayProcess
         time.sleep(1)
 
 
+def test_who_leaves_after_a_request_sent_ahead_is_missed_at_once(
+    gateway: GatewayProcess, scripted: ScriptedEngine
+) -> None:
+    scripted.default = wait_for_word
+    left = scripted.left
+    with gateway.connect() as client:
+        client.send(post(chat()) + HEALTH)
+        until(lambda: len(scripted.bodies) == 1)
+    until(lambda: scripted.left == left + 1)
+    until(lambda: gateway.metric("justitia_tasks") == 0)
+
+
 # Many
 
 
