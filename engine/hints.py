@@ -1,7 +1,8 @@
 """What a request carries from the gateway to the engine's scheduler.
 
 Three fields of vLLM's OpenAI request, nothing else: `priority` holds the tag, and two flat `vllm_xargs` name the agent
-and the task. A stock vLLM honours the first and ignores the others.
+and the task. A stock vLLM honours the first and ignores the others. A request of a kind that has no `priority` (Anthropic's
+messages) has the tag in a third one, and for a stock vLLM in a header.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 AGENT_XARG = "justitia_agent"
 TASK_XARG = "justitia_task"
+TAG_XARG = "justitia_tag"
+PRIORITY_HEADER = "x-vllm-priority"
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -44,4 +47,9 @@ def from_fields(priority: int, xargs: Mapping[str, Any] | None) -> Hints:
         return Hints(priority, "", -1)
     task = xargs.get(TASK_XARG, -1)
     numbered = type(task) is int and 0 <= task <= INT64_MAX
-    return Hints(priority, str(xargs.get(AGENT_XARG, "")), task if numbered else -1)
+    tag = xargs.get(TAG_XARG, priority)
+    return Hints(
+        tag if type(tag) is int and INT64_MIN <= tag <= INT64_MAX else priority,
+        str(xargs.get(AGENT_XARG, "")),
+        task if numbered else -1,
+    )

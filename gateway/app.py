@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from importlib.metadata import version as distribution_version
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.accuracy import Accuracy
+from gateway.agents import agent_routes
+from gateway.background import Background
+from gateway.billing import DAY_S, usage_routes
 from gateway.capacity import EngineView
-from gateway.engine_client import EngineClient, EngineUnreachable
-from gateway.errors import GatewayError, NoEngine
+from gateway.dialects import OPENAI
+from gateway.engine_client import EngineClient
+from gateway.errors import GatewayError
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
+from gateway.identify import Roots
 from gateway.intake import BodyBudget
+from gateway.keys import Keys
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
 from gateway.metrics import Metrics
@@ -28,16 +38,36 @@ from gateway.operations import operation_routes
 from gateway.parts import Parts
 from gateway.release import Dispatcher
 from gateway.routes import task_routes
-from gateway.settings import GatewaySettings
-from gateway.state import Store, open_store
+from gateway.settings import GatewaySettings, Live
+from gateway.state import Journal, Store, TenantUsage, UsageRow, open_store
+from gateway.state.types import HOUR_S
+from gateway.tenants import Tenants
 from gateway.tool_waits import ToolWaits
-from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health
+from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health, watch_keys
 from predictor.learned import Learned
 from predictor.types import Predictor
 
 logger = logging.getLogger(__name__)
 
-MIB = 2**20
+
+class Gateway(FastAPI):
+    """What clients ask for goes straight to who serves it: FastAPI's own way there takes as long as all the rest."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._straight: dict[tuple[str, str], ASGIApp] = {}
+
+    def serve(self, routes: list[Route]) -> None:
+        self.router.routes += routes  # for what they do not take: a wrong method, a path with an id in it
+        for route in routes:
+            self._straight |= {(method, route.path): route.app for method in route.methods or ()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        straight = self._straight.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if straight is None:
+            await super().__call__(scope, receive, send)
+        else:
+            await straight(scope, receive, send)
 
 
 async def create_app(
@@ -47,7 +77,8 @@ async def create_app(
     predictor: Predictor | None = None,
     store: Store | None = None,
 ) -> FastAPI:
-    """The gateway for these settings; what is not given is made from them. Call it in the event loop that will serve."""
+    """The gateway for these settings; what is not given is made from them. Call it in the event loop that will serve. Raises
+    `KeysError`."""
     version = distribution_version("justitia")
     engine = EngineView(settings.capacity_tokens, settings.max_in_flight)
     limits = ReleaseLimits(beta=settings.beta, engine_waiting=settings.max_engine_waiting)
@@ -56,37 +87,53 @@ async def create_app(
     predictor = predictor or Learned()
     accuracy = Accuracy()
     store = store or open_store(settings.state, settings.kept_agents)
+    journal = Journal(store, settings.journal_directory, kept_agents=settings.kept_agents)
     waits = ToolWaits()
-    dispatcher = Dispatcher(queue, engine, max_waiting=settings.max_waiting, waits=waits if settings.keep_kv else None)
+    tenants = Tenants(
+        Keys.load(settings.keys_file),
+        settings.tenants,
+        max_waiting=settings.max_waiting,
+        max_waiting_bytes=settings.max_waiting_bytes,
+    )
+    roots = Roots()
+    dispatcher = Dispatcher(queue, engine, tenants, waits=waits if settings.keep_kv else None)
     parts = Parts(
         queue=queue,
         dispatcher=dispatcher,
         engine=engine,
-        client=client or EngineClient(settings.engine),
+        client=client or EngineClient(settings.engine, relays_keys=lambda: not tenants.keys.configured),
+        tenants=tenants,
         predictor=predictor,
         feedback=Feedback(
             queue,
             predictor,
-            store,
+            journal,
             metrics,
             accuracy,
             now=lambda: engine.now,
             waits=waits,
             keep=dispatcher.keep,
             correct=dispatcher.correct,
+            charge=partial(_charge, tenants, metrics),
+            tenant_weight=lambda tenant: tenants.named(tenant).weight,
+            restored=roots.restore,
         ),
+        journal=journal,
         metrics=metrics,
         accuracy=accuracy,
         learning=Learning(predictor, settings.models_directory, metrics),
+        roots=roots,
+        bodies=BodyBudget(settings.max_held_bytes),
+        background=Background(),
         suspect=asyncio.Event(),
-        max_queue_s=settings.max_queue_s,
-        keep_text=settings.keep_text,
+        live=Live(settings),
     )
-    app = FastAPI(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
+    app = Gateway(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
     app.state.parts = parts
-    bodies = BodyBudget(int(settings.max_waiting_mib * MIB))
-    app.include_router(task_routes(parts, bodies, max_body_bytes=int(settings.max_body_mib * MIB)))
-    app.include_router(operation_routes(parts, version=version, policy=settings.policy))
+    app.serve(task_routes(parts))
+    app.include_router(agent_routes(parts))
+    app.include_router(usage_routes(tenants, store, parts.feedback.flush))
+    app.include_router(operation_routes(parts, version=version))
     _answer_errors(app)
     return app
 
@@ -96,13 +143,14 @@ def _lifespan(
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        remembered = await parts.feedback.recall()
-        logger.info("learned from %d agents that the state store had kept", remembered)
+        await parts.journal.start(partial(_recall, parts, store), parts.feedback.rewrite)
         link = settings.link
         watches: list[Callable[[], Awaitable[None]]] = [
             partial(watch_health, parts),
+            parts.journal.run,
             partial(follow_link, parts, link) if link is not None else partial(poll_metrics, parts),
-            partial(sweep_agents, parts, settings.agent_idle_s),
+            partial(sweep_agents, parts),
+            partial(watch_keys, parts.tenants),
         ]
         watches += _learning_watches(settings, parts, store)
         tasks = [asyncio.create_task(keep_running(watch)) for watch in watches]
@@ -110,11 +158,26 @@ def _lifespan(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await parts.feedback.flush()
+        await parts.background.cancel()
+        await parts.journal.close()
         await store.close()
         await parts.client.close()
 
     return lifespan
+
+
+async def _recall(parts: Parts, store: Store) -> None:
+    """Raises `StateError`."""
+    now_s = int(time.time())
+    today = await store.usage(now_s - now_s % DAY_S, now_s + HOUR_S)
+    await parts.feedback.recall()
+    parts.tenants.restore(today)
+
+
+def _charge(tenants: Tenants, metrics: Metrics, tenant: str, used: TenantUsage) -> UsageRow:
+    row = tenants.charge(tenants.named(tenant), used)
+    metrics.charged(row)
+    return row
 
 
 def _learning_watches(settings: GatewaySettings, parts: Parts, store: Store) -> list[Callable[[], Awaitable[None]]]:
@@ -127,8 +190,8 @@ def _learning_watches(settings: GatewaySettings, parts: Parts, store: Store) -> 
     watches: list[Callable[[], Awaitable[None]]] = [parts.learning.watch]
     if settings.state == "memory:":
         logger.info("no models are trained: the state is in memory (--state)")
-    elif settings.train:
-        watches.append(Training(settings, models, store, parts.learning, parts.accuracy, parts.metrics).watch)
+    else:
+        watches.append(Training(parts.live, models, store, parts.learning, parts.accuracy, parts.metrics).watch)
     return watches
 
 
@@ -137,9 +200,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(GatewayError)
     async def gateway_error(request: Request, error: GatewayError) -> Response:
-        if isinstance(error, EngineUnreachable):
-            error = NoEngine(error.message, retry_after_s=5)
-        return Response(error.body(), error.status, error.headers(), media_type="application/json")
+        return Response(OPENAI.error(error), error.status, error.headers(), media_type="application/json")
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

@@ -12,48 +12,64 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from engine.hints import Hints, to_fields
+from engine.hints import TAG_XARG, Hints, to_fields
+from gateway.endpoints import CHAT, Endpoint
 from gateway.errors import InvalidRequest
 
 Fields = dict[str, msgspec.Raw]
 
-# Where the text is, in the bodies of both endpoints: its bytes are what the prompt's length is predicted from.
-_TEXT_FIELDS = ("messages", "prompt", "tools", "suffix")
-MAX_SEQUENCES = 1024
+MAX_SEQUENCES = 2048
+# Ours, and not the engine's, which would warn of each.
+_OWN_FIELDS = ("agent_id", "program_id")
 # Of a field that is taken apart, which needs twenty times its size.
 MAX_VALUE_BYTES = 2**16
-_BATCH = re.compile(rb'\s*\[\s*["\[]')
+_BATCH = re.compile(rb"\s*\[\s*[\"\[{]")
 
 _decode_fields = msgspec.json.Decoder(Fields).decode
+_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """fields: the top level, undecoded. stream: whether the answer is to be one of events. wants_usage: whether the client
-    asked for the usage event of a stream. prompt_bytes: size of the text. prompts: how many it carries.
-    sequences: how many the engine will decode for it (prompts × n). max_tokens: the client's limit for each, if any."""
+    """fields: the top level, undecoded. size: bytes that it came in. stream: whether the answer is to be one of events.
+    wants_usage: whether the client asked for the usage event of a stream. background: whether the answer is to be fetched
+    later. prompt_bytes: size of the text. prompts: how many it carries. sequences: how many the engine will run for it
+    (prompts × n). max_tokens: the client's limit for each, if any."""
 
+    endpoint: Endpoint
     fields: Fields
+    size: int
     stream: bool
     wants_usage: bool
+    background: bool
     prompt_bytes: int
     prompts: int
     sequences: int
     max_tokens: int | None
 
-    def for_engine(self, hints: Hints) -> bytes:
-        """The body with our fields: the tag, agent and task, and, for a stream, the wish for a usage event."""
+    def for_engine(self, hints: Hints, request_id: str | None = None) -> bytes:
+        """The body with our fields: the tag, agent and task, for a stream the wish for a usage event, and the id by which the
+        answer can be fetched."""
         priority, xargs = to_fields(hints)
         fields: dict[str, Any] = dict(self.fields)
-        fields["priority"] = priority
-        fields["vllm_xargs"] = {**_mapping(self.fields, "vllm_xargs"), **xargs}
-        if self.stream:
+        for name in _OWN_FIELDS:
+            fields.pop(name, None)
+        if self.endpoint.priority:
+            fields["priority"] = priority
+        else:
+            xargs[TAG_XARG] = priority
+        if self.endpoint.xargs:
+            mine = fields.get("vllm_xargs")
+            fields["vllm_xargs"] = xargs if mine is None else {**_mapping(self.fields, "vllm_xargs"), **xargs}
+        if self.stream and self.endpoint.dialect.hides_usage:
             fields["stream_options"] = {**_mapping(self.fields, "stream_options"), "include_usage": True}
+        if request_id is not None:
+            fields["request_id"] = request_id
         return msgspec.json.encode(fields)
 
 
-def parse_body(data: bytes) -> Body:
+def parse_body(data: bytes, endpoint: Endpoint = CHAT) -> Body:
     """Raises `InvalidRequest` for what is not an object, or where a field that we read has the wrong type. The rest is for
     the engine to judge."""
     try:
@@ -61,18 +77,21 @@ def parse_body(data: bytes) -> Body:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not a JSON object: {error}") from error
     _mapping(fields, "vllm_xargs")
-    prompts = _prompts(fields)
-    sequences = prompts * (_limit(fields, "n", 1) or 1)
+    prompts = _prompts(fields, endpoint)
+    sequences = prompts * ((_limit(fields, "n", 1) or 1) if endpoint.decodes else 1)
     if sequences > MAX_SEQUENCES:
         raise InvalidRequest(f"at most {MAX_SEQUENCES} sequences per request, not {sequences}", param="n")
     return Body(
+        endpoint=endpoint,
         fields=fields,
+        size=len(data),
         stream=_value(fields, "stream", bool) or False,
         wants_usage=_mapping(fields, "stream_options").get("include_usage") is True,
-        prompt_bytes=sum(len(memoryview(fields[name])) for name in _TEXT_FIELDS if name in fields),
+        background=_value(fields, "background", bool) or False,
+        prompt_bytes=sum(len(memoryview(fields[name])) for name in endpoint.texts if name in fields),
         prompts=prompts,
         sequences=sequences,
-        max_tokens=_limit(fields, "max_completion_tokens", 0) or _limit(fields, "max_tokens", 0),
+        max_tokens=_max_tokens(fields, endpoint),
     )
 
 
@@ -84,7 +103,7 @@ def _value(fields: Fields, name: str, kind: type[_Value]) -> _Value | None:
         raise InvalidRequest(f"{name} must be at most {MAX_VALUE_BYTES} bytes", param=name)
     try:
         return msgspec.json.decode(raw, type=kind | None)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"{name}: {error}", param=name) from error
 
 
@@ -99,11 +118,19 @@ def _limit(fields: Fields, name: str, at_least: int) -> int | None:
     return number
 
 
-def _prompts(fields: Fields) -> int:
-    """How many prompts a completion carries: a list of strings, or of lists of token ids, is a batch."""
-    prompt = fields.get("prompt")
-    if prompt is None:
+def _max_tokens(fields: Fields, endpoint: Endpoint) -> int | None:
+    """What is not decoded is held for one iteration: as if one token were."""
+    if not endpoint.decodes:
         return 1
-    if not _BATCH.match(prompt):
-        return 1  # one string, one list of token ids, or something that the engine will refuse
-    return max(1, len(msgspec.json.decode(prompt, type=list[msgspec.Raw])))
+    limits = [limit for name in endpoint.limits if (limit := _limit(fields, name, 0)) is not None]
+    return limits[0] if limits else None
+
+
+def _prompts(fields: Fields, endpoint: Endpoint) -> int:
+    """How many prompts a request carries: a list of strings, of lists of token ids, or of documents, is a batch."""
+    for name in endpoint.batch:
+        prompt = fields.get(name)
+        # Else one string, one list of token ids, or something that the engine will refuse.
+        if prompt is not None and _BATCH.match(prompt):
+            return max(1, len(_decode_list(prompt)))
+    return 1

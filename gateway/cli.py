@@ -9,26 +9,33 @@ import tempfile
 from collections.abc import Callable, Coroutine
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import uvloop
 from rich.console import Console
 
 from engine import tiny_model
 from engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState
+from gateway.check import Checked, check, run_check
+from gateway.keys import KeysError
+from gateway.keys_command import run_keys
 from gateway.learning.command import ExportSettings, run_export, run_predictor
 from gateway.logs import set_up_logs
+from gateway.reload import Check
 from gateway.server import PortTaken, start_gateway
-from gateway.settings import GatewaySettings, ServeSettings, cache_home, load
+from gateway.settings import GatewaySettings, ServeSettings, cache_home
+from gateway.sources import load, or_exit, say_file
 
 USAGE = """\
 usage: justitia COMMAND [OPTIONS]
 
   serve      the gateway and its own vLLM engine, on this machine
   gateway    the gateway alone, before an engine that is already there (--engine URL)
+  check      what is wrong with the settings, and where
   demo       a mix of agents before a real engine, once as fcfs and once as justitia, and what changed
   replay     agents through any policy and vLLM's own scheduler on a virtual clock: no GPU, no waiting
   predictor  the models that say what agents will cost: list, show, promote, rollback, train, evaluate
+  keys       who may come in, as which tenant: add, list, revoke
   export     the agents that a gateway has served, as a trace for replay
   version    print the version
 
@@ -37,17 +44,21 @@ usage: justitia COMMAND [OPTIONS]
 
 STOP_GRACE_S = 20.0
 
+Settings = TypeVar("Settings", bound=GatewaySettings)
+
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     command, *arguments = sys.argv[1:] or ["--help"]
     commands: dict[str, Callable[[list[str]], int]] = {
-        "serve": lambda arguments: _run(_serve(load(ServeSettings, arguments, program="justitia serve"))),
-        "gateway": lambda arguments: _run(_gateway(load(GatewaySettings, arguments, program="justitia gateway"))),
+        "serve": lambda arguments: _run(_serve(*_checked(ServeSettings, arguments, "justitia serve"))),
+        "gateway": lambda arguments: _run(_gateway(*_checked(GatewaySettings, arguments, "justitia gateway"))),
+        "check": run_check,
         "demo": _demo,
         "replay": _replay,
         "predictor": run_predictor,
+        "keys": run_keys,
         "export": _export,
         "version": lambda arguments: print(distribution_version("justitia")) or 0,
     }
@@ -60,6 +71,15 @@ def main() -> None:
         sys.exit(2)
     else:
         sys.exit(commands[command](arguments))
+
+
+def _checked(settings: type[Settings], arguments: list[str], program: str) -> tuple[Checked[Settings], Check]:
+    """Settings that are right, and how to read them again. Exits with 2 if they are wrong."""
+    begun = or_exit(lambda: check(settings, arguments, program=program))
+    say_file(begun.reading, program)
+    for note in begun.notes:
+        console.print(f"{program}: {note}", markup=False)
+    return begun, lambda: check(settings, arguments, program=program, file=begun.reading.file)
 
 
 def _demo(arguments: list[str]) -> int:
@@ -86,24 +106,27 @@ def _run(command: Coroutine[Any, Any, int]) -> int:
             return 130
 
 
-async def _gateway(settings: GatewaySettings) -> int:
+async def _gateway(begun: Checked[GatewaySettings], check_again: Check) -> int:
+    settings = begun.settings
     if not settings.engine:
         console.print("justitia gateway: --engine is needed: http://host:port, or unix:/path/to/socket")
         return 2
     set_up_logs(settings.log_level)
     try:
         gateway = await start_gateway(settings)
-    except PortTaken as error:
-        console.print(f"justitia gateway: {error}")
+    except (PortTaken, KeysError) as error:
+        console.print(f"justitia gateway: {error}", markup=False)
         return 1
     gateway.stop_on_signals()
+    gateway.reload_on_hangup(begun, check_again)
     console.print(f"justitia listens on {gateway.url}, in front of {settings.engine}")
     await gateway.served
     return 0
 
 
-async def _serve(settings: ServeSettings) -> int:
+async def _serve(begun: Checked[ServeSettings], check_again: Check) -> int:
     """The gateway listens at once, and says 503 until the engine is there. It goes first at the end, the engine after it."""
+    settings = begun.settings
     set_up_logs(settings.log_level)
     with tempfile.TemporaryDirectory(prefix="justitia-") as temporary:
         model = settings.model
@@ -127,10 +150,11 @@ async def _serve(settings: ServeSettings) -> int:
         link = spec.link_address if settings.engine_scheduler == "justitia" else None
         try:
             gateway = await start_gateway(settings.model_copy(update={"engine": spec.url, "link": link}))
-        except PortTaken as error:
-            console.print(f"justitia serve: {error}")
+        except (PortTaken, KeysError) as error:
+            console.print(f"justitia serve: {error}", markup=False)
             return 1
         gateway.stop_on_signals()
+        gateway.reload_on_hangup(begun, check_again)
         logging.getLogger("engine.launcher").setLevel(logging.WARNING)  # said on the console
         engine = EngineProcess(spec, _say_state)
         running: list[asyncio.Task[None]] = []

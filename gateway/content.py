@@ -11,6 +11,7 @@ from predictor.types import TaskContent
 LARGEST_BYTES = 2**18
 _FORMS = ("response_format", "structured_outputs", "guided_json")
 _INSTRUCTING = frozenset(("system", "developer"))
+_INSTRUCTIONS, _CONVERSATIONS = frozenset(("instructions", "system")), frozenset(("messages", "input"))
 # Also what the body's own parser has let pass, one call less deep.
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
@@ -25,7 +26,7 @@ class _Message(msgspec.Struct):
 
 
 _decode_messages = msgspec.json.Decoder(list[_Message]).decode
-_decode_text = msgspec.json.Decoder(str).decode
+_decode_content = msgspec.json.Decoder(str | list[_Part] | None).decode
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
@@ -54,41 +55,61 @@ def texts_of(body: Body) -> tuple[str | None, str | None]:
 
 def _texts(body: Body) -> tuple[bytes, bytes, int]:
     """What instructs, what is asked, and the number of messages."""
-    raw = body.fields.get("messages")
-    if raw is None:
-        return b"", _prompt(body.fields.get("prompt")), 1
-    data = bytes(memoryview(raw))
+    instructs: list[bytes] = []
+    asked: list[bytes] = []
+    messages = 1
+    for name in body.endpoint.texts:
+        raw = body.fields.get(name)
+        if raw is None or name == "tools":
+            continue
+        data = bytes(memoryview(raw))
+        if name in _INSTRUCTIONS:
+            instructs.append(_plain(data))
+        elif name in _CONVERSATIONS:
+            system, text, messages = _conversation(data)
+            instructs.append(system)
+            asked.append(text)
+        else:
+            asked.append(_plain(data))
+    return _joined(instructs), _joined(asked), messages
+
+
+def _joined(texts: list[bytes]) -> bytes:
+    return texts[0] if len(texts) == 1 else b"\n".join(text for text in texts if text)
+
+
+def _conversation(data: bytes) -> tuple[bytes, bytes, int]:
     if len(data) > LARGEST_BYTES:
         return b"", data, 1
+    if data.lstrip()[:1] != b"[":
+        return b"", _plain(data), 1
     try:
         messages = _decode_messages(data)
     except _UNREADABLE:
         return b"", data, 1
-    system = [_text(message) for message in messages if message.role in _INSTRUCTING]
-    asked = [_text(message) for message in messages if message.role not in _INSTRUCTING]
+    system = [_text(message.content) for message in messages if message.role in _INSTRUCTING]
+    asked = [_text(message.content) for message in messages if message.role not in _INSTRUCTING]
     return _encode(system), _encode(asked), len(messages)
+
+
+def _plain(data: bytes) -> bytes:
+    """A string, or parts with texts; anything else as it came."""
+    if len(data) > LARGEST_BYTES:
+        return data
+    try:
+        return _encode([_text(_decode_content(data))])
+    except _UNREADABLE:
+        return data
 
 
 def _kept(text: bytes) -> str | None:
     return text.decode("utf-8", "replace") if 0 < len(text) <= LARGEST_BYTES else None
 
 
-def _prompt(raw: msgspec.Raw | None) -> bytes:
-    if raw is None:
-        return b""
-    data = bytes(memoryview(raw))
-    if len(data) > LARGEST_BYTES:
-        return data
-    try:
-        return _encode([_decode_text(data)])
-    except _UNREADABLE:
-        return data
-
-
-def _text(message: _Message) -> str:
-    if message.content is None or isinstance(message.content, str):
-        return message.content or ""
-    return "\n".join(part.text for part in message.content if part.text)
+def _text(content: str | list[_Part] | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "\n".join(part.text for part in content if part.text)
 
 
 def _encode(texts: list[str]) -> bytes:

@@ -1,28 +1,24 @@
-"""The engine over HTTP. Tasks go over aiohttp, whose relay is ten times as fast as httpx's; control calls over httpx.
+"""The engine over HTTP. Requests of clients go over connections of our own, control calls over httpx.
 
 Foreign exceptions end here: what leaves is `EngineUnreachable` (the task never got there) or `EngineLost`.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from enum import Enum
 
-import aiohttp
 import httpx
 
+from gateway.answers import Headers
+from gateway.engine_http import BrokenOff, Connection, Pool, Unreachable
 from gateway.errors import EngineLost
 
-CONNECT_S = 5.0
 CONTROL_S = 5.0
-# vLLM closes idle connections after 5 s; to reuse one a moment before that would lose the task on it.
-KEEPALIVE_S = 3.0
-CHUNK_BYTES = 65536
 
-_RELAYED_HEADERS = ("authorization", "content-type", "traceparent", "tracestate", "x-request-id")
-_RELAYED_BACK = ("retry-after", "x-request-id")
+_CREDENTIALS = ("authorization", "x-api-key")
+_RELAYED_HEADERS = ("content-type", "traceparent", "tracestate", "x-request-id")
+_RELAYED_BACK = (b"retry-after", b"x-request-id")
 
 
 class Health(Enum):
@@ -36,72 +32,68 @@ class EngineUnreachable(EngineLost):
 
 
 class Answer:
-    """What the engine answers: status, headers, and the body as it comes."""
+    """What the engine answers: status, those of its headers that are for the client, and the body as it comes. Close it,
+    whatever happens: before its end that closes the connection, on which vLLM aborts the task."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
-        self.status = response.status
-        self.content_type = response.headers.get("content-type", "application/json")
-        self.headers = {name: response.headers[name] for name in _RELAYED_BACK if name in response.headers}
+    def __init__(self, pool: Pool, connection: Connection) -> None:
+        self._pool, self._connection = pool, connection
+        headers = connection.headers
+        self.status = connection.status
+        self.content_type = headers.get(b"content-type", b"application/json").decode("latin-1")
+        self.headers: Headers = [(name, headers[name]) for name in _RELAYED_BACK if name in headers]
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body's bytes as they arrive. Raises `EngineLost` if it breaks off."""
+    async def read_some(self) -> bytes:
+        """What has arrived of the body; nothing at its end. Raises `EngineLost` if it breaks off."""
         try:
-            async for chunk in self._response.content.iter_any():
-                yield chunk
-        except (aiohttp.ClientError, OSError) as error:
+            return await self._connection.read()
+        except BrokenOff as error:
             raise EngineLost("the engine broke off its answer") from error
 
     async def read(self) -> bytes:
         """The whole body. Raises `EngineLost` if it breaks off."""
-        try:
-            return await self._response.read()
-        except (aiohttp.ClientError, OSError) as error:
-            raise EngineLost("the engine broke off its answer") from error
+        chunks = [await self.read_some()]
+        while chunks[-1]:
+            chunks.append(await self.read_some())
+        return chunks[0] if len(chunks) == 2 else b"".join(chunks)
+
+    def close(self) -> None:
+        """Awaits nothing: a cancelled task must get through here."""
+        self._pool.give_back(self._connection)
 
 
 class EngineClient:
-    """url: `http://host:port`, or `unix:/path/to/socket`. Make it inside a running event loop."""
+    """url: `http://host:port`, or `unix:/path/to/socket`. key: the engine's own, if it wants one. relays_keys: whether it gets
+    those of clients. Make it inside a running event loop."""
 
-    def __init__(self, url: str) -> None:
-        connector: aiohttp.BaseConnector
-        if url.startswith("unix:"):
-            path = url.removeprefix("unix:")
-            connector = aiohttp.UnixConnector(path, limit=0, keepalive_timeout=KEEPALIVE_S)
-            transport, self._base = httpx.AsyncHTTPTransport(uds=path), "http://engine"
-        else:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
-            transport, self._base = httpx.AsyncHTTPTransport(), url
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
-            auto_decompress=False,
-            read_bufsize=CHUNK_BYTES,
-            skip_auto_headers=("Accept-Encoding", "User-Agent"),
-        )
-        self._control = httpx.AsyncClient(transport=transport, base_url=self._base, timeout=CONTROL_S, trust_env=False)
+    def __init__(self, url: str, key: str | None = None, *, relays_keys: Callable[[], bool] = lambda: True) -> None:
+        self._pool = Pool(url)
+        self._own = {} if key is None else {"authorization": f"Bearer {key}"}
+        self._relays_keys = relays_keys
+        transport = httpx.AsyncHTTPTransport(uds=url.removeprefix("unix:") if url.startswith("unix:") else None)
+        base = "http://engine" if url.startswith("unix:") else url
+        self._control = httpx.AsyncClient(transport=transport, base_url=base, timeout=CONTROL_S, trust_env=False)
 
-    @asynccontextmanager
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[Answer]:
-        """Send a task. Leaving the context before the answer's end closes the connection, on which vLLM aborts the task."""
-        relayed = {name: headers[name] for name in _RELAYED_HEADERS if name in headers}
-        relayed.setdefault("content-type", "application/json")
+    async def ask(
+        self, method: str, path: str, body: bytes, headers: Mapping[str, str], own: Mapping[str, str] | None = None
+    ) -> Answer:
+        """Send a request, with those of a client's headers that are for the engine, and our own. Raises `EngineLost`."""
         try:
-            response = await self._session.post(self._base + path, data=body, headers=relayed, allow_redirects=False)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            connection = await self._pool.take()
+        except Unreachable as error:
             raise EngineUnreachable("the engine cannot be reached") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise EngineLost("the engine broke off before its answer") from error
         try:
-            yield Answer(response)
-        finally:
-            # Without awaiting: a cancelled task must get through here. At the answer's end the connection is back in the
-            # pool already and this closes nothing.
-            response.close()
+            connection.send(self._head(method, path, len(body), headers, own) + body)
+            await connection.head()
+        except BaseException as error:
+            connection.close()
+            if isinstance(error, BrokenOff):
+                raise EngineLost("the engine broke off before its answer") from error
+            raise
+        return Answer(self._pool, connection)
 
     async def get(self, path: str, headers: Mapping[str, str] | None = None) -> httpx.Response:
         """A control call. Raises `EngineUnreachable`."""
-        relayed = {name: value for name, value in (headers or {}).items() if name in _RELAYED_HEADERS}
+        relayed = {**self._relayed(headers or {}), **self._own}
         try:
             return await self._control.get(path, headers=relayed)
         except httpx.HTTPError as error:
@@ -115,4 +107,21 @@ class EngineClient:
             return Health.DOWN if isinstance(error.__cause__, httpx.ConnectError) else Health.UNSURE
 
     async def close(self) -> None:
-        await asyncio.gather(self._session.close(), self._control.aclose())
+        self._pool.close()
+        await self._control.aclose()
+
+    def _head(
+        self, method: str, path: str, length: int, headers: Mapping[str, str], own: Mapping[str, str] | None
+    ) -> bytes:
+        sent = {"host": self._pool.host, **self._relayed(headers), **self._own, **(own or {})}
+        if length:
+            sent.setdefault("content-type", "application/json")
+        if length or method == "POST":
+            sent["content-length"] = str(length)
+        lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in sent.items()), "\r\n"]
+        return "\r\n".join(lines).encode("latin-1")
+
+    def _relayed(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """Of a client's headers those that are for the engine. A key that is ours to check is not."""
+        names = _RELAYED_HEADERS if self._own or not self._relays_keys() else _RELAYED_HEADERS + _CREDENTIALS
+        return {name: headers[name] for name in names if name in headers and headers[name].isprintable()}

@@ -1,64 +1,172 @@
-"""Which agent does a request belong to, and what kind of agent is it?"""
+"""Which agent does a request belong to, and what kind of agent is it?
+
+Clients of many kinds say it in many ways, and none has to be configured: the first of the names below that is there counts.
+A sub-agent is folded into its root, so that the same work is one agent in every client. Never a request id, and never an id
+that unrelated requests would share.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
 from gateway.errors import InvalidRequest
 
 MAX_ID_CHARS = 255
-_VISIBLE = re.compile(r"[\x21-\x7e]+")
-_COUNT = re.compile(r"[1-9][0-9]{0,5}")
-_TRUE, _FALSE = {"true", "1"}, {"false", "0"}
+MAX_WEIGHT = 1e6
+# Of sub-agents whose roots are remembered, over all tenants.
+MAX_ALIASES = 100_000
 
 # Until API keys are configured there is one tenant, and ids are its own.
 DEFAULT_TENANT = "default"
 
+_VISIBLE = re.compile(r"[\x21-\x7e]+")
+_COUNT = re.compile(r"[1-9][0-9]{0,5}")
+_WEIGHT = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
+_TRUE, _FALSE = {"true", "1"}, {"false", "0"}
+
+# (header with the id, header with its parent's). Ours comes first: what it says is checked, not guessed.
+_OWN = ("x-agent-id", "x-agent-parent")
+_OWN_FIELDS = ("agent_id", "program_id")
+_HEADERS = (
+    ("x-llm-d-inference-fairness-id", None),
+    ("x-gateway-inference-fairness-id", None),
+    ("x-dynamo-session-id", "x-dynamo-parent-session-id"),
+    ("x-litellm-trace-id", None),
+    ("x-litellm-session-id", None),
+    ("x-bf-session-id", None),
+    ("x-claude-code-session-id", None),  # its sub-agents have ids of their own beside it
+    ("thread-id", "x-codex-parent-thread-id"),
+    ("session-id", None),
+    ("session_id", None),
+    ("x-session-affinity", "x-parent-session-id"),
+    ("x-qwen-code-session-id", None),
+    ("x-amp-thread-id", None),
+    ("x-session-id", "x-parent-session-id"),
+)
+_NAMES = frozenset(name for pair in (_OWN, *_HEADERS) for name in pair if name)
+_VENDOR = re.compile(r"x-[a-z0-9-]+-session-id")
+_FIELDS = ("session_id", "metadata", "prompt_cache_key", "safety_identifier", "user")
+_METADATA = ("session_id", "agent_id", "user_id")  # the last is Anthropic's word for `user`
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """agent_id: None when the request names no agent, and so is one of its own. source: where the id was found."""
+    """name: what the client calls its agent; None when it names none, and the request is an agent of its own. parent: whose
+    part it is, if it says so. source: where the name was found. weight: the share that is asked for."""
 
-    agent_id: str | None
+    name: str | None
     source: str
     agent_class: str | None
-    tenant: str
     final: bool  # the client says that no further task of this agent will come
+    parent: str | None = None
     expected_tasks: int | None = None  # how many the client says there will be: nothing is built on it but a prediction
+    weight: float | None = None
 
 
 def identify(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> Identity:
-    """`headers`: case-insensitive; `fields`: the top level of the body, undecoded. Raises `InvalidRequest`.
-
-    In this order: `X-Agent-ID`, `X-Session-ID`, `prompt_cache_key` in the body. Never a request id, and never an id that
-    unrelated requests would share.
-    """
-    agent_id, source = None, "none"
-    for header in ("x-agent-id", "x-session-id"):
-        if (value := headers.get(header)) is not None:
-            agent_id, source = _visible(value, header), header
-            break
-    else:
-        key = _string(fields, "prompt_cache_key")
-        if key:
-            # Any text will do for OpenAI; what cannot be an id is named by its hash.
-            is_id = len(key) <= MAX_ID_CHARS and _VISIBLE.fullmatch(key)
-            agent_id = key if is_id else hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
-            source = "prompt_cache_key"
+    """`headers`: by lower-case name; `fields`: the top level of the body, undecoded. Raises `InvalidRequest` for what is
+    wrong in our own headers and fields. Those of others were not meant for us: what cannot be an id is named by its hash,
+    or passed over."""
+    name, parent, source = _named(headers, fields)
     agent_class = headers.get("x-agent-class")
+    final = _flag(headers, "x-agent-final") or (
+        source == "x-dynamo-session-id" and headers.get("x-dynamo-session-final", "").lower() in _TRUE
+    )
     return Identity(
-        agent_id=agent_id,
+        name=name,
         source=source,
         agent_class=None if agent_class is None else _visible(agent_class, "x-agent-class"),
-        tenant=DEFAULT_TENANT,
-        final=_flag(headers, "x-agent-final"),
+        final=final,
+        parent=parent,
         expected_tasks=_count(headers, "x-agent-tasks"),
+        weight=_weight(headers, "x-agent-weight"),
     )
+
+
+class Restored(Protocol):
+    """name: of the root. aliases: of its sub-agents."""
+
+    tenant: str
+    name: str
+    aliases: set[str]
+
+
+class Roots:
+    """Whose part a sub-agent is, by tenant. Those not heard of for longest are forgotten first; they would then be agents of
+    their own, if they came back without naming their parent."""
+
+    def __init__(self) -> None:
+        self._roots: OrderedDict[tuple[str, str], str] = OrderedDict()
+
+    def fold(self, tenant: str, name: str, parent: str | None) -> str:
+        """The root of an agent: of its parent, if it names one, now or earlier; else itself."""
+        if parent is not None and (root := self._root(tenant, parent)) != name:
+            self._roots[tenant, name] = root
+            if len(self._roots) > MAX_ALIASES:
+                self._roots.popitem(last=False)
+        return self._root(tenant, name)
+
+    def restore(self, record: Restored) -> None:
+        """An agent has come back after a restart, with its sub-agents."""
+        for alias in record.aliases:
+            self.fold(record.tenant, alias, record.name)
+
+    def _root(self, tenant: str, name: str) -> str:
+        # There is no circle: who is its own parent's root is not put below it.
+        while (above := self._roots.get((tenant, name))) is not None:
+            self._roots.move_to_end((tenant, name))
+            name = above
+        return name
+
+
+def _named(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> tuple[str | None, str | None, str]:
+    """The name, its parent's, and where it was found."""
+    own, own_parent = _OWN
+    parent = headers.get(own_parent)
+    parent = None if parent is None else _visible(parent, own_parent)
+    if (value := headers.get(own)) is not None:
+        return _visible(value, own), parent, own
+    for field in _OWN_FIELDS:
+        if (raw := fields.get(field)) is not None and (text := _own_text(raw, field)) is not None:
+            return _visible(text, field), parent, field
+    if not _NAMES.isdisjoint(headers):
+        for header, parent_header in _HEADERS:
+            if value := headers.get(header):
+                named = headers.get(parent_header) if parent_header else None
+                return _as_id(value), parent or (_as_id(named) if named else None), header
+    for header, value in headers.items():
+        if value and header.endswith("-session-id") and _VENDOR.fullmatch(header) and "parent" not in header:
+            return _as_id(value), parent, header
+    for field in _FIELDS:
+        if (raw := fields.get(field)) is not None:
+            name, source = _in_metadata(raw) if field == "metadata" else (_text(raw), field)
+            if name:
+                return _as_id(name), parent, source
+    return None, None, "none"
+
+
+def _in_metadata(raw: msgspec.Raw) -> tuple[str | None, str]:
+    try:
+        metadata = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None, ""
+    for key in _METADATA:
+        if (value := metadata.get(key)) is not None and (text := _text(value)):
+            return text, f"metadata.{key}"
+    return None, ""
+
+
+def _as_id(text: str) -> str:
+    if len(text) <= MAX_ID_CHARS and _VISIBLE.fullmatch(text):
+        return text
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _visible(value: str, name: str) -> str:
@@ -67,14 +175,30 @@ def _visible(value: str, name: str) -> str:
     return value
 
 
-def _string(fields: Mapping[str, msgspec.Raw], name: str) -> str | None:
-    raw = fields.get(name)
-    if raw is None:
+def _text(raw: msgspec.Raw) -> str | None:
+    try:
+        return msgspec.json.decode(raw, type=str)
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
+
+
+def _own_text(raw: msgspec.Raw, name: str) -> str | None:
     try:
         return msgspec.json.decode(raw, type=str | None)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{name} must be a string", param=name) from error
+
+
+def _weight(headers: Mapping[str, str], name: str) -> float | None:
+    value = headers.get(name)
+    if value is None:
+        return None
+    weight = float(value) if _WEIGHT.fullmatch(value) else 0.0
+    if not 0 < weight <= MAX_WEIGHT:
+        raise InvalidRequest(
+            f"{name} must be a decimal number above 0 and at most {MAX_WEIGHT:.0f}, not {value[:20]!r}", param=name
+        )
+    return weight
 
 
 def _count(headers: Mapping[str, str], name: str) -> int | None:

@@ -1,10 +1,18 @@
-"""Memory for bodies: how much of what clients send may be held at once, and who is turned away above it."""
+"""What comes in from a client: headers, and a body of bounded size. All bodies together are bounded too."""
 
 from __future__ import annotations
 
-from gateway.errors import QueueFull
+from collections.abc import Mapping
+
+from starlette.types import Receive, Scope
+
+from gateway.errors import BodyTooLarge, QueueFull, Reason
 
 RETRY_AFTER_S = 5
+
+
+class ClientGone(Exception):
+    """The client left before its request was here."""
 
 
 class BodyBudget:
@@ -28,7 +36,9 @@ class HeldBody:
         budget = self._budget
         if budget.held_bytes + size > budget.limit_bytes:
             raise QueueFull(
-                f"bodies of {budget.held_bytes / 2**20:.0f} MiB are held already", retry_after_s=RETRY_AFTER_S
+                f"bodies of {budget.held_bytes} bytes are held already, of at most {budget.limit_bytes} (max_held_mib)",
+                retry_after_s=RETRY_AFTER_S,
+                reason=Reason.BYTES,
             )
 
     def grow(self, size: int) -> None:
@@ -40,3 +50,36 @@ class HeldBody:
     def release(self) -> None:
         self._budget.held_bytes -= self.size
         self.size = 0
+
+
+def headers_of(scope: Scope) -> dict[str, str]:
+    """By lower-case name; of several with one name the first."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
+
+
+async def read_body(receive: Receive, headers: Mapping[str, str], limit_bytes: int, held: HeldBody) -> bytes:
+    """Raises `BodyTooLarge` before more than the limit has been read, `QueueFull` when there is no room for it, and
+    `ClientGone`."""
+    declared = headers.get("content-length", "")
+    if len(declared) > 20 or (declared.isdecimal() and int(declared) > limit_bytes):
+        raise _too_large(limit_bytes)
+    if declared.isdecimal():
+        held.expect(int(declared))
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit_bytes:
+            raise _too_large(limit_bytes)
+        held.grow(len(chunk))
+        if not message.get("more_body", False):
+            return chunk if not chunks else b"".join([*chunks, chunk])
+        chunks.append(chunk)
+
+
+def _too_large(limit_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is larger than {limit_bytes} bytes")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from gateway.accuracy import WINDOW
-from gateway.errors import Outcome
+from gateway.errors import Outcome, Reason
+from gateway.state.types import UsageRow
 from predictor.types import FinishedTask
 
 # Classes are the clients' words: after this many different ones, `other`.
 MAX_CLASSES = 1000
 NO_CLASS, OTHER_CLASSES = "none", "other"
+# Tenants have keys, so there are as many as somebody has made keys for.
+MAX_TENANTS = 1000
+OTHER_TENANTS = "other"
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _OVERHEAD_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
@@ -35,6 +40,18 @@ class TrainingOutcome(StrEnum):
     KILLED = "killed"
 
 
+class _Children(dict[tuple[str, ...], Any]):
+    """A metric's children by their labels, kept: to look one up costs the client library more than to count."""
+
+    def __init__(self, metric: Any) -> None:
+        super().__init__()
+        self._metric = metric
+
+    def __missing__(self, labels: tuple[str, ...]) -> Any:
+        child = self[labels] = self._metric.labels(*labels)
+        return child
+
+
 class CutOff(StrEnum):
     """of a client's connection. invalid: no HTTP, or too much of it. slow: a head or a body did not come. unread: nor was an
     answer read. crowded: it was idle, and gave way to a new one. refused: there were too many, and none was idle."""
@@ -46,10 +63,18 @@ class CutOff(StrEnum):
     REFUSED = "refused"
 
 
+class ReloadOutcome(StrEnum):
+    """of the settings. refused: something was wrong, and nothing has changed."""
+
+    APPLIED = "applied"
+    REFUSED = "refused"
+
+
 class Metrics:
     def __init__(self, registry: CollectorRegistry, *, version: str, policy: str) -> None:
         self.registry = registry
         self._classes: set[str] = set()
+        self._tenants: set[str] = set()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"justitia_{name}", text, labels, registry=registry)
@@ -60,12 +85,16 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"justitia_{name}", text, labels, registry=registry, buckets=buckets)
 
-        Info("justitia_build", "Version and policy.", registry=registry).info({"version": version, "policy": policy})
-        self._requests = counter("requests_total", "Requests by endpoint and outcome.", "endpoint", "outcome")
-        self._request_s = histogram(
-            "request_seconds", "From a request's arrival to its end.", _SECONDS, "endpoint", "outcome"
+        self._version = version
+        self._build = Info("justitia_build", "Version and policy.", registry=registry)
+        self.policy_is(policy)
+        self._requests = _Children(
+            counter("requests_total", "Requests by endpoint and outcome.", "endpoint", "outcome")
         )
-        self._queue_s = histogram("queue_seconds", "Time waiting in the fair queue.", _SECONDS, "outcome")
+        self._request_s = _Children(
+            histogram("request_seconds", "From a request's arrival to its end.", _SECONDS, "endpoint", "outcome")
+        )
+        self._queue_s = _Children(histogram("queue_seconds", "Time waiting in the fair queue.", _SECONDS, "outcome"))
         self._overhead_s = histogram(
             "gateway_overhead_seconds",
             "Time of a request spent neither in the queue nor waiting for the engine.",
@@ -74,8 +103,10 @@ class Metrics:
         self._first_token_s = histogram(
             "time_to_first_token_seconds", "From arrival to the answer's first bytes.", _SECONDS
         )
-        self._agent_jct_s = histogram(
-            "agent_jct_seconds", "An agent's completion time: first arrival to last end.", _SECONDS, "agent_class"
+        self._agent_jct_s = _Children(
+            histogram(
+                "agent_jct_seconds", "An agent's completion time: first arrival to last end.", _SECONDS, "agent_class"
+            )
         )
         self._cost_ratio = histogram(
             "agent_cost_ratio",
@@ -88,11 +119,24 @@ class Metrics:
             "Agents that cost at most the predicted ninth decile: calibrated, 0.9 of all.",
             "source",
         )
-        self._agents_finished = counter("agents_finished_total", "Agents that have ended.", "agent_class")
-        self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens, cached ones included.", "agent_class")
-        self._completion_tokens = counter("completion_tokens_total", "Tokens decoded.", "agent_class")
-        self._observed_cost = counter(
-            "observed_cost_token_iterations_total", "True cost of tasks, KV token·iterations.", "agent_class"
+        self._agents_finished = _Children(counter("agents_finished_total", "Agents that have ended.", "agent_class"))
+        self._prompt_tokens = _Children(
+            counter("prompt_tokens_total", "Prompt tokens, cached ones included.", "agent_class")
+        )
+        self._completion_tokens = _Children(counter("completion_tokens_total", "Tokens decoded.", "agent_class"))
+        self._observed_cost = _Children(
+            counter("observed_cost_token_iterations_total", "True cost of tasks, KV token·iterations.", "agent_class")
+        )
+        self._rejected = counter("rejected_total", "Tasks handed back before they reached the engine.", "reason")
+        for reason in Reason:
+            self._rejected.labels(reason)
+        self._tenant_rejected = counter("tenant_rejected_total", "The same, by tenant.", "tenant")
+        self._tenant_requests = counter("tenant_requests_total", "Tasks that were charged.", "tenant")
+        self._tenant_tokens = counter(
+            "tenant_tokens_total", "Tokens by kind: prompt, cached (of the prompts'), completion.", "tenant", "kind"
+        )
+        self._tenant_cost = counter(
+            "tenant_kv_token_iterations_total", "What tenants were charged, KV token·iterations.", "tenant"
         )
         self._agents = gauge("agents", "Agents by state: waiting, running (nothing waits), idle.", "state")
         self._tasks = gauge("tasks", "Tasks by state.", "state")
@@ -102,7 +146,9 @@ class Metrics:
             "kv_predicted_tokens", "The most KV that what is in flight is predicted to come to hold, tokens."
         )
         self._virtual_time = gauge(
-            "virtual_time", "Virtual time of the fluid reference, token·iterations per unit of weight."
+            "virtual_time",
+            "Virtual time of a tenant's agents in the fluid reference, token·iterations per unit of weight.",
+            "tenant",
         )
         self._iterations = gauge("service_iterations", "Engine iterations done: the service clock.")
         self._engine_up = gauge("engine_up", "1 when the engine serves.")
@@ -136,7 +182,18 @@ class Metrics:
         )
         self._state_errors = counter("state_errors_total", "Failed reads and writes of the state store.")
         self._state_unreadable = gauge(
-            "state_unreadable_agents", "Agents of the state store that could not be read and were passed over."
+            "state_unreadable_agents",
+            "Agents of the state store, and steps of the journal, that could not be read and were passed over.",
+        )
+        self._state_up = gauge("state_up", "1 when the state store answers; at 0 the gateway goes on alone.")
+        self._state_waiting = gauge("state_waiting_bytes", "What is in the journal and not yet in the state store.")
+        self._state_unwritten = counter(
+            "state_unwritten_total",
+            "Settled tasks that the journal's disk did not take: a kill would have cost them, until the store had them.",
+        )
+        self._state_given_up = counter(
+            "state_given_up_total",
+            "What was given up for good: finished agents, when the store was away for long; settled tasks.",
         )
         self._prediction_s = histogram(
             "prediction_seconds", "Time from a parsed request to what it is predicted to cost.", _PREDICTION_SECONDS
@@ -175,6 +232,9 @@ class Metrics:
         self._trainings = counter("trainings_total", "Trainings by outcome.", "outcome")
         for outcome in TrainingOutcome:
             self._trainings.labels(outcome)
+        self._reloads = counter("reloads_total", "Times that the settings were read anew, by outcome.", "outcome")
+        for reload_outcome in ReloadOutcome:
+            self._reloads.labels(reload_outcome)
         self._training_s = gauge("training_seconds", "How long the last training took.")
         self._connections = gauge("connections", "Connections of clients.")
         self._cut_off = counter(
@@ -182,15 +242,34 @@ class Metrics:
             "Connections of clients that were ended before their time, by reason.",
             "reason",
         )
-        for reason in CutOff:
-            self._cut_off.labels(reason)
+        for why in CutOff:
+            self._cut_off.labels(why)
+
+    def policy_is(self, policy: str) -> None:
+        self._build.info({"version": self._version, "policy": policy})
+
+    def reloaded(self, outcome: ReloadOutcome) -> None:
+        self._reloads.labels(outcome).inc()
 
     def request_ended(self, endpoint: str, outcome: Outcome, seconds: float) -> None:
-        self._requests.labels(endpoint, outcome).inc()
-        self._request_s.labels(endpoint, outcome).observe(seconds)
+        self._requests[endpoint, outcome].inc()
+        self._request_s[endpoint, outcome].observe(seconds)
+
+    def rejected(self, tenant: str, reason: Reason) -> None:
+        self._rejected.labels(reason).inc()
+        self._tenant_rejected.labels(self._tenant(tenant)).inc()
+
+    def charged(self, row: UsageRow) -> None:
+        """What a task used, or a correction of it. A counter cannot take anything back, so it does not."""
+        label = self._tenant(row.tenant)
+        self._tenant_requests.labels(label).inc(row.requests)
+        self._tenant_tokens.labels(label, "prompt").inc(row.prompt_tokens)
+        self._tenant_tokens.labels(label, "cached").inc(row.cached_tokens)
+        self._tenant_tokens.labels(label, "completion").inc(row.completion_tokens)
+        self._tenant_cost.labels(label).inc(max(0.0, row.kv_cost))
 
     def left_queue(self, outcome: Outcome, seconds: float) -> None:
-        self._queue_s.labels(outcome).observe(seconds)
+        self._queue_s[outcome,].observe(seconds)
 
     def overhead(self, seconds: float) -> None:
         self._overhead_s.observe(max(0.0, seconds))
@@ -200,19 +279,19 @@ class Metrics:
 
     def task_ended(self, agent_class: str | None, prompt_tokens: int, completion_tokens: int) -> None:
         label = self._class(agent_class)
-        self._prompt_tokens.labels(label).inc(prompt_tokens)
-        self._completion_tokens.labels(label).inc(completion_tokens)
+        self._prompt_tokens[label,].inc(prompt_tokens)
+        self._completion_tokens[label,].inc(completion_tokens)
 
     def task_charged(self, agent_class: str | None, task: FinishedTask) -> None:
         """Once for each task, when nothing more will be known of it."""
-        self._observed_cost.labels(self._class(agent_class)).inc(task.cost)
+        self._observed_cost[self._class(agent_class),].inc(task.cost)
         if task.held is not None and task.net_cost > 0:
             self._held_ratio.observe(task.held / task.net_cost)
 
     def agent_finished(self, agent_class: str | None, jct_s: float) -> None:
         label = self._class(agent_class)
-        self._agents_finished.labels(label).inc()
-        self._agent_jct_s.labels(label).observe(jct_s)
+        self._agents_finished[label,].inc()
+        self._agent_jct_s[label,].observe(jct_s)
 
     def agent_judged(self, source: str, ratio: float, *, below_p90: bool) -> None:
         """source: see `accuracy.kind`. ratio: observed cost over predicted."""
@@ -247,11 +326,13 @@ class Metrics:
         self._trainings.labels(outcome).inc()
         self._training_s.set(seconds)
 
-    def queue_is(self, *, waiting: int, in_flight: int, predicted_tokens: float, virtual_time: float) -> None:
+    def queue_is(self, *, waiting: int, in_flight: int, predicted_tokens: float) -> None:
         self._tasks.labels("waiting").set(waiting)
         self._tasks.labels("in_flight").set(in_flight)
         self._kv_predicted.set(predicted_tokens)
-        self._virtual_time.set(virtual_time)
+
+    def virtual_time_is(self, tenant: str, virtual_time: float) -> None:
+        self._virtual_time.labels(self._tenant(tenant)).set(virtual_time)
 
     def agents_are(self, *, waiting: int, running: int, idle: int) -> None:
         for state, count in (("waiting", waiting), ("running", running), ("idle", idle)):
@@ -300,8 +381,23 @@ class Metrics:
     def state_failed(self) -> None:
         self._state_errors.inc()
 
-    def state_is(self, *, unreadable: int) -> None:
+    def state_is(self, *, up: bool, waiting_bytes: int, unreadable: int) -> None:
+        self._state_up.set(up)
+        self._state_waiting.set(waiting_bytes)
         self._state_unreadable.set(unreadable)
+
+    def _tenant(self, tenant: str) -> str:
+        if tenant not in self._tenants:
+            if len(self._tenants) >= MAX_TENANTS:
+                return OTHER_TENANTS
+            self._tenants.add(tenant)
+        return tenant
+
+    def state_counted(self, errors: int, unwritten: int, given_up: int) -> None:
+        """In the order of `journal.Counts`."""
+        self._state_errors.inc(errors)
+        self._state_unwritten.inc(unwritten)
+        self._state_given_up.inc(given_up)
 
     def count_connections(self, count: Callable[[], float]) -> None:
         """They are counted at the time of the scrape."""

@@ -1,4 +1,4 @@
-"""The endpoints that operators use: is it alive, is it ready, what does it measure, who is in the queue."""
+"""The endpoints that operators use: is it alive, is it ready, what does it measure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from gateway.agents import state_of
 from gateway.capacity import EngineView
-from gateway.fairness import Agent
-from gateway.feedback import AgentRecord
+from gateway.fairness import TenantId
 from gateway.parts import Parts
 
 
-def operation_routes(parts: Parts, *, version: str, policy: str) -> APIRouter:
+def operation_routes(parts: Parts, *, version: str) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health")
@@ -25,8 +25,9 @@ def operation_routes(parts: Parts, *, version: str, policy: str) -> APIRouter:
             "status": "draining" if parts.dispatcher.draining else "ok",
             "engine": "up" if parts.engine.up else "down",
             "link": _link(parts.engine),
+            "state": "ok" if parts.journal.up else "alone",
             "capacity_tokens": parts.engine.capacity_tokens,
-            "policy": policy,
+            "policy": parts.settings.policy,
             "version": version,
         }
 
@@ -41,17 +42,6 @@ def operation_routes(parts: Parts, *, version: str, policy: str) -> APIRouter:
         _refresh(parts)
         return Response(generate_latest(parts.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @router.get("/v1/agents")
-    async def agents() -> dict[str, Any]:
-        """Those that have not ended: waiting ones first, in the order in which they will be served."""
-        waiting = [agent.id for agent in parts.queue.in_order()]
-        position = {agent_id: place for place, agent_id in enumerate(waiting)}
-        records = sorted(
-            parts.feedback.records.values(), key=lambda r: (position.get(r.id, len(position)), r.first_arrival_s)
-        )
-        data = [_view(parts, record, parts.queue.agents.get(record.id), position.get(record.id)) for record in records]
-        return {"object": "list", "virtual_time": parts.queue.virtual_time(), "data": data}
-
     return router
 
 
@@ -61,41 +51,6 @@ def _link(engine: EngineView) -> str:
     return "reporting" if engine.up and engine.reporting else "silent"
 
 
-def _state(agent: Agent | None) -> str:
-    if agent is None or not agent.busy:
-        return "idle"
-    return "waiting" if agent.waiting else "running"
-
-
-def _view(parts: Parts, record: AgentRecord, agent: Agent | None, position: int | None) -> dict[str, Any]:
-    """Costs in KV token·iterations, tags in token·iterations per unit of weight."""
-    view: dict[str, Any] = {
-        "object": "agent",
-        "id": record.id,
-        "source": record.source,
-        "class": record.agent_class,
-        "tenant": record.tenant,
-        "state": _state(agent),
-        "final": record.final,
-        "tasks": {"arrived": record.tasks_arrived, "waiting": 0, "in_flight": 0, "ended": len(record.tasks)},
-        "position": position,
-        "observed_cost": sum(task.cost for task in record.tasks),
-        "held_tokens": parts.engine.agents.get(record.id, 0.0),
-    }
-    if agent is not None:
-        view["tasks"] |= {"waiting": len(agent.waiting), "in_flight": len(agent.in_flight)}
-        view |= {
-            "weight": agent.weight,
-            "predicted_cost": agent.predicted,
-            "predicted_p90": None if record.prediction is None else max(record.prediction.p90, agent.predicted),
-            "predicted_by": None if record.prediction is None else record.prediction.source,
-            "arrived_cost": agent.arrived,
-            "finish_tag": agent.finish_tag,
-            "backlog_tag": parts.queue.backlog_tag(agent.id),
-        }
-    return view
-
-
 def _refresh(parts: Parts) -> None:
     """Gauges are read off at the time of the scrape."""
     queue, engine = parts.queue, parts.engine
@@ -103,12 +58,19 @@ def _refresh(parts: Parts) -> None:
         waiting=queue.waiting,
         in_flight=queue.in_flight,
         predicted_tokens=queue.peak_tokens,
-        virtual_time=queue.virtual_time(),
     )
-    states = [_state(queue.agents.get(agent_id)) for agent_id in parts.feedback.records]
+    for tenant in parts.tenants:
+        parts.metrics.virtual_time_is(tenant.name, queue.virtual_time(TenantId(tenant.name)))
+    states = [state_of(queue.agents.get(agent_id)) for agent_id in parts.feedback.records]
     parts.metrics.agents_are(
         waiting=states.count("waiting"), running=states.count("running"), idle=states.count("idle")
     )
+    journal = parts.journal
+    parts.metrics.state_is(
+        up=journal.up, waiting_bytes=journal.waiting_bytes, unreadable=journal.store.unreadable + journal.unreadable
+    )
+    counts = journal.take_counts()
+    parts.metrics.state_counted(counts.errors, counts.unwritten, counts.given_up)
     parts.metrics.model_failed(parts.learning.new_failures())
     accuracy = parts.accuracy
     serves = parts.learning.serves

@@ -6,33 +6,47 @@ import asyncio
 from dataclasses import dataclass
 
 from gateway.accuracy import Accuracy
+from gateway.background import Background
 from gateway.capacity import EngineView
 from gateway.engine_client import EngineClient
 from gateway.fairness import FairQueue
 from gateway.feedback import Feedback
+from gateway.identify import Roots
+from gateway.intake import BodyBudget
 from gateway.learning.serving import Learning
 from gateway.metrics import Metrics
 from gateway.release import Dispatcher
+from gateway.settings import GatewaySettings, Live
+from gateway.state import Journal
+from gateway.tenants import Tenants
 from predictor.types import Predictor
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """suspect: set by who lost a task, so that the watch asks the engine at once. max_queue_s: a task's time in the queue.
-    keep_text: whether texts are kept with what was learned."""
+    """suspect: set by who lost a task, so that the watch asks the engine at once."""
 
     queue: FairQueue
     dispatcher: Dispatcher
     engine: EngineView
     client: EngineClient
+    tenants: Tenants
     predictor: Predictor
     feedback: Feedback
+    journal: Journal
     metrics: Metrics
     accuracy: Accuracy
     learning: Learning
+    roots: Roots
+    bodies: BodyBudget
+    background: Background
     suspect: asyncio.Event
-    max_queue_s: float
-    keep_text: bool
+    live: Live
+
+    @property
+    def settings(self) -> GatewaySettings:
+        """Those that hold now."""
+        return self.live.settings
 
     def engine_lost_a_task(self) -> None:
         """Nothing is released until the engine has answered again."""

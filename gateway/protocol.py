@@ -27,6 +27,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from gateway.dialects import OPENAI
 from gateway.errors import (
     RESTART_S,
     GatewayError,
@@ -129,6 +130,12 @@ class Connections:
     def answering(self) -> bool:
         """Whether any client still waits for an answer, or for the rest of it."""
         return any(connection.answering for connection in self._open)
+
+    def abandon(self) -> None:
+        """Those who have not taken their answers by now will not."""
+        for connection in tuple(self._open):
+            if connection.answering:
+                connection.transport.abort()
 
     async def watch(self) -> None:
         """Sweeps for as long as it is let."""
@@ -431,7 +438,7 @@ def _translated(error: httptools.HttpParserError) -> GatewayError:
 
 def _answer(error: GatewayError) -> bytes:
     """As `app` would answer, for what never gets there."""
-    body = error.body()
+    body = OPENAI.error(error)
     headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
     lines = [f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}"]
     lines += [f"{name}: {value}" for name, value in (headers | error.headers()).items()]

@@ -9,20 +9,30 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
 from engine.hints import to_tag
-from gateway.capacity import CAPACITY_ITERATIONS, EngineView, ServedCapacity
-from gateway.errors import RESTART_S, NoEngine, QueueFull, ShuttingDown, WaitedTooLong
-from gateway.fairness import AgentId, FairQueue, KvTokenIterations, Release, Spent, Task, TaskId
+from gateway.capacity import CAPACITY_ITERATIONS, EngineView, ServedCapacity, ServedRate
+from gateway.errors import RESTART_S, GatewayError, NoEngine, ShuttingDown, WaitedTooLong
+from gateway.fairness import (
+    AgentId,
+    FairQueue,
+    KvTokenIterations,
+    Policy,
+    QueueError,
+    Release,
+    Spent,
+    Task,
+    TaskId,
+    TenantId,
+)
+from gateway.limits import MAX_RETRY_AFTER_S
+from gateway.tenants import Tenant, Tenants
 from gateway.tool_waits import ToolWaits
 
-MAX_RETRY_AFTER_S = 30
-# Tasks over whose completions the drain rate is taken.
-DRAIN_WINDOW = 64
 # Tasks at an engine that has not said how much memory it has; at one that has, but not how many tasks it runs at once.
 SLOTS_WITHOUT_CAPACITY = 8
 SLOTS_OF_STOCK = 256
@@ -35,20 +45,28 @@ class Tell(Protocol):
 
 
 class Turn:
-    """A task on its way through the queue and the engine. `queued_s`: seconds spent waiting, once it is over."""
+    """A task on its way through the queue and the engine. `queued_s`: seconds spent waiting, once it is over. `waiting`: it
+    is in the queue, and not at the engine."""
 
-    def __init__(self, dispatcher: Dispatcher, task: Task) -> None:
+    def __init__(self, dispatcher: Dispatcher, task: Task, tenant: Tenant, body_bytes: int) -> None:
         self.task = task
+        self.tenant = tenant
+        self.body_bytes = body_bytes
         self.queued_s = 0.0
+        self.waiting = True
         self._dispatcher = dispatcher
-        self._owner = asyncio.current_task()
         self._released: asyncio.Future[Release] = dispatcher.loop.create_future()
         self._since = time.monotonic()
         self._requeued = False
         self._settled = False
+        self._aborted: GatewayError | None = None
+        self._owner: asyncio.Task[object] | None = None  # while it deals with the engine
+        self._over: asyncio.Future[None] | None = None
 
     async def wait(self, limit_s: float) -> Release:
-        """Until the task may go to the engine. Raises `WaitedTooLong`, or `ShuttingDown`."""
+        """Until the task may go to the engine. Raises `WaitedTooLong`, `ShuttingDown`, or what it was aborted with."""
+        if self._released.done():
+            return self._released.result()
         try:
             async with asyncio.timeout(max(0.0, limit_s - self.queued_s)):
                 return await self._released
@@ -57,6 +75,23 @@ class Turn:
         finally:
             self.queued_s += time.monotonic() - self._since
 
+    @contextmanager
+    def at_engine(self) -> Iterator[None]:
+        """Around what its owner awaits of the engine: `abort` breaks it off, and then this raises the error."""
+        self._check()
+        owner = self._owner = asyncio.current_task()
+        assert owner is not None
+        cancelling = owner.cancelling()
+        try:
+            yield
+        except asyncio.CancelledError:
+            # Others cancel the owner too, as when the client leaves: see `asyncio.timeout`, which does the same.
+            if self._aborted is not None and owner.uncancel() <= cancelling:
+                raise self._aborted from None
+            raise
+        finally:
+            self._owner = None
+
     def requeue(self, *, sent: bool) -> bool:
         """Back into the queue, in its old place, after the engine lost it; once, if the engine had been `sent` it."""
         if self._settled or self._dispatcher.cut_off or (sent and self._requeued):
@@ -64,8 +99,20 @@ class Turn:
         self._requeued = self._requeued or sent
         self._released = self._dispatcher.loop.create_future()
         self._since = time.monotonic()
+        if self._aborted is not None:
+            self.refuse(self._aborted)
         self._dispatcher.requeue(self)
         return True
+
+    def abort(self, error: GatewayError) -> asyncio.Future[None]:
+        """Somebody else ends the task: its owner gets the error, whatever it waits for. Done when the owner has settled."""
+        if self._over is None:
+            self._over = self._dispatcher.loop.create_future()
+            self._aborted = error
+            self.refuse(error)
+            if self._owner is not None:
+                self._owner.cancel()
+        return self._over
 
     def complete(self, spent: Spent, agent_cost: float) -> None:
         """The task ended, with what it really took; its agent is now predicted to cost `agent_cost`."""
@@ -76,32 +123,38 @@ class Turn:
     def cancel(self, spent: Spent) -> None:
         """The task was given up, with what it really took. Does nothing once the turn is settled."""
         if not self._settled:
-            self._settled = True
             self._dispatcher.cancel(self, spent)
+            self._settled = True
 
     def grant(self, release: Release) -> None:
+        self.waiting = False
         if not self._released.done():
             self._released.set_result(release)
 
-    def cut_off(self) -> None:
-        """Hand it back if it waits, else cancel its owner."""
+    def refuse(self, error: GatewayError) -> None:
         if not self._released.done():
-            self._released.set_exception(_shutting_down(RESTART_S))
+            self._released.set_exception(error)
             self._released.exception()  # its owner may have left; that is no error
-        elif self._owner is not None and not self._owner.cancelling():
-            self._owner.cancel()
+
+    def ended(self) -> None:
+        if self._over is not None:
+            self._over.set_result(None)
+
+    def _check(self) -> None:
+        if self._aborted is not None:
+            raise self._aborted
 
 
 class Dispatcher:
-    """queue: the fair queue; engine: what is known of the engine; waits: for how long to keep the KV of an agent that waits for
-    its tool, None for not at all. Make it inside a running event loop."""
+    """queue: the fair queue; engine: what is known of the engine; tenants: who may have how much in the queue; waits: for how
+    long to keep the KV of an agent that waits for its tool, None for not at all. Make it inside a running event loop."""
 
     def __init__(
         self,
         queue: FairQueue,
         engine: EngineView,
+        tenants: Tenants,
         *,
-        max_waiting: int,
         waits: ToolWaits | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
@@ -109,37 +162,69 @@ class Dispatcher:
         self.engine = engine
         self.draining = self.cut_off = False
         self.tell: Tell | None = None  # the engine, if it listens
+        self.rate = ServedRate()
         self._served = ServedCapacity()
         self._heard_at = self._capacity_at = engine.now
-        self._max_waiting = max_waiting
+        self._heard_s = time.monotonic()
+        self._tenants = tenants
         self._waits = waits
         self._turns: dict[TaskId, Turn] = {}
-        self._ends: deque[float] = deque(maxlen=DRAIN_WINDOW)
         self._all_ended = asyncio.Event()
         self._all_ended.set()
         self._drained_by_s = 0.0
 
-    def submit(self, task: Task, agent_cost: float) -> Turn:
-        """Enqueue. Raises `ShuttingDown`, `NoEngine`, or `QueueFull`; then nothing was enqueued."""
+    def submit(
+        self, task: Task, agent_cost: float, tenant: Tenant, *, weight: float = 1.0, body_bytes: int = 0
+    ) -> Turn:
+        """Enqueue. `weight`: of its agent, if that is new. Raises `ShuttingDown`, `NoEngine`, or what `Tenants.enter` raises;
+        then nothing was enqueued."""
         if self.draining:
             raise _shutting_down(max(RESTART_S, math.ceil(self._drained_by_s - time.monotonic())))
         if not self.engine.up:
             raise NoEngine("the engine is not ready", retry_after_s=5)
-        if self.queue.waiting >= self._max_waiting:
-            raise QueueFull(f"{self.queue.waiting} tasks are waiting already", retry_after_s=self.retry_after_s())
-        self.queue.enqueue(self.engine.now, task, KvTokenIterations(agent_cost))
-        turn = self._turns[task.id] = Turn(self, task)
+        self._tenants.enter(tenant, body_bytes)
+        try:
+            self.queue.enqueue(
+                self.engine.now,
+                task,
+                KvTokenIterations(agent_cost),
+                weight=weight,
+                tenant=TenantId(tenant.name),
+                tenant_weight=tenant.weight,
+            )
+        except QueueError:
+            self._tenants.left(tenant, body_bytes, waiting=True)
+            raise
+        turn = self._turns[task.id] = Turn(self, task, tenant, body_bytes)
         self._all_ended.clear()
         self.pump()
         return turn
 
     def pump(self) -> None:
         """Release what the queue says can go now."""
-        if not self.engine.up or self.engine.suspect or self.cut_off:
+        if self.cut_off or not self._lives():
             return
         for release in self.queue.release(self.engine.now, self.engine.waiting):
-            self._turns[release.task.id].grant(release)
-        if self.tell is not None and self.engine.reporting and (revised := self.queue.revise()):
+            turn = self._turns[release.task.id]
+            self._tenants.released(turn.tenant, turn.body_bytes)
+            turn.grant(release)
+        self._tell_revised()
+
+    def change(self, policy: Policy | None, *, beta: float, engine_waiting: int) -> None:
+        """Release by other limits from now on, and in another order, if one is given."""
+        self.queue.limits = replace(self.queue.limits, beta=beta, engine_waiting=engine_waiting)
+        if policy is not None:
+            self.queue.change_policy(self.engine.now, policy)
+            self._tell_revised()  # before ranks of two policies are compared
+        self.engine_changed()
+
+    def _lives(self) -> bool:
+        return self.engine.up and not self.engine.suspect
+
+    def _tell_revised(self) -> None:
+        if self.tell is None or not (self.engine.reporting and self._lives()):
+            return
+        if revised := self.queue.revise():
             self.tell(tags={release.task.id: to_tag(release.rank) for release in revised})
 
     def keep(self, agent_id: AgentId, kv_tokens: float, agent_class: str | None) -> None:
@@ -163,7 +248,10 @@ class Dispatcher:
             queue.calibrate(engine.now, engine.held_tokens)
         if decoding and queue.waiting:
             self._served.observe(engine.now - self._heard_at, min(decoding_tokens, engine.held_tokens))
-        self._heard_at = engine.now
+        heard_s = time.monotonic()
+        if queue.in_flight:
+            self.rate.observe(heard_s - self._heard_s, (engine.now - self._heard_at) * engine.held_tokens)
+        self._heard_at, self._heard_s = engine.now, heard_s
         self.engine_changed()
 
     def engine_changed(self) -> None:
@@ -195,23 +283,23 @@ class Dispatcher:
 
     def requeue(self, turn: Turn) -> None:
         self.queue.requeue(self.engine.now, turn.task.id)
+        self._tenants.requeued(turn.tenant, turn.body_bytes)
+        turn.waiting = True
         self.pump()
 
     def complete(self, turn: Turn, spent: Spent, agent_cost: float) -> None:
         self.queue.complete(self.engine.now, turn.task.id, spent, KvTokenIterations(agent_cost))
-        self._ends.append(time.monotonic())
         self._ended(turn)
 
     def cancel(self, turn: Turn, spent: Spent) -> None:
         self.queue.cancel(self.engine.now, turn.task.id, spent)
         self._ended(turn)
 
-    def retry_after_s(self) -> int:
-        """Whole seconds until the waiting tasks should have drained, from the rate of the last completions."""
-        if len(self._ends) < 2:
-            return MAX_RETRY_AFTER_S
-        span_s = max(time.monotonic() - self._ends[0], 1e-3)
-        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(self.queue.waiting * span_s / len(self._ends))))
+    def abort(self, agent_id: AgentId, error: GatewayError) -> list[asyncio.Future[None]]:
+        """End all tasks of an agent with this error, waiting and in flight. Each is done when its owner has settled it."""
+        agent = self.queue.agents.get(agent_id)
+        tasks = [] if agent is None else [*agent.waiting, *agent.in_flight]
+        return [self._turns[task_id].abort(error) for task_id in tasks]
 
     def begin_drain(self, limit_s: float) -> None:
         """Take nothing new. What has been accepted goes on being released."""
@@ -224,15 +312,15 @@ class Dispatcher:
         await self._all_ended.wait()
 
     def end_drain(self) -> None:
-        """Hand back what waits, and break off what is in flight: whoever owns its turn is cancelled."""
-        if self.cut_off:
-            return
+        """Hand back what waits, and break off what is in flight."""
         self.draining = self.cut_off = True
         for turn in list(self._turns.values()):
-            turn.cut_off()
+            turn.abort(_shutting_down(RESTART_S))
 
     def _ended(self, turn: Turn) -> None:
         del self._turns[turn.task.id]
+        self._tenants.left(turn.tenant, turn.body_bytes, waiting=turn.waiting)
+        turn.ended()
         if not self._turns:
             self._all_ended.set()
         # Not at once: whoever settles the task may reserve the memory that it leaves for its agent's next one.

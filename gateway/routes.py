@@ -1,79 +1,111 @@
-"""The endpoints that clients use: a request comes in, is identified and estimated, and becomes a response that waits."""
+"""The endpoints that clients use: a request comes in, is identified, and is then relayed, in its turn.
+
+They are ASGI of our own among FastAPI's routes: what FastAPI does for a request costs as much as all the rest of it.
+"""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterator
 
-from fastapi import APIRouter, Request, Response
-from starlette.requests import ClientDisconnect
+import msgspec
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-from gateway.body import parse_body
-from gateway.errors import BodyTooLarge, GatewayError, Outcome
-from gateway.fairness import AgentId, TaskId
+from gateway.answers import send_error
+from gateway.background import answer_id, owns
+from gateway.body import Body, parse_body
+from gateway.dialects import RESPONSES
+from gateway.endpoints import ENDPOINTS, Endpoint
+from gateway.errors import GatewayError, InvalidRequest, Outcome
+from gateway.fairness import TaskId
 from gateway.identify import identify
-from gateway.intake import BodyBudget, HeldBody
+from gateway.intake import ClientGone, HeldBody, headers_of, read_body
 from gateway.parts import Parts
-from gateway.relay import TaskRequest, TaskResponse
+from gateway.passing import passing_routes
+from gateway.relay import Relay, TaskRequest
 
-TASK_PATHS = ("/v1/chat/completions", "/v1/completions")
+logger = logging.getLogger(__name__)
 
 
-def task_routes(parts: Parts, bodies: BodyBudget, *, max_body_bytes: int) -> APIRouter:
-    router = APIRouter()
+def task_routes(parts: Parts) -> list[Route]:
     # Numbers that grow over restarts too, so that an engine which outlives the gateway never sees one twice.
     numbers = itertools.count(time.time_ns())
-
-    def serve(path: str) -> Callable[[Request], Awaitable[Response]]:
-        async def serve_task(request: Request) -> Response:
-            arrived_s = time.monotonic()
-            held = HeldBody(bodies)
-            try:
-                body = parse_body(await _read(request, max_body_bytes, held))
-                identity = identify(request.headers, body.fields)
-            except GatewayError as error:
-                held.release()
-                parts.metrics.request_ended(path, error.outcome, time.monotonic() - arrived_s)
-                raise
-            except ClientDisconnect:
-                held.release()
-                parts.metrics.request_ended(path, Outcome.CANCELLED, time.monotonic() - arrived_s)
-                return Response(status_code=499)  # to nobody
-            task_id = TaskId(next(numbers))
-            record = parts.feedback.arrived(AgentId(identity.agent_id or f"task-{task_id}"), identity)
-            final = identity.final or identity.agent_id is None
-            task = TaskRequest(task_id, path, body, dict(request.headers), record, arrived_s, final, held)
-            return TaskResponse(parts, task)
-
-        return serve_task
-
-    for path in TASK_PATHS:
-        router.add_api_route(path, serve(path), methods=["POST"], response_model=None, name=path)
-
-    @router.get("/v1/models", response_model=None)
-    async def models(request: Request) -> Response:
-        """The engine's own answer."""
-        answer = await parts.client.get("/v1/models", request.headers)
-        return Response(answer.content, answer.status_code, media_type=answer.headers.get("content-type"))
-
-    return router
+    tasks = [
+        Route(endpoint.path, TaskRoute(parts, endpoint, numbers), methods=["POST"], name=endpoint.path)
+        for endpoint in ENDPOINTS
+    ]
+    return [*tasks, *passing_routes(parts)]
 
 
-async def _read(request: Request, limit_bytes: int, held: HeldBody) -> bytes:
-    """The body. Raises `BodyTooLarge` before more than the limit has been read, `QueueFull` when there is no room for it."""
-    declared = request.headers.get("content-length", "")
-    size = int(declared) if declared.isdecimal() else 0
-    chunks = []
-    if size <= limit_bytes:
-        held.expect(size)
-        size = 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit_bytes:
-                break
-            held.grow(len(chunk))
-            chunks.append(chunk)
-    if size > limit_bytes:
-        raise BodyTooLarge(f"the body is larger than {limit_bytes} bytes")
-    return b"".join(chunks)
+class TaskRoute:
+    """One endpoint, as an ASGI application."""
+
+    def __init__(self, parts: Parts, endpoint: Endpoint, numbers: Iterator[int]) -> None:
+        self._parts, self._endpoint, self._numbers = parts, endpoint, numbers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived_s = time.monotonic()
+        held = HeldBody(self._parts.bodies)
+        try:
+            request = await self._request(headers_of(scope), receive, arrived_s, held)
+        except GatewayError as error:
+            self._never_a_task(error.outcome, arrived_s, held)
+            await send_error(error, self._endpoint.dialect, send)
+        except ClientGone:
+            self._never_a_task(Outcome.CANCELLED, arrived_s, held)
+        except Exception:
+            logger.exception("a request failed")
+            self._never_a_task(Outcome.FAILED, arrived_s, held)
+            await send_error(GatewayError("internal error"), self._endpoint.dialect, send)
+        else:
+            await Relay(self._parts, request).serve(receive, send)
+
+    async def _request(
+        self, headers: dict[str, str], receive: Receive, arrived_s: float, held: HeldBody
+    ) -> TaskRequest:
+        """Raises `GatewayError`, or `ClientGone`."""
+        parts = self._parts
+        tenant = parts.tenants.authenticate(headers)
+        body = parse_body(await read_body(receive, headers, parts.settings.max_body_bytes, held), self._endpoint)
+        identity = identify(headers, body.fields)
+        keeps = self._endpoint.dialect is RESPONSES
+        if keeps:
+            _must_own(tenant.name, body)
+        task_id = TaskId(next(self._numbers))
+        name = identity.name or f"task-{task_id}"
+        weight = parts.tenants.weight_of(tenant, identity.weight)
+        root = parts.roots.fold(tenant.name, name, identity.parent)
+        record = parts.feedback.arrived(tenant.name, root, identity)
+        final = identity.name is None or (identity.final and root == name)
+        return TaskRequest(
+            id=task_id,
+            body=body,
+            headers=headers,
+            tenant=tenant,
+            record=record,
+            weight=weight,
+            arrived_s=arrived_s,
+            final=final,
+            held=held,
+            answer_id=answer_id(tenant.name) if keeps else None,
+        )
+
+    def _never_a_task(self, outcome: Outcome, arrived_s: float, held: HeldBody) -> None:
+        held.release()
+        self._parts.metrics.request_ended(self._endpoint.path, outcome, time.monotonic() - arrived_s)
+
+
+def _must_own(tenant: str, body: Body) -> None:
+    """Nobody goes on from another's response."""
+    raw = body.fields.get("previous_response_id")
+    if raw is None:
+        return
+    try:
+        previous = msgspec.json.decode(raw, type=str | None)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest("previous_response_id must be a string", param="previous_response_id") from error
+    if previous is not None and not owns(tenant, previous):
+        raise InvalidRequest(f"no response {previous[:80]!r} is kept", param="previous_response_id")

@@ -10,18 +10,33 @@ from gateway.body import Body
 from predictor.types import FinishedTask
 
 
-class _PromptDetails(msgspec.Struct):
+class _Details(msgspec.Struct):
     cached_tokens: int | None = None
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
+    """As OpenAI's completions tell it, its responses, and Anthropic's messages, which count what was cached apart."""
+
+    prompt_tokens: int | None = None
     completion_tokens: int | None = None
-    prompt_tokens_details: _PromptDetails | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input_tokens_details: _Details | None = None
+    cache_read_input_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
+
+
+class _Inner(msgspec.Struct):
+    usage: _Usage | None = None
 
 
 class _Answer(msgspec.Struct):
+    """An answer, or an event that holds one."""
+
     usage: _Usage | None = None
+    response: _Inner | None = None
+    message: _Inner | None = None
 
 
 _decode = msgspec.json.Decoder(_Answer).decode
@@ -39,15 +54,30 @@ class Usage:
 def parse_usage(answer: bytes) -> Usage | None:
     """The usage in an answer's body, or in the data of one of its events; None if there is none to be read."""
     try:
-        usage = _decode(answer).usage
-    except msgspec.DecodeError:
+        told = _decode(answer)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    inner = told.response or told.message
+    usage = told.usage or (None if inner is None else inner.usage)
     if usage is None:
         return None
-    if usage.prompt_tokens < 0 or (usage.completion_tokens or 0) < 0:
+    prompt, completion, cached = _of_openai(usage) if usage.input_tokens is None else _of_input(usage)
+    if prompt < 0 or completion < 0:
         return None
-    cached = (usage.prompt_tokens_details and usage.prompt_tokens_details.cached_tokens) or 0
-    return Usage(usage.prompt_tokens, usage.completion_tokens or 0, max(0, min(cached, usage.prompt_tokens)))
+    return Usage(prompt, completion, max(0, min(cached, prompt)))
+
+
+def _of_openai(usage: _Usage) -> tuple[int, int, int]:
+    details = usage.prompt_tokens_details
+    return usage.prompt_tokens or 0, usage.completion_tokens or 0, (details and details.cached_tokens) or 0
+
+
+def _of_input(usage: _Usage) -> tuple[int, int, int]:
+    prompt, details = usage.input_tokens or 0, usage.input_tokens_details
+    if details is not None:
+        return prompt, usage.output_tokens or 0, details.cached_tokens or 0
+    cached = usage.cache_read_input_tokens or 0
+    return prompt + cached + (usage.cache_creation_input_tokens or 0), usage.output_tokens or 0, cached
 
 
 def finished_task(usage: Usage, body: Body, held: float | None = None) -> FinishedTask:
@@ -56,7 +86,8 @@ def finished_task(usage: Usage, body: Body, held: float | None = None) -> Finish
         prompt_bytes=body.prompt_bytes,
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.cached_tokens,
-        decode_tokens=usage.completion_tokens,
+        # A prompt that is only read is held for the iteration in which it is: as if one token were decoded.
+        decode_tokens=usage.completion_tokens if body.endpoint.decodes else body.sequences,
         prompts=body.prompts,
         sequences=body.sequences,
         held=held,

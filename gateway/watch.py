@@ -11,7 +11,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from engine.link import Ended, GatewayLink, Hello
 from gateway.engine_client import EngineUnreachable, Health
 from gateway.fairness import TaskId
+from gateway.keys import Keys, KeysError, stamp_of
 from gateway.parts import Parts
+from gateway.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +21,8 @@ HEALTH_S = 0.5
 METRICS_S = 0.25
 SWEEP_S = 1.0
 RETRY_S = 2.0
+# How soon a key that was added or revoked counts.
+KEYS_S = 2.0
 # How often the engine is asked what each agent holds, which takes it some milliseconds.
 SNAPSHOT_S = 5.0
 # Health checks without an answer, one after the other, after which the engine counts as down.
@@ -109,10 +113,31 @@ async def poll_metrics(parts: Parts) -> None:
         await asyncio.sleep(METRICS_S)
 
 
-async def sweep_agents(parts: Parts, idle_s: float) -> None:
+async def sweep_agents(parts: Parts) -> None:
     while True:
-        await asyncio.sleep(min(SWEEP_S, idle_s / 4))
-        parts.feedback.sweep(idle_s)
+        await asyncio.sleep(min(SWEEP_S, parts.settings.agent_idle_s / 4))
+        parts.feedback.sweep(parts.settings.agent_idle_s)
+
+
+async def watch_keys(tenants: Tenants) -> None:
+    """A file of keys that has changed counts from now on; one that cannot be used is refused, and the old keys stay."""
+    refused = None
+    while True:
+        await asyncio.sleep(KEYS_S)
+        keys = tenants.keys
+        if (path := keys.path) is None:
+            continue
+        now = path, stamp_of(path)
+        if now in (refused, (path, keys.stamp)):
+            continue
+        try:
+            new = await asyncio.to_thread(Keys.load, path)
+            if tenants.keys is keys:  # else a reload has come between
+                tenants.replace(new, tenants.settings)
+                logger.info("the keys have changed: %d, of %d tenants", len(list(new)), len(new.tenants))
+        except KeysError as error:
+            refused = now
+            logger.error("the keys that there were still count: %s", error)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from statistics import NormalDist, fmean
 from typing import NamedTuple
@@ -52,8 +52,9 @@ class _Sums(NamedTuple):
     def of(cls, values: Sequence[float]) -> _Sums:
         return cls(len(values), sum(values), sum([value * value for value in values]))
 
-    def plus(self, value: float, sign: int = 1) -> _Sums:
-        return _Sums(self.size + sign, self.total + sign * value, self.squares + sign * value * value)
+
+_NOTHING = _Sums(0, 0.0, 0.0)
+_NO_HISTORY = (0.0, *(math.nan,) * 7)
 
 
 class _Belief(NamedTuple):
@@ -87,23 +88,59 @@ class _Seen(NamedTuple):
     decode: float
 
 
-class _Memory:
-    """The last agents of one rung."""
+class _Sum:
+    """Of values that come and go, and of their squares."""
+
+    __slots__ = ("size", "squares", "total")
 
     def __init__(self) -> None:
-        self.agents: deque[_Seen] = deque(maxlen=REMEMBERED_AGENTS)
-        self.decodes = _Sums(0, 0.0, 0.0)
-        self.history: tuple[float, ...] | None = None  # made when it is asked for
+        self.size, self.total, self.squares = 0, 0.0, 0.0
+
+    def add(self, value: float, sign: int = 1) -> None:
+        self.size += sign
+        self.total += sign * value
+        self.squares += sign * value * value
+
+    def shifted(self, by: float = 0.0) -> _Sums:
+        """As if each value had been that much larger."""
+        size, total = self.size, self.total
+        return _Sums(size, total + size * by, self.squares + 2 * by * total + size * by * by)
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.size
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(max(0.0, self.squares / self.size - self.mean**2))
+
+
+class _Memory:
+    """The last agents of one rung, and what of them is asked for at every arrival, kept as sums."""
+
+    def __init__(self) -> None:
+        self.agents: deque[_Seen] = deque()
+        self.decodes, self.costs, self._tasks, self._sizes = _Sum(), _Sum(), _Sum(), _Sum()
+        self._growths: list[_Sum] = []  # by stage
         self._prompt_bytes = self._prompt_tokens = 0
 
     def add(self, seen: _Seen) -> None:
         if len(self.agents) == REMEMBERED_AGENTS:
             self._forget_oldest()
         self.agents.append(seen)
-        self.decodes = self.decodes.plus(seen.decode)
-        self._prompt_bytes += seen.prompt_bytes
-        self._prompt_tokens += seen.prompt_tokens
-        self.history = None
+        self._count(seen, 1)
+
+    def _count(self, seen: _Seen, sign: int) -> None:
+        self.decodes.add(seen.decode, sign)
+        self.costs.add(seen.log_cost, sign)
+        self._tasks.add(math.log(seen.tasks), sign)
+        self._sizes.add(math.log1p(seen.prompt_bytes / seen.tasks), sign)
+        while len(self._growths) < len(seen.growths):
+            self._growths.append(_Sum())
+        for stage, growth in zip(self._growths, seen.growths, strict=False):
+            stage.add(growth, sign)
+        self._prompt_bytes += sign * seen.prompt_bytes
+        self._prompt_tokens += sign * seen.prompt_tokens
 
     def forget_if_changed(self) -> None:
         costs = [seen.log_cost for seen in self.agents]
@@ -118,20 +155,29 @@ class _Memory:
                 self._forget_oldest()
 
     def _forget_oldest(self) -> None:
-        gone = self.agents.popleft()
-        self._prompt_bytes -= gone.prompt_bytes
-        self._prompt_tokens -= gone.prompt_tokens
-        self.decodes = self.decodes.plus(gone.decode, -1)
+        self._count(self.agents.popleft(), -1)
 
     def totals(self, tasks: int, cost: float) -> list[float]:
         """log of what those cost that came at least as far."""
         return [seen.log_cost for seen in self.agents if seen.tasks >= tasks and seen.cost >= cost]
 
-    def growths(self, tasks: int) -> list[float]:
-        """log of the factor by which those grew that had so many tasks."""
-        if not 1 <= tasks <= STAGES:
-            return []
-        return [seen.growths[tasks - 1] for seen in self.agents if seen.tasks >= tasks]
+    def growths(self, tasks: int, from_: float) -> _Sums:
+        """log of what those became that had so many tasks, had they begun from there: from `from_`, a logarithm too."""
+        return self._growths[tasks - 1].shifted(from_) if 1 <= tasks <= len(self._growths) else _NOTHING
+
+    @property
+    def history(self) -> tuple[float, ...]:
+        """In the order of `features.HISTORY_COLUMNS`; logarithms."""
+        return (
+            math.log1p(len(self.agents)),
+            self.costs.mean,
+            self.costs.deviation,
+            self._tasks.mean,
+            self.decodes.mean,
+            self.decodes.deviation,
+            self._sizes.mean,
+            self._growths[0].mean,
+        )
 
     @property
     def tokens_per_byte(self) -> float | None:
@@ -150,7 +196,7 @@ class Ladder:
         decode = _Belief(math.log(PRIOR_DECODE_TOKENS), PRIOR_VARIANCE)
         for _, memory in self._climb(agent_class, tenant):
             tokens_per_byte = memory.tokens_per_byte or tokens_per_byte
-            decode = decode.seeing(memory.decodes)
+            decode = decode.seeing(memory.decodes.shifted())
         decode_tokens = math.exp(decode.mean)
         if max_tokens is not None:
             decode_tokens = min(decode_tokens, max_tokens)
@@ -165,7 +211,7 @@ class Ladder:
         belief = _Belief(arrived, PRIOR_VARIANCE)
         for (agent_class, _), memory in self._climb(progress.agent_class, progress.tenant):
             if agent_class is None:
-                belief = belief.seeing(_Sums.of([arrived + growth for growth in memory.growths(tasks)]))
+                belief = belief.seeing(memory.growths(tasks, arrived))
             else:
                 # What has not ended is a guess itself, and must not rule anybody out.
                 totals = memory.totals(tasks, progress.cost_ended)
@@ -183,10 +229,8 @@ class Ladder:
         for rung in reversed(_rungs(agent_class, tenant)):
             memory = self._memories.get(rung)
             if memory is not None:
-                if memory.history is None:
-                    memory.history = _history(memory.agents)
                 return memory.history
-        return _history(())
+        return _NO_HISTORY
 
     def learn(self, agent: FinishedAgent) -> None:
         sequences = sum(task.sequences for task in agent.tasks)
@@ -194,6 +238,8 @@ class Ladder:
             return
         decoded = sum(task.decode_tokens for task in agent.tasks)
         log_cost = _log(agent.cost)
+        if not math.isfinite(log_cost):  # of a damaged state; sums would never forget it
+            return
         seen = _Seen(
             tasks=len(agent.tasks),
             cost=agent.cost,
@@ -225,24 +271,6 @@ def _rungs(agent_class: str | None, tenant: str) -> list[Rung]:
     """The widest first. Agents without a class have no rung of a class."""
     of_class: list[Rung] = [] if agent_class is None else [(agent_class, None), (agent_class, tenant)]
     return [(None, None), (None, tenant), *of_class]
-
-
-def _history(agents: Iterable[_Seen]) -> tuple[float, ...]:
-    """In the order of `features.HISTORY_COLUMNS`; logarithms."""
-    seen = list(agents)
-    if not seen:
-        return (0.0, *(math.nan,) * 7)
-    costs, decodes = [one.log_cost for one in seen], [one.decode for one in seen]
-    return (
-        math.log1p(len(seen)),
-        fmean(costs),
-        _deviation(costs),
-        fmean(math.log(one.tasks) for one in seen),
-        fmean(decodes),
-        _deviation(decodes),
-        fmean(math.log1p(one.prompt_bytes / one.tasks) for one in seen),
-        fmean(one.growths[0] for one in seen),
-    )
 
 
 def _log(value: float) -> float:

@@ -74,6 +74,8 @@ _THOROUGH = frozenset(
         b"justify justified proof prove derivation step steps report examples example discuss elaborate"
     )
 )
+_DIGITS = frozenset(b"0123456789")
+_TELLING = _BRIEF | _THOROUGH | _VAGUE.keys() | _NUMBERS.keys() | _LOOSE.keys()
 
 
 class Said(NamedTuple):
@@ -130,6 +132,8 @@ def said(text: bytes) -> Said:
             spoken = words(sentence)
             counting = len(sentence) <= COUNTING_BYTES
             for place, word in enumerate(spoken):
+                if word not in _TELLING and word[0] not in _DIGITS:
+                    continue
                 brief += word in _BRIEF
                 thorough += word in _THOROUGH
                 if counting and word in _VAGUE:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from gateway.errors import GatewayError, Outcome
-from gateway.metrics import Metrics
-from gateway.settings import PREFIX, GatewaySettings, ServeSettings
+from gateway.check import schema
+from gateway.errors import GatewayError, Outcome, Reason
+from gateway.metrics import MAX_CLASSES, MAX_TENANTS, Metrics
+from gateway.reload import reloadable
+from gateway.settings import PREFIX, GatewaySettings, ServeSettings, TenantSettings
 
 HERE = Path(__file__).resolve().parent
 NOTE = "<!-- Made by generate.py from the code. -->"
@@ -17,21 +21,28 @@ NOTE = "<!-- Made by generate.py from the code. -->"
 
 def settings_page() -> str:
     def table(settings: type[GatewaySettings], leave_out: set[str]) -> list[str]:
-        lines = ["| flag | environment | default | |", "|---|---|---|---|"]
+        lines = ["| flag | environment | default | reload | |", "|---|---|---|---|---|"]
         for name, field in settings.model_fields.items():
             if name not in leave_out:
-                flag = f"`--{name.replace('_', '-')}`"
+                flag = "" if SUPPRESS in field.metadata else f"`--{name.replace('_', '-')}`"
                 default = _default(name, field.get_default(call_default_factory=False), bool(field.default_factory))
-                lines.append(f"| {flag} | `{PREFIX}{name.upper()}` | {default} | {field.description} |")
+                reload = "✓" if name in reloadable(settings) else ""
+                variable = f"`{PREFIX}{name.upper()}`"
+                lines.append(f"| {flag} | {variable} | {default} | {reload} | {field.description} |")
         return lines
 
+    tenants = ["| name | default | |", "|---|---|---|"]
+    for name, field in TenantSettings.model_fields.items():
+        tenants.append(f"| `{name}` | {_default(name, field.default, False)} | {field.description} |")
     return "\n".join(
         [
             NOTE,
             "# Settings",
             "",
-            "A flag goes over the environment, over a line of a TOML file (named as the flag, with `_` for `-`), over the",
-            "default. An unknown name is an error in all three.",
+            "A flag goes over the environment, over a line of the settings file (named as the flag, with `_` for `-`),",
+            "over the default. An unknown name is an error in all three. [How to write the file](../how-to/configure.md),",
+            "and [its JSON schema](justitia.schema.json). What has a ✓ can change while the gateway serves: SIGHUP has",
+            "it read again.",
             "",
             "## `justitia gateway` and `justitia serve`",
             "",
@@ -43,6 +54,12 @@ def settings_page() -> str:
             "",
             *table(ServeSettings, set(GatewaySettings.model_fields)),
             "",
+            "## Of each tenant",
+            "",
+            "In the settings file, under `tenants` and the tenant's name; or as JSON in `JUSTITIA_TENANTS`.",
+            "",
+            *tenants,
+            "",
         ]
     )
 
@@ -50,13 +67,20 @@ def settings_page() -> str:
 def _default(name: str, default: Any, made: bool) -> str:
     if made:
         return {"state": "`sqlite:///…/state.db` in `$XDG_STATE_HOME/justitia`"}[name]
-    return "" if default in (None, "", ()) else f"`{default}`"
+    return "" if default in (None, "", (), {}) else f"`{default}`"
 
 
 def metrics_page() -> str:
     registry = CollectorRegistry()
     Metrics(registry, version="", policy="")
-    lines = [NOTE, "# Metrics", "", "Labels with a class hold at most 1,000 classes; later ones are `other`.", ""]
+    lines = [
+        NOTE,
+        "# Metrics",
+        "",
+        f"Labels with a class hold at most {MAX_CLASSES:,} classes, those with a tenant {MAX_TENANTS:,} tenants; later ones",
+        "are `other`. Without keys there is one tenant, `default`.",
+        "",
+    ]
     lines += ["| name | kind | labels | |", "|---|---|---|---|"]
     collectors = registry._collector_to_names  # the only list of collectors with their labels
     for collector in collectors:
@@ -84,11 +108,21 @@ def errors_page() -> str:
         f"| {error.status} | `{error.code}` | `{error.type}` | `{error.outcome}` |"
         for error in sorted(GatewayError.__subclasses__(), key=lambda error: (error.status, error.code))
     ]
-    lines += ["", "Outcomes, as the label of metrics: " + ", ".join(f"`{outcome}`" for outcome in Outcome) + ".", ""]
+    lines += ["", "Outcomes, as the label of metrics: " + ", ".join(f"`{outcome}`" for outcome in Outcome) + "."]
+    lines += ["", "Reasons of rejections, likewise: " + ", ".join(f"`{reason}`" for reason in Reason) + ".", ""]
     return "\n".join(lines)
 
 
-PAGES = {"settings.md": settings_page, "metrics.md": metrics_page, "errors.md": errors_page}
+def schema_page() -> str:
+    return json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+PAGES = {
+    "justitia.schema.json": schema_page,
+    "settings.md": settings_page,
+    "metrics.md": metrics_page,
+    "errors.md": errors_page,
+}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():

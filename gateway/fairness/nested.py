@@ -53,11 +53,12 @@ class NestedReference:
         self, tenant_id: TenantId, agent_id: AgentId, cost: KvTokenIterations, weight: float, tenant_weight: float
     ) -> None:
         """Work that has just arrived. Who was idle starts at V, on each level."""
-        if tenant_id not in self._shares:
-            self._shares[tenant_id] = _Share(tenant_weight, self._tenants.virtual_time)
-        agents = self._agents(tenant_id)
-        agents.arrive(agent_id, cost, weight)
+        self._known(tenant_id, tenant_weight).arrive(agent_id, cost, weight)
         self._owe(tenant_id, cost, tenant_weight)
+
+    def restore(self, tenant_id: TenantId, agent_id: AgentId, weight: float, tenant_weight: float) -> None:
+        """An agent that was here before, and of which nothing is left to serve."""
+        self._known(tenant_id, tenant_weight).restore(agent_id, weight)
 
     def correct(self, tenant_id: TenantId, agent_id: AgentId, difference: KvTokenIterations) -> None:
         """A cost turned out to be larger or smaller. The tenant is refunded what its agent had not been given yet."""
@@ -78,6 +79,11 @@ class NestedReference:
     def end_busy_period(self) -> None:
         """Nothing waits and nothing is in flight: all work is done, on both levels."""
         self._tenants.end_busy_period()
+
+    def _known(self, tenant_id: TenantId, weight: float) -> Reference[AgentId]:
+        if tenant_id not in self._shares:
+            self._shares[tenant_id] = _Share(weight, self._tenants.virtual_time)
+        return self._agents(tenant_id)
 
     def _agents(self, tenant_id: TenantId) -> Reference[AgentId]:
         """Those of a tenant, brought up to date."""

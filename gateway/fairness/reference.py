@@ -76,6 +76,11 @@ class Reference(Generic[FlowId]):
             flow.backlog_tag = VirtualTime(self.virtual_time + unserved / weight)
         self._move(flow_id, flow, cost)
 
+    def restore(self, flow_id: FlowId, weight: float) -> None:
+        """A flow that was here before, and of which nothing is left to serve: B = V. What passes from now on is idleness."""
+        flow = self._flows.setdefault(flow_id, _Flow(weight, self.virtual_time))
+        flow.forgotten = False
+
     def correct(self, flow_id: FlowId, difference: KvTokenIterations) -> KvTokenIterations:
         """A cost turned out to be larger (or, negative, smaller) than it was said to be at its arrival. Returns by how much
         the work that is left to serve has changed."""

@@ -85,6 +85,7 @@ class Flight:
 
     task: Task
     rank: float  # as the engine knows it
+    lasting_rank: float  # what it is to have where the policy does not revise
     tenant_tag: VirtualTime  # S of its tenant when it was released
     agent_released: KvTokenIterations  # of its agent's work, before it
     prompt_tokens: float
@@ -115,6 +116,7 @@ class Agent:
     arrived: KvTokenIterations = KvTokenIterations(0.0)  # A: predicted costs of its tasks, true ones as they end
     released: KvTokenIterations = KvTokenIterations(0.0)  # of A: what has left the queue
     attained: KvTokenIterations = KvTokenIterations(0.0)  # of that: what the engine has done, as far as it has said
+    unfinished: KvTokenIterations = KvTokenIterations(0.0)  # of A: predicted costs of what waits and what is in flight
     prompt_tokens: float = 0.0  # released
     output_tokens: float = 0.0  # produced, as far as the engine has said
     lift: float = 0.0  # a policy's own: see `vtc`
@@ -134,6 +136,22 @@ class Agent:
         """The task of this agent that goes next."""
         first = self.order.first()
         return None if first is None else self.waiting[first]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Of an agent, as if what is unfinished of it had been given up unserved: all that the queue needs to put it back after a
+    restart. Tags are counted from the virtual time at which it had nothing left to do, neither here nor in the reference:
+    a restart ends the busy period, and V may begin anywhere."""
+
+    weight: float
+    predicted: KvTokenIterations  # Ĉ
+    served: KvTokenIterations  # A, all of it released and attained
+    start_tag: VirtualTime  # S
+    prompt_tokens: float
+    output_tokens: float
+    lift: float
+    forming: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,65 +1,44 @@
-"""Where what was learned is kept over restarts: the last finished agents.
+"""What is kept over restarts: the last finished agents, those that live, and who has used how much.
 
-SQLite by default, Redis when gateways share it, memory for none. An agent is one blob, the same in all three: packed and
-unpacked here. A blob that cannot be unpacked (damaged, or of a version to come) is passed over and counted. A store that
-fails is said so and counted; it never holds up a request.
+SQLite by default, Redis when gateways share it, memory for none. What happens is written to a journal of the gateway's own
+(`journal`), and given from there to the store in batches: a store that is gone for a while costs nothing, and never holds up
+a request.
+
+    types       what is kept, and a step of it
+    blobs       finished agents, packed
+    frames      steps as bytes
+    batch       many steps as one, each agent and each sum once
+    directory   the journal's files
+    journal     from the files into the store
+    store       what a store is asked; `memory`, `sqlite` and `redis` answer
 """
 
 from __future__ import annotations
 
-import logging
-import zlib
-from collections.abc import AsyncIterator, Iterable
-from typing import Protocol
+from gateway.state.batch import Batch
+from gateway.state.blobs import pack, unpack, without_texts
+from gateway.state.journal import Journal
+from gateway.state.store import KEPT_AGENTS, Store
+from gateway.state.types import AgentState, BatchRefused, Record, StateError, TenantUsage, UsageRow, finished, hour_of
 
-import msgspec
-
-from predictor.types import FinishedAgent
-
-logger = logging.getLogger(__name__)
-
-KEPT_AGENTS = 10_000
-# Agents that are read at once, where all are read.
-BATCH = 100
-# Of one agent, unpacked. What is larger did not come from us.
-LARGEST_BYTES = 2**29
-
-# An agent of ten tasks has 6.7 kB: fast compression makes that 1.1, thorough 0.9 in twice the time.
-_LEVEL = 1
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(FinishedAgent).decode
-
-
-class StateError(Exception):
-    """The store could not be read or written."""
-
-
-class Store(Protocol):
-    """All of it raises `StateError`, and nothing else. Other processes may use the same store meanwhile.
-
-    unreadable: agents that were passed over because they could not be unpacked.
-    """
-
-    unreadable: int
-
-    async def append(self, agent: FinishedAgent) -> None:
-        """Keep an agent; beyond as many as are kept the oldest goes."""
-        ...
-
-    async def added(self) -> int:
-        """How many have ever been appended, by anybody. Never less than before."""
-        ...
-
-    async def newest(self, limit: int) -> list[FinishedAgent]:
-        """The last so many, the oldest first, without their texts: so many of those would fill the memory."""
-        ...
-
-    def read(self) -> AsyncIterator[FinishedAgent]:
-        """All that are kept, the oldest first, taken from the store some at a time."""
-        ...
-
-    async def close(self) -> None: ...
+__all__ = [
+    "KEPT_AGENTS",
+    "AgentState",
+    "Batch",
+    "BatchRefused",
+    "Journal",
+    "Record",
+    "StateError",
+    "Store",
+    "TenantUsage",
+    "UsageRow",
+    "finished",
+    "hour_of",
+    "open_store",
+    "pack",
+    "unpack",
+    "without_texts",
+]
 
 
 def open_store(url: str, kept_agents: int = KEPT_AGENTS) -> Store:
@@ -73,43 +52,3 @@ def open_store(url: str, kept_agents: int = KEPT_AGENTS) -> Store:
     if url.startswith("sqlite:///"):
         return SqliteStore(url.removeprefix("sqlite:///"), kept_agents)
     return RedisStore(url, kept_agents)
-
-
-def pack(agent: FinishedAgent) -> bytes:
-    """Raises `StateError` for what no store can hold, as a client's limit of more than 64 bits."""
-    try:
-        return zlib.compress(_encode(agent), _LEVEL)
-    except (msgspec.EncodeError, OverflowError, ValueError) as error:
-        raise StateError(f"an agent cannot be packed: {error}") from error
-
-
-def without_texts(agent: FinishedAgent) -> FinishedAgent:
-    """Nothing is learned from them, and they can be many times the rest."""
-    if all(task.prompt is None and task.system is None for task in agent.tasks):
-        return agent
-    replace = msgspec.structs.replace
-    return replace(agent, tasks=[replace(task, prompt=None, system=None) for task in agent.tasks])
-
-
-def unpack(blobs: Iterable[bytes], *, texts: bool = True) -> tuple[list[FinishedAgent], int]:
-    """The agents, and how many could not be read. Without texts, there are never those of more than one agent."""
-    agents, unreadable = [], 0
-    for blob in blobs:
-        try:
-            agent = _decode(_decompress(blob))
-            agents.append(agent if texts else without_texts(agent))
-        except (zlib.error, msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
-            unreadable += 1
-            reason = str(error)
-    if unreadable:
-        logger.warning("%d agents of the state store cannot be read and are passed over: %s", unreadable, reason)
-    return agents, unreadable
-
-
-def _decompress(blob: bytes) -> bytes:
-    """Raises `zlib.error` and `ValueError`."""
-    decompressor = zlib.decompressobj()
-    data = decompressor.decompress(blob, LARGEST_BYTES)
-    if not decompressor.eof:
-        raise ValueError("cut off, or too large")
-    return data

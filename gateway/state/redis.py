@@ -1,48 +1,100 @@
-"""State that several gateways share, or that outlives the machine: a stream in Redis (6.2 or newer)."""
+"""State that several gateways share, or that outlives the machine: Redis 6.2 or newer, one server and not a cluster.
+
+    justitia:agents, …:added      finished agents: a stream of blobs, and how many there have ever been
+    justitia:live                 runs of the live ones; justitia:live:<run> is a hash: `agent`, and a field for each task
+    justitia:usage                hours in which somebody used something; justitia:usage:<hour> is a hash: <tenant>:<what>
+    justitia:journal:<id>         number of the last batch of a journal
+
+A batch is one transaction, which comes to pass only if nobody has touched meanwhile what it was made of.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
-from typing import Any
+from typing import Any, TypeAlias
 
 import redis.asyncio
-from redis.exceptions import RedisError
+from redis.asyncio.client import Pipeline
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import DataError, RedisError, WatchError
 
-from gateway.state import BATCH, KEPT_AGENTS, StateError, pack, unpack
+from gateway.state.batch import Batch
+from gateway.state.blobs import unpack
+from gateway.state.live import ending, packed, unpack_agent, unpack_tasks, with_tasks
+from gateway.state.store import CHUNK, KEPT_AGENTS, Store
+from gateway.state.types import AgentState, BatchRefused, StateError, UsageRow
 from predictor.types import FinishedAgent
 
-AGENTS = "justitia:agents"
-ADDED = "justitia:agents:added"
+AGENTS, ADDED = "justitia:agents", "justitia:agents:added"
+LIVE, USAGE, JOURNAL = "justitia:live", "justitia:usage", "justitia:journal"
 TIMEOUT_S = 5.0
 CONNECTIONS = 8
+# How often a batch is made anew when others have touched what it was made of.
+TRIES = 5
+# Seconds for which a journal's number is kept after its last batch: by then nobody gives that one again.
+JOURNAL_S = 400 * 86400
 
-_FIELD = b"agent"
-_Entries = list[tuple[bytes, dict[bytes, bytes]]]
+_FIELD, _AGENT = b"agent", b"agent"
+_WORDS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens")
+_KV_COST = "kv_cost"
+
+_Entries: TypeAlias = list[tuple[bytes, dict[bytes, bytes]]]
+_Fields: TypeAlias = dict[bytes, bytes]
 
 
-class RedisStore:
+class RedisStore(Store):
     """url: `redis://host:port/db`, `rediss://…` or `unix:///path`."""
 
     def __init__(self, url: str, kept_agents: int = KEPT_AGENTS) -> None:
         self.unreadable = 0
         self._kept_agents = kept_agents
-        # When many agents end at once, their writes take turns.
         pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
             max_connections=CONNECTIONS,
             timeout=TIMEOUT_S,
             socket_timeout=TIMEOUT_S,
             socket_connect_timeout=TIMEOUT_S,
+            # Once, for a connection that was cut while it was idle. When to try again otherwise is the caller's to say.
+            retry=Retry(NoBackoff(), 1),
         )
         self._redis = redis.asyncio.Redis.from_pool(pool)
 
-    async def append(self, agent: FinishedAgent) -> None:
-        blob = await asyncio.to_thread(pack, agent)
-        pipeline = self._redis.pipeline(transaction=True)
-        pipeline.xadd(AGENTS, {_FIELD: blob}, maxlen=self._kept_agents, approximate=False)
-        pipeline.incr(ADDED)
-        await _asked(pipeline.execute())
+    async def apply(self, batch: Batch) -> int:
+        for _ in range(TRIES):
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                try:
+                    return int(await _asked(self._apply(pipeline, batch)))
+                except _Touched:
+                    continue
+        raise StateError("redis: others write to the same agents all the time")
+
+    async def agents(self) -> list[AgentState]:
+        runs = sorted(await _asked(self._redis.smembers(LIVE)))
+        agents: list[AgentState] = []
+        for begin in range(0, len(runs), CHUNK):
+            pipeline = self._redis.pipeline(transaction=False)
+            for run in runs[begin : begin + CHUNK]:
+                pipeline.hgetall(_live(run.decode()))
+            agents += [
+                with_tasks(agent, self._tasks(fields))
+                for fields in await _asked(pipeline.execute())
+                if fields and (agent := self._agent(fields)) is not None
+            ]
+        return agents
+
+    async def usage(self, since: int, until: int, tenant: str | None = None) -> list[UsageRow]:
+        hours = [int(hour) for hour in await _asked(self._redis.zrangebyscore(USAGE, since, f"({until}"))]
+        rows = []
+        for begin in range(0, len(hours), CHUNK):
+            chunk = hours[begin : begin + CHUNK]
+            pipeline = self._redis.pipeline(transaction=False)
+            for hour in chunk:
+                pipeline.hgetall(f"{USAGE}:{hour}")
+            for hour, fields in zip(chunk, await _asked(pipeline.execute()), strict=True):
+                rows += [row for row in _rows(hour, fields) if tenant in (None, row.tenant)]
+        return rows
 
     async def added(self) -> int:
         return int(await _asked(self._redis.get(ADDED)) or 0)
@@ -54,7 +106,7 @@ class RedisStore:
     async def read(self) -> AsyncIterator[FinishedAgent]:
         after = "-"
         while True:
-            entries: _Entries = await _asked(self._redis.xrange(AGENTS, min=after, count=BATCH))
+            entries: _Entries = await _asked(self._redis.xrange(AGENTS, min=after, count=CHUNK))
             if not entries:
                 return
             after = "(" + entries[-1][0].decode()
@@ -64,6 +116,69 @@ class RedisStore:
     async def close(self) -> None:
         await self._redis.aclose()
 
+    async def _apply(self, pipeline: Pipeline, batch: Batch) -> int:
+        """Raises `_Touched` when it has to be tried again."""
+        try:
+            journal = f"{JOURNAL}:{batch.journal}"
+            await pipeline.watch(journal, *map(_live, batch.over))
+            known = int(await pipeline.get(journal) or 0)
+            if batch.journal and known >= batch.number:
+                return known
+            samples, gone, in_part = await self._ended(pipeline, batch)
+            pipeline.multi()  # type: ignore[no-untyped-call]
+            self._write(pipeline, batch, samples, gone)
+            await pipeline.execute()
+            self.unreadable += in_part
+            return known
+        except WatchError as error:
+            raise _Touched from error
+
+    async def _ended(self, pipeline: Pipeline, batch: Batch) -> tuple[list[bytes], list[str], int]:
+        """Samples, the runs of which nothing is to be left, and of how many of them not all was there."""
+        samples, gone, in_part = list(batch.samples), [], 0
+        for run, agent in batch.over.items():
+            fields: _Fields = await pipeline.hgetall(_live(run))  # type: ignore[assignment]  # it never decodes
+            tasks = self._tasks(fields) | batch.tasks.get(run, {})
+            end = ending(agent, self._agent(fields) if fields else None, tasks)
+            if not end.refused:
+                gone.append(run)
+                in_part += end.in_part
+                if end.sample is not None:
+                    samples.append(end.sample)
+        return samples, gone, in_part
+
+    def _write(self, pipeline: Pipeline, batch: Batch, samples: list[bytes], gone: list[str]) -> None:
+        for run, tasks in batch.tasks.items():
+            if run not in gone:
+                pipeline.hset(_live(run), mapping={str(place): packed(task) for place, task in tasks.items()})
+        for run, agent in batch.agents.items():
+            pipeline.hset(_live(run), mapping={_AGENT: packed(agent)})
+            pipeline.sadd(LIVE, run)
+        for run in gone:
+            pipeline.delete(_live(run))
+            pipeline.srem(LIVE, run)
+        for sample in samples:
+            pipeline.xadd(AGENTS, {_FIELD: sample}, maxlen=self._kept_agents, approximate=False)
+        if samples:
+            pipeline.incrby(ADDED, len(samples))
+        for (tenant, hour), row in batch.usage.items():
+            pipeline.zadd(USAGE, {str(hour): hour})
+            for word in _WORDS:
+                pipeline.hincrby(f"{USAGE}:{hour}", f"{tenant}:{word}", getattr(row, word))
+            pipeline.hincrbyfloat(f"{USAGE}:{hour}", f"{tenant}:{_KV_COST}", row.kv_cost)
+        if batch.journal:
+            pipeline.set(f"{JOURNAL}:{batch.journal}", batch.number, ex=JOURNAL_S)
+
+    def _agent(self, fields: _Fields) -> AgentState | None:
+        agent = unpack_agent(fields.get(_AGENT, b""))
+        self.unreadable += agent is None
+        return agent
+
+    def _tasks(self, fields: _Fields) -> dict[int, Any]:
+        tasks, unreadable = unpack_tasks((int(name), blob) for name, blob in fields.items() if name.isdigit())
+        self.unreadable += unreadable
+        return tasks
+
     async def _unpack(self, entries: _Entries, *, texts: bool = True) -> list[FinishedAgent]:
         blobs = [fields.get(_FIELD, b"") for _, fields in entries]
         agents, unreadable = await asyncio.to_thread(unpack, blobs, texts=texts)
@@ -71,8 +186,27 @@ class RedisStore:
         return agents
 
 
+class _Touched(Exception):
+    """Somebody else has written to what a transaction was made of."""
+
+
+def _live(run: str) -> str:
+    return f"{LIVE}:{run}"
+
+
+def _rows(hour: int, fields: _Fields) -> list[UsageRow]:
+    used: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        tenant, _, word = name.decode(errors="replace").rpartition(":")
+        if word in _WORDS or word == _KV_COST:
+            used.setdefault(tenant, {})[word] = float(value) if word == _KV_COST else int(value)
+    return [UsageRow(tenant, hour, **used[tenant]) for tenant in sorted(used)]
+
+
 async def _asked(answer: Awaitable[Any]) -> Any:
     try:
         return await answer
+    except DataError as error:
+        raise BatchRefused(f"redis: {error}") from error
     except (RedisError, OSError, ValueError) as error:
         raise StateError(f"redis: {error}") from error

@@ -1,4 +1,4 @@
-"""The embedded default: one file, one table, used by one thread."""
+"""The embedded default: one file, used by one thread."""
 
 from __future__ import annotations
 
@@ -12,18 +12,43 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from gateway.state import BATCH, KEPT_AGENTS, StateError, pack, unpack
+from gateway.state.batch import Batch, Tasks
+from gateway.state.blobs import unpack
+from gateway.state.live import ending, packed, unpack_agent, unpack_tasks, with_tasks
+from gateway.state.store import CHUNK, KEPT_AGENTS, Store
+from gateway.state.types import AgentState, BatchRefused, StateError, UsageRow
 from predictor.types import FinishedAgent
 
-_SCHEMA = "CREATE TABLE IF NOT EXISTS agents (id INTEGER PRIMARY KEY AUTOINCREMENT, agent BLOB NOT NULL)"
+# agents: the finished ones, as they have been since before there were others. Tasks of a live one: (run, place).
+_SCHEMA = """
+    CREATE TABLE IF NOT EXISTS agents (id INTEGER PRIMARY KEY AUTOINCREMENT, agent BLOB NOT NULL);
+    CREATE TABLE IF NOT EXISTS live (run TEXT PRIMARY KEY, agent BLOB NOT NULL);
+    CREATE TABLE IF NOT EXISTS tasks (
+        run TEXT NOT NULL, place INTEGER NOT NULL, task BLOB NOT NULL, PRIMARY KEY (run, place));
+    CREATE TABLE IF NOT EXISTS usage (
+        hour INTEGER NOT NULL, tenant TEXT NOT NULL, requests INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL,
+        cached_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, kv_cost REAL NOT NULL,
+        PRIMARY KEY (hour, tenant)) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS journals (id TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
+"""
 _ADDED = "SELECT seq FROM sqlite_sequence WHERE name = 'agents'"
 _NEWEST = "SELECT agent FROM agents ORDER BY id DESC LIMIT ?"
 _AFTER = "SELECT id, agent FROM agents WHERE id > ? ORDER BY id LIMIT ?"
+_USE = """
+    INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (hour, tenant) DO UPDATE SET
+        requests = requests + excluded.requests, prompt_tokens = prompt_tokens + excluded.prompt_tokens,
+        cached_tokens = cached_tokens + excluded.cached_tokens,
+        completion_tokens = completion_tokens + excluded.completion_tokens, kv_cost = kv_cost + excluded.kv_cost
+"""
+_USED = """
+    SELECT tenant, hour, requests, prompt_tokens, cached_tokens, completion_tokens, kv_cost FROM usage
+    WHERE hour >= ? AND hour < ? AND (? IS NULL OR tenant = ?) ORDER BY hour, tenant
+"""
 
 _Result = TypeVar("_Result")
 
 
-class SqliteStore:
+class SqliteStore(Store):
     """path: the file; its directory is made, and both are for their owner alone. Other processes may have it open too."""
 
     def __init__(self, path: str, kept_agents: int = KEPT_AGENTS) -> None:
@@ -33,14 +58,34 @@ class SqliteStore:
         self._connection: sqlite3.Connection | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="justitia-state")
 
-    async def append(self, agent: FinishedAgent) -> None:
-        def write(connection: sqlite3.Connection) -> None:
-            blob = pack(agent)
+    async def apply(self, batch: Batch) -> int:
+        def write(connection: sqlite3.Connection) -> int:
+            connection.execute("BEGIN IMMEDIATE")
             with connection:
-                number = connection.execute("INSERT INTO agents (agent) VALUES (?)", (blob,)).lastrowid
-                connection.execute("DELETE FROM agents WHERE id <= ?", ((number or 0) - self._kept_agents,))
+                found = connection.execute("SELECT number FROM journals WHERE id = ?", (batch.journal,)).fetchone()
+                known = int(found[0]) if found else 0
+                if batch.journal and known >= batch.number:
+                    return known
+                self._write(connection, batch)
+                return known
 
-        await self._run(write)
+        return await self._run(write)
+
+    async def agents(self) -> list[AgentState]:
+        def read(connection: sqlite3.Connection) -> list[AgentState]:
+            with connection:
+                connection.execute("BEGIN")  # both tables at one moment
+                blobs = connection.execute("SELECT agent FROM live").fetchall()
+                agents = [agent for (blob,) in blobs if (agent := self._agent(blob)) is not None]
+                return [with_tasks(agent, self._tasks(connection, agent.run)) for agent in agents]
+
+        return await self._run(read)
+
+    async def usage(self, since: int, until: int, tenant: str | None = None) -> list[UsageRow]:
+        def read(connection: sqlite3.Connection) -> list[UsageRow]:
+            return [UsageRow(*row) for row in connection.execute(_USED, (since, until, tenant, tenant))]
+
+        return await self._run(read)
 
     async def added(self) -> int:
         def ask(connection: sqlite3.Connection) -> int:
@@ -59,7 +104,7 @@ class SqliteStore:
     async def read(self) -> AsyncIterator[FinishedAgent]:
         last: int | None = 0
         while last is not None:
-            last, agents = await self._run(partial(self._batch, after=last))
+            last, agents = await self._run(partial(self._chunk, after=last))
             for agent in agents:
                 yield agent
 
@@ -71,9 +116,47 @@ class SqliteStore:
         await asyncio.get_running_loop().run_in_executor(self._thread, close)
         self._thread.shutdown()
 
-    def _batch(self, connection: sqlite3.Connection, after: int) -> tuple[int | None, list[FinishedAgent]]:
+    def _write(self, connection: sqlite3.Connection, batch: Batch) -> None:
+        live = [(run, packed(agent)) for run, agent in batch.agents.items()]
+        connection.executemany("INSERT OR REPLACE INTO live VALUES (?, ?)", live)
+        tasks = [(run, place, packed(task)) for run, of in batch.tasks.items() for place, task in of.items()]
+        connection.executemany("INSERT OR REPLACE INTO tasks VALUES (?, ?, ?)", tasks)
+        samples = list(batch.samples)
+        for run, agent in batch.over.items():
+            found = connection.execute("SELECT agent FROM live WHERE run = ?", (run,)).fetchone()
+            end = ending(agent, self._agent(found[0]) if found else None, self._tasks(connection, run))
+            if end.refused:
+                continue
+            connection.execute("DELETE FROM live WHERE run = ?", (run,))
+            connection.execute("DELETE FROM tasks WHERE run = ?", (run,))
+            self.unreadable += end.in_part
+            if end.sample is not None:
+                samples.append(end.sample)
+        if samples:
+            connection.executemany("INSERT INTO agents (agent) VALUES (?)", [(sample,) for sample in samples])
+            connection.execute("DELETE FROM agents WHERE id <= (SELECT max(id) FROM agents) - ?", (self._kept_agents,))
+        rows = batch.usage.values()
+        used = [
+            (u.hour, u.tenant, u.requests, u.prompt_tokens, u.cached_tokens, u.completion_tokens, u.kv_cost)
+            for u in rows
+        ]
+        connection.executemany(_USE, used)
+        if batch.journal:
+            connection.execute("INSERT OR REPLACE INTO journals VALUES (?, ?)", (batch.journal, batch.number))
+
+    def _agent(self, blob: bytes) -> AgentState | None:
+        agent = unpack_agent(blob)
+        self.unreadable += agent is None
+        return agent
+
+    def _tasks(self, connection: sqlite3.Connection, run: str) -> Tasks:
+        tasks, unreadable = unpack_tasks(connection.execute("SELECT place, task FROM tasks WHERE run = ?", (run,)))
+        self.unreadable += unreadable
+        return tasks
+
+    def _chunk(self, connection: sqlite3.Connection, after: int) -> tuple[int | None, list[FinishedAgent]]:
         """The next ones, and the number of their last; None after the end."""
-        rows = connection.execute(_AFTER, (after, BATCH)).fetchall()
+        rows = connection.execute(_AFTER, (after, CHUNK)).fetchall()
         return (rows[-1][0] if rows else None), self._unpack([blob for _, blob in rows])
 
     def _unpack(self, blobs: list[bytes], *, texts: bool = True) -> list[FinishedAgent]:
@@ -90,6 +173,8 @@ class SqliteStore:
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, in_thread)
+        except (sqlite3.IntegrityError, sqlite3.DataError, OverflowError, UnicodeEncodeError) as error:
+            raise BatchRefused(f"{self._path}: {error}") from error
         except (sqlite3.Error, OSError) as error:
             raise StateError(f"{self._path}: {error}") from error
 
@@ -102,7 +187,7 @@ def _opened(path: Path) -> sqlite3.Connection:
     try:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the last agents, never the file
-        connection.execute(_SCHEMA)
+        connection.executescript(_SCHEMA)
     except sqlite3.Error:
         connection.close()
         raise

@@ -9,11 +9,35 @@ import pytest
 
 from engine.link import Holding
 from gateway.capacity import CAPACITY_ENOUGH, EngineView
-from gateway.errors import NoEngine, QueueFull, ShuttingDown
-from gateway.fairness import POLICIES, AgentId, FairQueue, Iterations, KvTokenIterations, Spent, Task, TaskId
-from gateway.release import CAPACITY_ITERATIONS, SLOTS_OF_STOCK, SLOTS_WITHOUT_CAPACITY, Dispatcher
+from gateway.errors import AgentCancelled, NoEngine, QueueFull, ShuttingDown
+from gateway.fairness import (
+    POLICIES,
+    AgentId,
+    FairQueue,
+    Iterations,
+    KvTokenIterations,
+    QueueError,
+    Spent,
+    Task,
+    TaskId,
+)
+from gateway.keys import Keys
+from gateway.release import CAPACITY_ITERATIONS, SLOTS_OF_STOCK, SLOTS_WITHOUT_CAPACITY, Dispatcher, Turn
+from gateway.settings import TenantSettings
+from gateway.tenants import Tenants
 
 CAPACITY = 1000
+
+
+def tenants(max_waiting: int = 100) -> Tenants:
+    return Tenants(Keys(), {}, max_waiting=max_waiting, max_waiting_bytes=10**9)
+
+
+class OneTenant(Dispatcher):
+    """All tasks are of one tenant."""
+
+    def submit(self, task: Task, agent_cost: float, *_: object, **more: float) -> Turn:
+        return super().submit(task, agent_cost, self._tenants.named("t"), **more)
 
 
 class Told(FairQueue):
@@ -46,7 +70,7 @@ def task(number: int, agent: str = "a", prompt: int = 100, output: int = 100) ->
 def dispatcher(policy: str = "justitia", *, slots: int = 2) -> tuple[Dispatcher, Told, EngineView]:
     engine = EngineView(declared_capacity_tokens=CAPACITY, declared_max_num_seqs=slots, up=True)
     queue = Told(policy)
-    made = Dispatcher(queue, engine, max_waiting=100)
+    made = OneTenant(queue, engine, tenants())
     made.engine_changed()
     return made, queue, engine
 
@@ -95,13 +119,13 @@ async def test_the_effective_capacity_is_taken_over_now_and_then() -> None:
     assert queue.capacities == [(CAPACITY, CAPACITY)]
     report(to, CAPACITY_ITERATIONS - 1, {1: Holding(400, 300)})
     assert queue.capacities == [(CAPACITY, CAPACITY)], "not yet"
-    before = queue.virtual_time()
+    before = queue.virtual_time("t")
     assert before == (CAPACITY_ITERATIONS - 1) * CAPACITY
     report(to, 1, {1: Holding(400, 300)})
     assert queue.capacities[1:] == [(CAPACITY, pytest.approx(400))]
     assert queue.capacity_tokens == CAPACITY, "the memory is as large as ever"
     report(to, 10, {1: Holding(400, 300)})
-    assert queue.virtual_time() - before == pytest.approx(CAPACITY + 10 * 400)
+    assert queue.virtual_time("t") - before == pytest.approx(CAPACITY + 10 * 400)
     assert len(queue.capacities) == 2
 
 
@@ -151,7 +175,7 @@ async def test_tasks_at_the_engine_at_once(declared: int | None, capacity: int, 
     engine = EngineView(declared_max_num_seqs=declared, up=True)
     engine.engine_capacity_tokens, engine.engine_max_num_seqs = capacity, told
     queue = Told()
-    Dispatcher(queue, engine, max_waiting=10).engine_changed()
+    Dispatcher(queue, engine, tenants()).engine_changed()
     assert queue.limits.in_flight == slots
     assert queue.limits.engine_waiting == 4
 
@@ -194,7 +218,7 @@ async def test_what_cannot_be_taken_is_refused_and_not_enqueued() -> None:
     with pytest.raises(NoEngine):
         to.submit(task(1), 1.0)
     engine.answered()
-    full = Dispatcher(queue, engine, max_waiting=0)
+    full = OneTenant(queue, engine, tenants(max_waiting=0))
     with pytest.raises(QueueFull):
         full.submit(task(1), 1.0)
     to.begin_drain(10)
@@ -227,31 +251,212 @@ async def test_a_drain_goes_on_releasing_what_waits_and_may_requeue_what_was_los
     await drained
 
 
-async def test_the_end_of_a_drain_hands_back_what_waits_and_cancels_whoever_has_a_task_in_flight() -> None:
+async def test_the_end_of_a_drain_hands_back_what_waits_and_breaks_off_what_is_in_flight() -> None:
     to, queue, _ = dispatcher(slots=1)
 
     async def serve(number: int) -> str:
         turn = to.submit(task(number), 1e5)
+        where = "waiting"
         try:
             await turn.wait(10)
-            await asyncio.Event().wait()
+            where = "in flight"
+            with turn.at_engine():
+                await asyncio.Event().wait()
         except ShuttingDown:
-            return "handed back"
-        except asyncio.CancelledError:
             assert not turn.requeue(sent=True)
-            return "cut off"
+            return where
         finally:
             turn.cancel(Spent(KvTokenIterations(0.0)))
         return ""
 
     serving = [asyncio.create_task(serve(number)) for number in (1, 2)]
     await asyncio.sleep(0)
+    await asyncio.sleep(0)
     to.begin_drain(0)
     to.end_drain()
-    to.end_drain()
-    assert await asyncio.gather(*serving) == ["cut off", "handed back"]
+    assert await asyncio.gather(*serving) == ["in flight", "waiting"]
     await to.drained()
     assert (queue.waiting, queue.in_flight) == (0, 0)
+
+
+# Who may have how much
+
+
+def counts(to: Dispatcher) -> tuple[int, int, int]:
+    load = to._tenants.named("t").load
+    assert (load.waiting, load.in_flight) == (to.queue.waiting, to.queue.in_flight)
+    assert vars(load).keys() == vars(to._tenants.load).keys()
+    assert load.waiting_bytes == to._tenants.load.waiting_bytes
+    return load.waiting, load.in_flight, load.waiting_bytes
+
+
+async def test_a_tenants_load_is_what_it_has_in_the_queue() -> None:
+    to, _, engine = dispatcher(slots=1)
+    first = to.submit(task(1), 1e5, body_bytes=10)
+    assert counts(to) == (0, 1, 0)
+    second = to.submit(task(2), 1e5, body_bytes=20)
+    third = to.submit(task(3), 1e5, body_bytes=40)
+    assert counts(to) == (2, 1, 60)
+    third.cancel(Spent(KvTokenIterations(0.0)))
+    assert counts(to) == (1, 1, 20)
+    await first.wait(1)
+    engine.suspect = True
+    assert first.requeue(sent=True)
+    assert counts(to) == (2, 0, 30)
+    engine.answered()
+    to.engine_changed()
+    assert counts(to) == (1, 1, 20)
+    first.complete(Spent(KvTokenIterations(500.0), 100, 5), 500.0)
+    assert counts(to) == (1, 0, 20)
+    await second.wait(1)
+    assert counts(to) == (0, 1, 0)
+    second.cancel(Spent(KvTokenIterations(3.0)))
+    assert counts(to) == (0, 0, 0)
+
+
+async def test_a_task_that_the_engine_lost_leaves_as_one_that_waits() -> None:
+    to, _, engine = dispatcher()
+    turn = to.submit(task(1), 1e5, body_bytes=10)
+    await turn.wait(1)
+    engine.suspect = True
+    turn.requeue(sent=True)
+    turn.cancel(Spent(KvTokenIterations(0.0)))
+    assert counts(to) == (0, 0, 0)
+
+
+async def test_a_task_that_the_queue_refuses_leaves_nothing_behind() -> None:
+    to, _, _ = dispatcher()
+    with pytest.raises(QueueError):
+        to.submit(task(1), float("nan"), body_bytes=10)
+    assert counts(to) == (0, 0, 0)
+
+
+async def test_a_turn_whose_cost_the_queue_refuses_can_still_be_given_back() -> None:
+    to, _, _ = dispatcher()
+    turn = to.submit(task(1), 1e5)
+    with pytest.raises(QueueError):
+        turn.cancel(Spent(KvTokenIterations(-1.0)))
+    assert counts(to) == (0, 1, 0)
+    turn.cancel(Spent(KvTokenIterations(0.0)))
+    assert counts(to) == (0, 0, 0)
+
+
+async def test_tenants_are_told_apart_in_the_queue() -> None:
+    engine = EngineView(declared_capacity_tokens=CAPACITY, declared_max_num_seqs=1, up=True)
+    queue = FairQueue(POLICIES["justitia"]())
+    settings = {"red": TenantSettings(weight=2.0), "blue": TenantSettings(max_tasks=1)}
+    both = Tenants(Keys(), settings, max_waiting=100, max_waiting_bytes=1000)
+    to = Dispatcher(queue, engine, both)
+    to.submit(task(1, "red/a"), 1e5, both.named("red"), weight=3.0)
+    to.submit(task(2, "blue/a"), 1e5, both.named("blue"))
+    with pytest.raises(QueueFull, match=r"max_tasks"):
+        to.submit(task(3, "blue/b"), 1e5, both.named("blue"))
+    red, blue = queue.agents["red/a"], queue.agents["blue/a"]
+    assert (red.tenant.id, red.tenant.weight, red.weight) == ("red", 2.0, 3.0)
+    assert (blue.tenant.id, blue.tenant.weight, blue.weight) == ("blue", 1.0, 1.0)
+    assert "blue/b" not in queue.agents
+
+
+# Turns that somebody else ends
+
+
+async def test_an_agents_tasks_can_be_ended_waiting_and_in_flight() -> None:
+    to, _, _ = dispatcher(slots=1)
+    in_flight, waiting, other = (to.submit(task(number, agent), 1e5) for number, agent in enumerate("aab", start=1))
+    await in_flight.wait(1)
+    seen: list[str] = []
+
+    async def serve() -> None:
+        try:
+            with in_flight.at_engine():
+                await asyncio.Event().wait()
+        except AgentCancelled as error:
+            seen.append(error.message)
+            in_flight.cancel(Spent(KvTokenIterations(3.0)))
+
+    async def wait() -> None:
+        try:
+            await waiting.wait(5)
+        except AgentCancelled as error:
+            seen.append(error.message)
+            waiting.cancel(Spent(KvTokenIterations(0.0)))
+
+    owners = [asyncio.create_task(serve()), asyncio.create_task(wait())]
+    await asyncio.sleep(0)
+    ends = to.abort(AgentId("a"), AgentCancelled("over"))
+    assert ends == to.abort(AgentId("a"), AgentCancelled("again")), "once"
+    assert [end.done() for end in ends] == [False, False]
+    await asyncio.gather(*owners, *ends)
+    assert seen == ["over", "over"]
+    assert {owner.cancelling() for owner in owners} == {0}
+    assert (await other.wait(1)).task.agent_id == "b"
+    assert to.abort(AgentId("a"), AgentCancelled("over")) == []
+    assert to.abort(AgentId("nobody"), AgentCancelled("over")) == []
+
+
+async def test_a_turn_that_was_ended_between_its_release_and_the_engine_does_not_get_there() -> None:
+    to, _, _ = dispatcher()
+    turn = to.submit(task(1), 1e5)
+    to.abort(AgentId("a"), AgentCancelled("over"))
+    await turn.wait(1)
+    with pytest.raises(AgentCancelled), turn.at_engine():
+        pytest.fail("it got there")
+    turn.cancel(Spent(KvTokenIterations(0.0)))
+
+
+async def test_a_turn_that_was_ended_is_not_served_when_the_engine_loses_it() -> None:
+    to, _, _ = dispatcher()
+    turn = to.submit(task(1), 1e5)
+    await turn.wait(1)
+    to.abort(AgentId("a"), AgentCancelled("over"))
+    assert turn.requeue(sent=True)
+    with pytest.raises(AgentCancelled):
+        await turn.wait(1)
+    turn.cancel(Spent(KvTokenIterations(0.0)))
+    assert counts(to) == (0, 0, 0)
+
+
+async def test_a_client_that_leaves_as_its_agent_is_ended_has_left() -> None:
+    to, _, _ = dispatcher()
+    turn = to.submit(task(1), 1e5)
+    await turn.wait(1)
+
+    async def serve() -> None:
+        with turn.at_engine():
+            await asyncio.Event().wait()
+
+    owner = asyncio.create_task(serve())
+    await asyncio.sleep(0)
+    owner.cancel()
+    to.abort(AgentId("a"), AgentCancelled("over"))
+    with pytest.raises(asyncio.CancelledError):
+        await owner
+    turn.cancel(Spent(KvTokenIterations(0.0)))
+
+
+# How fast the engine is
+
+
+async def test_the_served_rate_is_what_was_held_over_the_time_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("gateway.release.time.monotonic", lambda: now)
+    to, _, _ = dispatcher()
+    report(to, 10, {}, 500)
+    turn = to.submit(task(1), 1e5)
+    assert to.rate.per_s() is None
+    for _ in range(4):
+        now += 0.5
+        report(to, 10, {}, 500)
+    assert to.rate.per_s() == pytest.approx(10_000)
+    turn.cancel(Spent(KvTokenIterations(0.0)))
+    now += 1000
+    report(to, 1, {}, 500)
+    assert to.rate.per_s() == pytest.approx(10_000), "idle time says nothing"
+    to.submit(task(2), 1e5)
+    for _ in range(600):
+        now += 0.5
+        report(to, 10, {}, 50)
+    assert to.rate.per_s() == pytest.approx(1000, rel=0.01), "and what is long ago is forgotten"
 
 
 # What the engine is told
@@ -332,3 +537,42 @@ async def test_what_was_revised_while_nobody_could_be_told_is_told_later() -> No
     engine.answered()
     to.engine_changed()
     assert listening.tags[1:] == [{1: 90_000}]
+
+
+# Another policy, other limits
+
+
+async def test_a_change_of_policy_is_told_before_anything_is_released_by_it() -> None:
+    to, queue, engine = dispatcher(slots=2)
+    listening = Listening(to)
+    to.submit(task(1), 20_000.0)
+    to.submit(task(2, "b"), 30_000.0)
+    waiting = to.submit(task(3, "c"), 90_000.0)
+    to.submit(task(4, "d", prompt=10, output=10), 95_000.0)
+    engine.declared_max_num_seqs = 3
+    to.change(POLICIES["sjf"](), beta=1.0, engine_waiting=4)
+    assert listening.tags == [{1: 15_050, 2: 15_050}], "the costs of the tasks"
+    assert queue.in_flight == 3 and not waiting._released.done(), "the smaller one goes first"
+    to.change(None, beta=1.0, engine_waiting=4)
+    assert len(listening.tags) == 1
+
+
+async def test_a_change_of_policy_is_told_when_the_engine_is_known_to_live() -> None:
+    to, _, engine = dispatcher(slots=2)
+    listening = Listening(to)
+    to.submit(task(1), 20_000.0)
+    engine.suspect = True
+    to.change(POLICIES["fcfs"](), beta=1.0, engine_waiting=4)
+    assert listening.tags == []
+    engine.answered()
+    to.engine_changed()
+    assert listening.tags == [{1: 1}]
+
+
+async def test_other_limits_hold_at_once() -> None:
+    to, queue, _ = dispatcher(slots=9)
+    for number in range(1, 10):
+        to.submit(task(number), 1e5)
+    assert queue.in_flight == 5, "of 200 tokens each"
+    to.change(None, beta=1.5, engine_waiting=4)
+    assert queue.in_flight == 7

@@ -6,6 +6,7 @@ import pytest
 
 from gateway.body import parse_body
 from gateway.content import content_of
+from gateway.endpoints import CHAT, COMPLETIONS
 from gateway.estimate import estimate_agent, estimate_arrival
 from predictor.learned import Learned
 from predictor.types import AgentPrediction, AgentProgress, Arrival, FinishedAgent, TaskContent
@@ -61,7 +62,7 @@ def test_a_predictor_that_fails_is_not_passed_on() -> None:
     ],
 )
 def test_prompts_of_a_batch_are_counted(prompt: str, prompts: int) -> None:
-    assert parse_body(b'{"prompt": %s}' % prompt.encode()).prompts == prompts
+    assert parse_body(b'{"prompt": %s}' % prompt.encode(), COMPLETIONS).prompts == prompts
 
 
 def test_no_limit_is_a_limit_too() -> None:
@@ -100,7 +101,7 @@ def test_an_agents_prediction_is_never_below_what_has_arrived_with_this_task() -
     ],
 )
 def test_what_a_request_says(body: str, system: bytes, text: bytes, messages: int) -> None:
-    content = content_of(parse_body(body.encode()))
+    content = content_of(parse_body(body.encode(), COMPLETIONS if "prompt" in body else CHAT))
     assert (content.system, content.text, content.messages) == (system, text, messages)
 
 

@@ -1,32 +1,100 @@
 from __future__ import annotations
 
 import itertools
+import json
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.sse import DONE, UsageFilter
-from tests.wire.scripted_engine import chunk, usage_chunk
+from gateway.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
+from gateway.sse import UsageFilter
+from gateway.usage import Usage, parse_usage
+from tests.wire.scripted_engine import DONE, chunk, usage_chunk
 
 STREAM = chunk("a\\n\\n") + chunk('"usage":{ in the text') + chunk("ü") + usage_chunk(5, 3, cached=2) + DONE
 
 
+def event(kind: str, **data: Any) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode()
+
+
+OF_MESSAGES = b"".join(
+    (
+        event(
+            "message_start", message={"usage": {"input_tokens": 3, "cache_read_input_tokens": 2, "output_tokens": 0}}
+        ),
+        event("content_block_delta", delta={"text": "event: message_stop"}),
+        event("message_delta", usage={"input_tokens": 3, "cache_read_input_tokens": 2, "output_tokens": 3}),
+        event("message_stop"),
+    )
+)
+OF_RESPONSES = b"".join(
+    (
+        event("response.created", response={"usage": None}),
+        event("response.output_text.delta", delta="event: response.completed"),
+        event(
+            "response.completed",
+            response={
+                "usage": {"input_tokens": 5, "input_tokens_details": {"cached_tokens": 2}, "output_tokens": 3},
+            },
+        ),
+    )
+)
+
+
 @given(st.lists(st.integers(0, len(STREAM)), max_size=20), st.booleans())
 def test_however_it_is_cut_the_same_comes_out(cuts: list[int], show: bool) -> None:
-    events = UsageFilter(show=show)
+    events = UsageFilter(OPENAI, show=show)
     places = [0, *sorted(cuts), len(STREAM)]
     out = b"".join(events.feed(STREAM[begin:end]) for begin, end in itertools.pairwise(places))
     assert out == (STREAM if show else STREAM.replace(usage_chunk(5, 3, cached=2), b""))
-    assert events.usage is not None
-    assert (events.usage.prompt_tokens, events.usage.completion_tokens, events.usage.cached_tokens) == (5, 3, 2)
+    assert events.usage == Usage(5, 3, 2)
     assert events.events == 5
     assert events.done
 
 
+@pytest.mark.parametrize(("dialect", "stream"), [(ANTHROPIC, OF_MESSAGES), (RESPONSES, OF_RESPONSES)])
+@given(data=st.data())
+def test_other_dialects_pass_whole_and_tell_their_usage(dialect: Dialect, stream: bytes, data: st.DataObject) -> None:
+    cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=20))
+    events = UsageFilter(dialect, show=False)
+    out = b"".join(events.feed(stream[b:e]) for b, e in itertools.pairwise([0, *sorted(cuts), len(stream)]))
+    assert out == stream
+    assert events.usage == Usage(5, 3, 2)
+    assert events.done
+
+
+@pytest.mark.parametrize(("dialect", "stream"), [(OPENAI, STREAM), (ANTHROPIC, OF_MESSAGES), (RESPONSES, OF_RESPONSES)])
+def test_a_stream_that_is_cut_off_is_not_done(dialect: Dialect, stream: bytes) -> None:
+    whole = stream.split(b"\n\n")[:-2]
+    events = UsageFilter(dialect, show=False)
+    events.feed(b"\n\n".join(whole) + b"\n\n")
+    assert not events.done
+
+
 def test_usage_beside_choices_is_seen_and_stays() -> None:
     """`continuous_usage_stats`: the client asked for it in every chunk."""
-    event = b'data: {"choices":[{"index":0}],"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n'
-    events = UsageFilter(show=False)
-    assert events.feed(event) == event
+    continuous = b'data: {"choices":[{"index":0}],"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n'
+    events = UsageFilter(OPENAI, show=False)
+    assert events.feed(continuous) == continuous
     assert events.usage is not None
     assert not events.done
+
+
+@pytest.mark.parametrize(
+    ("answer", "usage"),
+    [
+        ({"usage": {"prompt_tokens": 7, "total_tokens": 7}}, Usage(7, 0, 0)),
+        ({"usage": {"prompt_tokens": 7, "completion_tokens": 1, "prompt_tokens_details": None}}, Usage(7, 1, 0)),
+        ({"usage": {"input_tokens": 7, "output_tokens": 2, "cache_creation_input_tokens": 1}}, Usage(8, 2, 0)),
+        ({"usage": {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 9}}}, Usage(3, 0, 3)),
+        ({"usage": {"prompt_tokens": -3}}, None),
+        ({"usage": {"prompt_tokens": "3"}}, None),
+        ({"usage": None, "message": "not an object"}, None),
+        ({}, None),
+    ],
+)
+def test_what_answers_say_was_used(answer: dict[str, Any], usage: Usage | None) -> None:
+    assert parse_usage(json.dumps(answer).encode()) == usage

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.identify import Identity
 from gateway.parts import Parts
 from gateway.server import RunningGateway, start_gateway
 from gateway.settings import GatewaySettings
@@ -41,6 +42,10 @@ class GatewayUnderTest:
                 for task in tasks:
                     assert not task.done(), task.exception() or task.result().text
                 await asyncio.sleep(0.01)
+
+    def has_agent(self, tenant: str, name: str) -> None:
+        """A tenant has an agent, which has done nothing yet."""
+        self.parts.feedback.arrived(tenant, name, Identity(name, "x-agent-id", None, final=False))
 
     def is_empty(self) -> bool:
         queue = self.parts.queue

@@ -199,7 +199,7 @@ import sys
 sys.path.insert(0, sys.argv[2])
 import uvicorn
 from gateway.bench.stand_in import StandIn
-uvicorn.run(StandIn(token_s=0.01), uds=sys.argv[1], log_level="warning")
+uvicorn.run(StandIn(token_s=0.04), uds=sys.argv[1], log_level="warning")
 '''
 root, sys.argv = sys.argv[1], ["justitia", "serve"]
 EngineSpec.command = lambda spec: [sys.executable, "-c", ENGINE, str(spec.socket), root]
@@ -221,7 +221,7 @@ async def test_the_engine_of_serve_outlives_the_drain() -> None:
             load = Load(client)
             load.add(24)
             async with asyncio.timeout(PATIENCE_S):
-                while await waiting(client) < 16:
+                while await waiting(client) < 12:
                     await asyncio.sleep(0.02)
             process.send_signal(signal.SIGTERM)
             assert Counter(await load.ends()) == {"served": 24}

@@ -65,7 +65,7 @@ async def test_a_client_that_leaves_mid_stream_frees_the_engine_and_is_charged_w
             break
     await scripted.until(lambda engine: engine.left == 1)
     await gateway.until(gateway.is_empty)
-    agent = gateway.parts.queue.agents["a"]
+    agent = gateway.parts.queue.agents["default/a"]
     assert 0 < agent.arrived < 100, "one token of a prompt of a few bytes"
     assert outcomes(gateway) == {"cancelled": 1}
 
@@ -81,7 +81,7 @@ async def test_a_client_that_leaves_the_queue_is_gone_from_it_and_refunded(
     await gateway.until(lambda: gateway.parts.queue.waiting == 1)
     second.cancel()
     await gateway.until(lambda: gateway.parts.queue.waiting == 0)
-    assert gateway.parts.queue.agents["second"].arrived == 0
+    assert gateway.parts.queue.agents["default/second"].arrived == 0
     scripted.go.set()
     assert (await first).status_code == 200
     assert len(scripted.bodies) == 1, "it never reached the engine"
@@ -98,7 +98,7 @@ async def test_a_full_queue_answers_429_with_retry_after(start: StartGateway, sc
     assert answer.status_code == 429
     assert answer.json()["error"]["code"] == "queue_full"
     assert 1 <= int(answer.headers["retry-after"]) <= 30
-    assert "c" not in gateway.parts.feedback.records
+    assert "default/c" not in gateway.parts.feedback.records
     scripted.go.set()
     assert [kept_answer.status_code for kept_answer in await asyncio.gather(*kept)] == [200, 200]
 
@@ -127,9 +127,9 @@ async def test_a_refused_final_task_does_not_end_its_agent(start: StartGateway, 
     assert (await gateway.chat("a", headers=final)).status_code == 429
     scripted.go.set()
     await asyncio.gather(*kept)
-    assert "a" in gateway.parts.feedback.records
+    assert "default/a" in gateway.parts.feedback.records
     assert (await gateway.chat("a", headers=final)).status_code == 200
-    assert "a" not in gateway.parts.feedback.records
+    assert "default/a" not in gateway.parts.feedback.records
 
 
 async def test_slots_are_those_that_the_settings_say(start: StartGateway, scripted: ScriptedEngine) -> None:
@@ -177,9 +177,9 @@ async def test_a_task_broken_off_is_charged_what_it_held_and_not_learned(
         async for _ in answer.aiter_bytes():
             break
     await gateway.until(gateway.is_empty)
-    record = gateway.parts.feedback.records["a"]  # type: ignore[index]
+    record = gateway.parts.feedback.records["default/a"]  # type: ignore[index]
     assert (record.tasks, record.whole) == ([], False)
-    assert gateway.parts.queue.agents["a"].arrived == 2 * (10 * 2 + 3)  # type: ignore[index]
+    assert gateway.parts.queue.agents["default/a"].arrived == 2 * (10 * 2 + 3)  # type: ignore[index]
 
 
 async def test_a_whole_answer_that_is_cancelled_costs_the_iterations_it_ran(
@@ -188,12 +188,12 @@ async def test_a_whole_answer_that_is_cancelled_costs_the_iterations_it_ran(
     scripted.default = wait_for_word
     request = asyncio.create_task(gateway.chat("a", max_tokens=10))
     await scripted.until(lambda engine: len(engine.bodies) == 1)
-    predicted = gateway.parts.queue.agents["a"].arrived  # type: ignore[index]
+    predicted = gateway.parts.queue.agents["default/a"].arrived  # type: ignore[index]
     scripted.metrics = scripted.metrics.replace("count 100", "count 9000")
     await gateway.until(lambda: gateway.parts.engine.iterations == 8900)
     request.cancel()
     await gateway.until(gateway.is_empty)
-    assert gateway.parts.queue.agents["a"].arrived == predicted  # type: ignore[index]
+    assert gateway.parts.queue.agents["default/a"].arrived == predicted  # type: ignore[index]
 
 
 @pytest.mark.parametrize("usage", [b'{"prompt_tokens": 5, "completion_tokens": -1}', b'{"prompt_tokens": "x"}', b"[]"])

@@ -33,7 +33,7 @@ def stand_in() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def gateway(stand_in: str) -> Iterator[GatewayProcess]:
     with gateway_process(
-        stand_in, client_stall_s=1, max_body_mib=MAX_BODY_MIB, max_waiting_mib=MAX_HELD_MIB, keep_text="true"
+        stand_in, client_stall_s=1, max_body_mib=MAX_BODY_MIB, max_held_mib=MAX_HELD_MIB, keep_text="true"
     ) as running:
         yield running
 
@@ -300,7 +300,7 @@ def test_what_is_only_announced_takes_no_room(gateway: GatewayProcess) -> None:
 
 
 def test_a_body_for_which_there_is_no_room_is_refused_before_it_is_sent(stand_in: str) -> None:
-    with gateway_process(stand_in, max_body_mib=4, max_waiting_mib=1) as gateway, gateway.connect() as client:
+    with gateway_process(stand_in, max_body_mib=4, max_held_mib=1) as gateway, gateway.connect() as client:
         client.send(head(f"Content-Length: {2 * MIB}"))
         reply = client.reply()
         assert reply.status == 429

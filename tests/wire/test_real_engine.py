@@ -55,7 +55,7 @@ async def test_the_openai_sdk_is_answered(sdk: openai.AsyncOpenAI, real: Gateway
     assert completion.choices[0].text
     agents = (await real.client.get("/v1/agents")).json()["data"]
     assert [(agent["id"], agent["tasks"]["ended"]) for agent in agents] == [("run-1", 2)]
-    record = real.parts.feedback.records["run-1"]  # type: ignore[index]
+    record = real.parts.feedback.records["default/run-1"]  # type: ignore[index]
     assert [task.decode_tokens for task in record.tasks] == [answer.usage.completion_tokens, 4]
     assert record.tasks[0].prompt_tokens == answer.usage.prompt_tokens
 
@@ -73,7 +73,7 @@ async def test_the_openai_sdk_streams(sdk: openai.AsyncOpenAI, real: GatewayUnde
     chunks = [chunk async for chunk in stream]
     assert sum(len(chunk.choices) for chunk in chunks) >= 2
     assert [bool(chunk.usage) for chunk in chunks].count(True) == (1 if asked else 0)
-    record = real.parts.feedback.records["run-1"]  # type: ignore[index]
+    record = real.parts.feedback.records["default/run-1"]  # type: ignore[index]
     assert record.tasks[0].decode_tokens > 0, "the gateway is told the usage all the same"
 
 

@@ -19,7 +19,7 @@ async def test_a_body_goes_through_with_our_fields_and_its_own_bytes(
     assert answer.status_code == 200
     sent = scripted.bodies[0]
     assert sent["priority"] > 0
-    assert sent["vllm_xargs"]["justitia_agent"] == "a1"
+    assert sent["vllm_xargs"]["justitia_agent"] == "default/a1"
     assert sent["vllm_xargs"]["justitia_task"] > 10**18
     for untouched in (b'[ {"role":"user","content":"\\u00e9 1.0e2"} ]', b"1.0e0"):
         assert untouched in scripted.raw[0]
@@ -84,7 +84,7 @@ async def test_the_engines_own_errors_pass_through(gateway: GatewayUnderTest, sc
     assert answer.status_code == 404
     assert answer.json()["error"]["message"] == "no such model"
     assert gateway.is_empty()
-    assert gateway.parts.queue.agents["a"].arrived == 0, "a task that was refused costs nothing"
+    assert gateway.parts.queue.agents["default/a"].arrived == 0, "a task that was refused costs nothing"
 
 
 async def test_models_are_the_engines(gateway: GatewayUnderTest) -> None:
@@ -102,7 +102,8 @@ async def test_models_are_the_engines(gateway: GatewayUnderTest) -> None:
         (b'{"n": 99999}', {}, 400, "n"),
         (b'{"vllm_xargs": 3}', {}, 400, "vllm_xargs"),
         (b'{"max_tokens": -4}', {}, 400, "max_tokens"),
-        (b'{"prompt_cache_key": 5}', {}, 400, "prompt_cache_key"),
+        (b'{"agent_id": 5}', {}, 400, "agent_id"),
+        (b"{}", {"X-Agent-Weight": "-1"}, 400, "x-agent-weight"),
         (b"{}", {"X-Agent-ID": "x" * 256}, 400, "x-agent-id"),
         (b"{}", {"X-Agent-ID": ""}, 400, "x-agent-id"),
         (b"{}", {"X-Agent-Class": "two words"}, 400, "x-agent-class"),
@@ -151,7 +152,7 @@ async def test_unknown_paths_are_answered_in_openais_shape(
 async def test_sizes_of_a_batch_are_charged_by_sequence(gateway: GatewayUnderTest, scripted: ScriptedEngine) -> None:
     body = {"model": "tiny", "prompt": ["one", "two"], "n": 2, "max_tokens": 5}
     await gateway.client.post("/v1/completions", json=body, headers={"X-Agent-ID": "a"})
-    task = gateway.parts.feedback.records["a"].tasks[0]
+    task = gateway.parts.feedback.records["default/a"].tasks[0]
     assert (task.prompts, task.sequences) == (2, 4)
     assert task.cost == 4 * (5 * 1 + 1)  # usage: 10 prompt tokens over 2 prompts, 4 decoded over 4 sequences
 
@@ -191,4 +192,8 @@ async def test_agents_are_listed_in_the_order_of_their_turn(start: StartGateway,
     ]
     scripted.go.set()
     assert [answer.status_code for answer in await asyncio.gather(*requests)] == [200, 200, 200]
-    assert [json.loads(raw)["vllm_xargs"]["justitia_agent"] for raw in scripted.raw] == ["first", "small", "large"]
+    assert [json.loads(raw)["vllm_xargs"]["justitia_agent"] for raw in scripted.raw] == [
+        "default/first",
+        "default/small",
+        "default/large",
+    ]
