@@ -25,7 +25,7 @@ from gateway.billing import DAY_S, usage_routes
 from gateway.capacity import EngineView
 from gateway.dialects import OPENAI
 from gateway.engine_client import EngineClient
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, outcome_of
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
 from gateway.identify import Roots
@@ -34,9 +34,11 @@ from gateway.keys import Keys
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
 from gateway.metrics import Metrics
+from gateway.observer import REQUEST_ID, UNKNOWN, Observer, open_tracing
 from gateway.operations import operation_routes
 from gateway.parts import Parts
 from gateway.release import Dispatcher
+from gateway.request_log import open_request_log
 from gateway.routes import task_routes
 from gateway.settings import GatewaySettings, Live
 from gateway.state import Journal, Store, TenantUsage, UsageRow, open_store
@@ -78,7 +80,7 @@ async def create_app(
     store: Store | None = None,
 ) -> FastAPI:
     """The gateway for these settings; what is not given is made from them. Call it in the event loop that will serve. Raises
-    `KeysError`."""
+    `KeysError`, `RequestLogError`, and `NoOpenTelemetry`."""
     version = distribution_version("justitia")
     engine = EngineView(settings.capacity_tokens, settings.max_in_flight)
     limits = ReleaseLimits(beta=settings.beta, engine_waiting=settings.max_engine_waiting)
@@ -97,11 +99,21 @@ async def create_app(
     )
     roots = Roots()
     dispatcher = Dispatcher(queue, engine, tenants, waits=waits if settings.keep_kv else None)
+    observer = Observer(
+        metrics,
+        open_tracing(settings.otlp_endpoint, version, metrics.spans_dropped),
+        open_request_log(settings.request_log, metrics.log_dropped),
+    )
     parts = Parts(
         queue=queue,
         dispatcher=dispatcher,
         engine=engine,
-        client=client or EngineClient(settings.engine, relays_keys=lambda: not tenants.keys.configured),
+        client=client
+        or EngineClient(
+            settings.engine,
+            None if settings.engine_key is None else settings.engine_key.get_secret_value(),
+            relays_keys=lambda: not tenants.keys.configured,
+        ),
         tenants=tenants,
         predictor=predictor,
         feedback=Feedback(
@@ -120,6 +132,7 @@ async def create_app(
         ),
         journal=journal,
         metrics=metrics,
+        observer=observer,
         accuracy=accuracy,
         learning=Learning(predictor, settings.models_directory, metrics),
         roots=roots,
@@ -134,7 +147,7 @@ async def create_app(
     app.include_router(agent_routes(parts))
     app.include_router(usage_routes(tenants, store, parts.feedback.flush))
     app.include_router(operation_routes(parts, version=version))
-    _answer_errors(app)
+    _answer_errors(app, observer)
     return app
 
 
@@ -162,6 +175,7 @@ def _lifespan(
         await parts.journal.close()
         await store.close()
         await parts.client.close()
+        await parts.observer.close()
 
     return lifespan
 
@@ -195,7 +209,7 @@ def _learning_watches(settings: GatewaySettings, parts: Parts, store: Store) -> 
     return watches
 
 
-def _answer_errors(app: FastAPI) -> None:
+def _answer_errors(app: FastAPI, observer: Observer) -> None:
     """Every error leaves in OpenAI's shape."""
 
     @app.exception_handler(GatewayError)
@@ -204,8 +218,13 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
+        span = observer.begins(
+            request.method, UNKNOWN, dict(request.headers), request.scope["headers"], time.monotonic()
+        )
+        span.answered(error.status_code)
+        span.ended(outcome_of(error.status_code))
         answer = _plain(error.status_code, str(error.detail), "invalid_request_error")
-        answer.headers.update(error.headers or {})
+        answer.headers.update({**(error.headers or {}), REQUEST_ID: span.request_id})
         return answer
 
     @app.exception_handler(Exception)

@@ -20,8 +20,10 @@ from gateway.check import Checked, check, run_check
 from gateway.keys import KeysError
 from gateway.keys_command import run_keys
 from gateway.learning.command import ExportSettings, run_export, run_predictor
-from gateway.logs import set_up_logs
+from gateway.logs import LoggedText, set_up_logs
+from gateway.observer import NoOpenTelemetry
 from gateway.reload import Check
+from gateway.request_log import RequestLogError
 from gateway.server import PortTaken, start_gateway
 from gateway.settings import GatewaySettings, ServeSettings, cache_home
 from gateway.sources import load, or_exit, say_file
@@ -45,6 +47,8 @@ usage: justitia COMMAND [OPTIONS]
 STOP_GRACE_S = 20.0
 
 Settings = TypeVar("Settings", bound=GatewaySettings)
+# What keeps a gateway from starting, and is told in a line.
+CANNOT_START = (PortTaken, KeysError, RequestLogError, NoOpenTelemetry)
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -111,10 +115,10 @@ async def _gateway(begun: Checked[GatewaySettings], check_again: Check) -> int:
     if not settings.engine:
         console.print("justitia gateway: --engine is needed: http://host:port, or unix:/path/to/socket")
         return 2
-    set_up_logs(settings.log_level)
+    _set_up_logs(settings)
     try:
         gateway = await start_gateway(settings)
-    except (PortTaken, KeysError) as error:
+    except CANNOT_START as error:
         console.print(f"justitia gateway: {error}", markup=False)
         return 1
     gateway.stop_on_signals()
@@ -127,7 +131,7 @@ async def _gateway(begun: Checked[GatewaySettings], check_again: Check) -> int:
 async def _serve(begun: Checked[ServeSettings], check_again: Check) -> int:
     """The gateway listens at once, and says 503 until the engine is there. It goes first at the end, the engine after it."""
     settings = begun.settings
-    set_up_logs(settings.log_level)
+    _set_up_logs(settings)
     with tempfile.TemporaryDirectory(prefix="justitia-") as temporary:
         model = settings.model
         if model == "tiny":
@@ -150,7 +154,7 @@ async def _serve(begun: Checked[ServeSettings], check_again: Check) -> int:
         link = spec.link_address if settings.engine_scheduler == "justitia" else None
         try:
             gateway = await start_gateway(settings.model_copy(update={"engine": spec.url, "link": link}))
-        except (PortTaken, KeysError) as error:
+        except CANNOT_START as error:
             console.print(f"justitia serve: {error}", markup=False)
             return 1
         gateway.stop_on_signals()
@@ -184,6 +188,12 @@ async def _serve(begun: Checked[ServeSettings], check_again: Check) -> int:
         except asyncio.CancelledError:  # it was not ready yet
             pass
         return 0
+
+
+def _set_up_logs(settings: GatewaySettings) -> None:
+    set_up_logs(settings.log_level, settings.log_format)
+    if settings.log_format == "json":
+        console.file = LoggedText(logging.getLogger("justitia"))
 
 
 def _engine_args(settings: ServeSettings) -> tuple[str, ...]:

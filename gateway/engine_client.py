@@ -18,7 +18,7 @@ CONTROL_S = 5.0
 
 _CREDENTIALS = ("authorization", "x-api-key")
 _RELAYED_HEADERS = ("content-type", "traceparent", "tracestate", "x-request-id")
-_RELAYED_BACK = (b"retry-after", b"x-request-id")
+_RELAYED_BACK = (b"retry-after",)
 
 
 class Health(Enum):

@@ -19,10 +19,17 @@ NO_CLASS, OTHER_CLASSES = "none", "other"
 # Tenants have keys, so there are as many as somebody has made keys for.
 MAX_TENANTS = 1000
 OTHER_TENANTS = "other"
+# Models are known by what the engine has answered, so that what clients ask for in vain fills no label.
+MAX_MODELS = 100
+OTHER_MODELS = "other"
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _OVERHEAD_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 _PREDICTION_SECONDS = (0.0001, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.005, 0.01, 0.1)
+# As OpenTelemetry's conventions for generative AI advise.
+_OPERATION_SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_FIRST_TOKEN_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 _RATIO = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10)
 
 
@@ -75,6 +82,7 @@ class Metrics:
         self.registry = registry
         self._classes: set[str] = set()
         self._tenants: set[str] = set()
+        self._models: set[str] = set()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"justitia_{name}", text, labels, registry=registry)
@@ -244,6 +252,33 @@ class Metrics:
         )
         for why in CutOff:
             self._cut_off.labels(why)
+        self._log_dropped = counter(
+            "request_log_dropped_total", "Lines of the request log that were lost: nobody took them, or not in time."
+        )
+        self._spans_dropped = counter(
+            "spans_dropped_total", "Spans that were lost: no collector took them, or not in time."
+        )
+
+        def standard(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> _Children:
+            labels = ("gen_ai_operation_name", "gen_ai_request_model", *labels)
+            return _Children(Histogram(f"gen_ai_server_{name}", text, labels, registry=registry, buckets=buckets))
+
+        self._operation_s = standard(
+            "request_duration_seconds",
+            "OpenTelemetry's gen_ai.server.request.duration: from a task's arrival to its end.",
+            _OPERATION_SECONDS,
+            "error_type",
+        )
+        self._operation_first_token_s = standard(
+            "time_to_first_token_seconds",
+            "OpenTelemetry's gen_ai.server.time_to_first_token: of streams that were completed.",
+            _FIRST_TOKEN_SECONDS,
+        )
+        self._operation_token_s = standard(
+            "time_per_output_token_seconds",
+            "OpenTelemetry's gen_ai.server.time_per_output_token: of streams that were completed, after the first token.",
+            _TOKEN_SECONDS,
+        )
 
     def policy_is(self, policy: str) -> None:
         self._build.info({"version": self._version, "policy": policy})
@@ -276,6 +311,31 @@ class Metrics:
 
     def first_token(self, seconds: float) -> None:
         self._first_token_s.observe(seconds)
+
+    def operation_ended(
+        self,
+        operation: str,
+        model: str | None,
+        outcome: Outcome,
+        seconds: float,
+        first_token_s: float | None,
+        completion_tokens: int | None,
+    ) -> None:
+        """A task, under the names that OpenTelemetry has for it. first_token_s: after its arrival, if it was a stream."""
+        completed = outcome is Outcome.COMPLETED
+        label = self._model(model, served=completed)
+        # No label is one that is empty.
+        self._operation_s[operation, label, "" if completed else outcome].observe(seconds)
+        if completed and first_token_s is not None:
+            self._operation_first_token_s[operation, label].observe(first_token_s)
+            if completion_tokens is not None and completion_tokens > 1:
+                self._operation_token_s[operation, label].observe((seconds - first_token_s) / (completion_tokens - 1))
+
+    def log_dropped(self, lines: int) -> None:
+        self._log_dropped.inc(lines)
+
+    def spans_dropped(self, count: int) -> None:
+        self._spans_dropped.inc(count)
 
     def task_ended(self, agent_class: str | None, prompt_tokens: int, completion_tokens: int) -> None:
         label = self._class(agent_class)
@@ -414,3 +474,11 @@ class Metrics:
                 return OTHER_CLASSES
             self._classes.add(agent_class)
         return agent_class
+
+    def _model(self, model: str | None, *, served: bool) -> str:
+        if model in self._models:
+            return model
+        if model is None or not served or len(self._models) >= MAX_MODELS:
+            return OTHER_MODELS
+        self._models.add(model)
+        return model

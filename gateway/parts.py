@@ -15,6 +15,7 @@ from gateway.identify import Roots
 from gateway.intake import BodyBudget
 from gateway.learning.serving import Learning
 from gateway.metrics import Metrics
+from gateway.observer import Observer
 from gateway.release import Dispatcher
 from gateway.settings import GatewaySettings, Live
 from gateway.state import Journal
@@ -35,6 +36,7 @@ class Parts:
     feedback: Feedback
     journal: Journal
     metrics: Metrics
+    observer: Observer
     accuracy: Accuracy
     learning: Learning
     roots: Roots

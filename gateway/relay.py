@@ -27,6 +27,7 @@ from gateway.estimate import Estimate, estimate_agent, estimate_arrival
 from gateway.fairness import KvTokenIterations, Release, Spent, Task, TaskId
 from gateway.intake import HeldBody
 from gateway.leaving import Client
+from gateway.observer import RequestSpan
 from gateway.parts import Parts
 from gateway.record import AgentRecord
 from gateway.release import Turn
@@ -44,7 +45,8 @@ _EVENTS = "text/event-stream"
 @dataclass(frozen=True, slots=True)
 class TaskRequest:
     """One task as it came. headers: by lower-case name. weight: of its agent. arrived_s: on the monotonic clock. final: the
-    client says that it is its agent's last. answer_id: by which the engine is to keep its answer, where it keeps any."""
+    client says that it is its agent's last. span: told of what becomes of it. answer_id: by which the engine is to keep its
+    answer, where it keeps any."""
 
     id: TaskId
     body: Body
@@ -54,6 +56,7 @@ class TaskRequest:
     weight: float
     arrived_s: float
     final: bool
+    span: RequestSpan
     held: HeldBody
     answer_id: str | None = None
 
@@ -76,6 +79,7 @@ class Relay:
         self._started = False  # bytes have left for the client
         self._goes_on = False  # at the engine, whatever becomes of the client
         self._charged = False
+        self._cost: float | None = None  # in token·iterations, once it is charged
         self._engine_s = 0.0  # spent waiting for the engine
 
     async def serve(self, receive: Receive, send: Send) -> None:
@@ -107,9 +111,11 @@ class Relay:
                     with turn.at_engine():
                         return await self._exchange(release, send)
                 except EngineLost as lost:
+                    self._request.span.engine_lost()
                     self._parts.engine_lost_a_task()
                     if self._started or not turn.requeue(sent=not isinstance(lost, EngineUnreachable)):
                         raise
+                    self._request.span.queued()
                     self._released_at, self._goes_on = None, False
         except GatewayError as error:
             self._outcome = error.outcome
@@ -147,6 +153,7 @@ class Relay:
         except Exception:
             parts.feedback.withdrawn(request.record)
             raise
+        request.span.queued()
         parts.feedback.accepted(request.record, estimate, final=request.final)
         return turn
 
@@ -154,6 +161,7 @@ class Relay:
         agent = self._parts.queue.agents[release.task.agent_id]
         self._released_at = self._parts.engine.iterations
         self._parts.feedback.released(self._request.record, agent.predicted)
+        self._request.span.released(agent.finish_tag)
         self._own_headers = ascii_headers(
             {
                 "x-agent-id": self._request.record.name,
@@ -172,6 +180,7 @@ class Relay:
         own = None if endpoint.priority else {PRIORITY_HEADER: str(hints.tag)}
         body = request.body.for_engine(hints, request.answer_id)
         asked_s = time.monotonic()
+        request.span.asks_engine(request.headers)
         answer = await client.ask("POST", endpoint.path, body, request.headers, own)
         try:
             self._engine_s += time.monotonic() - asked_s
@@ -211,7 +220,7 @@ class Relay:
                         if data.startswith(dialect.fails) and await self._parts.client.health() is not Health.UP:
                             raise EngineLost("the engine died")
                         await self._start(answer, send)
-                        self._parts.metrics.first_token(clock() - self._request.arrived_s)
+                        self._request.span.first_token()
                     if events.done:
                         self._note_end(events)
                     await send(answers.body(data, more=True))
@@ -230,15 +239,17 @@ class Relay:
 
     async def _start(self, answer: Answer, send: Send, *, length: int | None = None) -> None:
         self._started = True
-        headers = [*self._own_headers, *answer.headers]
+        self._request.span.answered(answer.status)
+        headers = [self._request.span.header, *self._own_headers, *answer.headers]
         await send(answers.start(answer.status, answer.content_type, headers, length))
 
     async def _send_error(self, error: GatewayError, send: Send) -> None:
-        dialect = self._request.body.endpoint.dialect
+        dialect, span = self._request.body.endpoint.dialect, self._request.span
+        span.failed(error)
         if self._started:
             await send(answers.body(dialect.error_event(error), more=False))
         else:
-            await answers.send_error(error, dialect, send, self._own_headers)
+            await answers.send_error(error, dialect, send, [span.header, *self._own_headers])
 
     async def _follow(self) -> None:
         """The engine goes on with what nobody waits for: it holds its memory until it is done."""
@@ -254,16 +265,23 @@ class Relay:
 
     def _settle(self) -> None:
         """Charge what was used, if that has not been done, and say how it went. Awaits nothing."""
+        ended_s = time.monotonic()
         self._request.held.release()
-        ended_s = time.monotonic() - self._request.arrived_s
-        metrics = self._parts.metrics
-        metrics.request_ended(self._request.body.endpoint.path, self._outcome, ended_s)
-        self._charge()
-        if self._turn is None:
-            return
-        metrics.left_queue(self._outcome, self._turn.queued_s)
-        if self._outcome is Outcome.COMPLETED:
-            metrics.overhead(ended_s - self._turn.queued_s - self._engine_s)
+        try:
+            self._charge()
+        finally:
+            queue_s = None if self._turn is None else self._turn.queued_s
+            if queue_s is not None:
+                self._parts.metrics.left_queue(self._outcome, queue_s)
+            self._request.span.ended(
+                self._outcome,
+                at_s=ended_s,
+                queue_s=queue_s,
+                engine_s=self._engine_s,
+                usage=self._usage,
+                predicted_cost=None if self._estimate is None else self._estimate.cost,
+                observed_cost=self._cost,
+            )
 
     def _charge(self) -> None:
         """Settle the turn, with what was used, once. Awaits nothing. Of an answer it is done before its end is sent: what a
@@ -295,6 +313,7 @@ class Relay:
             self._turn.cancel(
                 Spent(KvTokenIterations(0.0))
             )  # does nothing, unless the queue has refused what came before
+            self._cost = cost
             told_later = parts.engine.counts_held and request.body.endpoint.xargs
             parts.feedback.ended(request.record, finished, request.id if told_later else None, _used(self._usage, cost))
 

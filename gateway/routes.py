@@ -23,6 +23,7 @@ from gateway.errors import GatewayError, InvalidRequest, Outcome
 from gateway.fairness import TaskId
 from gateway.identify import identify
 from gateway.intake import ClientGone, HeldBody, headers_of, read_body
+from gateway.observer import RequestSpan
 from gateway.parts import Parts
 from gateway.passing import passing_routes
 from gateway.relay import Relay, TaskRequest
@@ -48,27 +49,37 @@ class TaskRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_s = time.monotonic()
-        held = HeldBody(self._parts.bodies)
+        headers = headers_of(scope)
+        span = self._parts.observer.begins("POST", self._endpoint.path, headers, scope["headers"], arrived_s)
         try:
-            request = await self._request(headers_of(scope), receive, arrived_s, held)
+            request = await self._request(headers, receive, arrived_s, span)
         except GatewayError as error:
-            self._never_a_task(error.outcome, arrived_s, held)
-            await send_error(error, self._endpoint.dialect, send)
+            await self._refuse(error, span, send)
         except ClientGone:
-            self._never_a_task(Outcome.CANCELLED, arrived_s, held)
+            span.ended(Outcome.CANCELLED)
         except Exception:
             logger.exception("a request failed")
-            self._never_a_task(Outcome.FAILED, arrived_s, held)
-            await send_error(GatewayError("internal error"), self._endpoint.dialect, send)
+            await self._refuse(GatewayError("internal error"), span, send)
         else:
             await Relay(self._parts, request).serve(receive, send)
 
     async def _request(
-        self, headers: dict[str, str], receive: Receive, arrived_s: float, held: HeldBody
+        self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan
     ) -> TaskRequest:
         """Raises `GatewayError`, or `ClientGone`."""
+        held = HeldBody(self._parts.bodies)
+        try:
+            return await self._read(headers, receive, arrived_s, span, held)
+        except BaseException:
+            held.release()
+            raise
+
+    async def _read(
+        self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan, held: HeldBody
+    ) -> TaskRequest:
         parts = self._parts
         tenant = parts.tenants.authenticate(headers)
+        span.authenticated(tenant.name)
         body = parse_body(await read_body(receive, headers, parts.settings.max_body_bytes, held), self._endpoint)
         identity = identify(headers, body.fields)
         keeps = self._endpoint.dialect is RESPONSES
@@ -79,6 +90,7 @@ class TaskRoute:
         weight = parts.tenants.weight_of(tenant, identity.weight)
         root = parts.roots.fold(tenant.name, name, identity.parent)
         record = parts.feedback.arrived(tenant.name, root, identity)
+        span.identified(record, task_id, body)
         final = identity.name is None or (identity.final and root == name)
         return TaskRequest(
             id=task_id,
@@ -89,13 +101,16 @@ class TaskRoute:
             weight=weight,
             arrived_s=arrived_s,
             final=final,
+            span=span,
             held=held,
             answer_id=answer_id(tenant.name) if keeps else None,
         )
 
-    def _never_a_task(self, outcome: Outcome, arrived_s: float, held: HeldBody) -> None:
-        held.release()
-        self._parts.metrics.request_ended(self._endpoint.path, outcome, time.monotonic() - arrived_s)
+    async def _refuse(self, error: GatewayError, span: RequestSpan, send: Send) -> None:
+        """It never becomes a task."""
+        span.failed(error)
+        span.ended(error.outcome)
+        await send_error(error, self._endpoint.dialect, send, [span.header])
 
 
 def _must_own(tenant: str, body: Body) -> None:

@@ -18,7 +18,6 @@ import uvicorn
 
 from gateway.app import create_app
 from gateway.check import Checked
-from gateway.keys import KeysError
 from gateway.parts import Parts
 from gateway.protocol import ConnectionLimits, Connections
 from gateway.reload import Check, Reloader
@@ -143,14 +142,15 @@ class RunningGateway:
 
 
 async def start_gateway(settings: GatewaySettings) -> RunningGateway:
-    """Listen at once. Tasks are served from the moment that the engine answers. Raises `PortTaken`, or `KeysError`."""
+    """Listen at once. Tasks are served from the moment that the engine answers. Raises `PortTaken`, and what
+    `create_app` raises."""
     try:
         listening = socket.create_server((settings.host, settings.port), backlog=BACKLOG)
     except OSError as error:
         raise PortTaken(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
     try:
         app = await create_app(settings)
-    except KeysError:
+    except Exception:
         listening.close()
         raise
     _collect_seldom()

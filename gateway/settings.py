@@ -261,6 +261,17 @@ class GatewaySettings(KeysSettings):
     log_level: Reloadable[Literal["debug", "info", "warning", "error"]] = Field(
         "info", description="How much is logged."
     )
+    log_format: Literal["text", "json"] = Field("text", description="How it is logged, on standard error.")
+    request_log: str = Field(
+        "-",
+        description="Where each request is logged when it has ended, as a line of JSON: `-` for standard output, `none`, or a"
+        " path.",
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="OpenTelemetry collector to which requests are sent as traces: http://host:4318 (OTLP over HTTP). Default:"
+        " `$OTEL_EXPORTER_OTLP_ENDPOINT`, and no traces without it. Needs the extra `otel`.",
+    )
 
     max_held_mib: Reloadable[float] = Field(
         2048,
@@ -296,6 +307,13 @@ class GatewaySettings(KeysSettings):
         url = url.rstrip("/")
         if url and (why := _why_no_engine(url)):
             raise ValueError(why)
+        return url
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _otlp_url(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError("must begin with http:// or https://")
         return url
 
     @field_validator("engine_key")

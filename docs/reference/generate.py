@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from gateway.check import schema
 from gateway.errors import GatewayError, Outcome, Reason
-from gateway.metrics import MAX_CLASSES, MAX_TENANTS, Metrics
+from gateway.metrics import MAX_CLASSES, MAX_MODELS, MAX_TENANTS, Metrics
 from gateway.reload import reloadable
 from gateway.settings import PREFIX, GatewaySettings, ServeSettings, TenantSettings
 
@@ -78,7 +78,8 @@ def metrics_page() -> str:
         "# Metrics",
         "",
         f"Labels with a class hold at most {MAX_CLASSES:,} classes, those with a tenant {MAX_TENANTS:,} tenants; later ones",
-        "are `other`. Without keys there is one tenant, `default`.",
+        f"are `other`. Without keys there is one tenant, `default`. Those with a model hold {MAX_MODELS} models, which the",
+        "engine must have served.",
         "",
     ]
     lines += ["| name | kind | labels | |", "|---|---|---|---|"]

@@ -210,7 +210,9 @@ def gateway_process(engine: str, **settings: float | str) -> Iterator[GatewayPro
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "log"
         with log.open("wb") as sink:
-            process = subprocess.Popen([sys.executable, "-m", "gateway.cli", "gateway"], stderr=sink, env=environment)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "gateway.cli", "gateway"], stdout=sink, stderr=sink, env=environment
+            )
         gateway = GatewayProcess(process, port, log)
         try:
             gateway.until_ready()

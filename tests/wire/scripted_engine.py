@@ -125,17 +125,23 @@ class ScriptedEngine:
 
     @asynccontextmanager
     async def serving(self, port: int = 0) -> AsyncIterator[ScriptedEngine]:
-        config = uvicorn.Config(
-            self, port=port, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=0
-        )
-        server = uvicorn.Server(config)
-        server.capture_signals = nullcontext  # type: ignore[method-assign]
-        task = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        self.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        try:
+        async with serving_asgi(self, port) as self.url:
             yield self
-        finally:
-            server.should_exit = server.force_exit = True
-            await task
+
+
+@asynccontextmanager
+async def serving_asgi(application: Any, port: int = 0) -> AsyncIterator[str]:
+    """The URL at which it is served."""
+    config = uvicorn.Config(
+        application, port=port, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=0
+    )
+    server = uvicorn.Server(config)
+    server.capture_signals = nullcontext  # type: ignore[method-assign]
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = server.force_exit = True
+        await task

@@ -218,6 +218,7 @@ async def test_the_engine_of_serve_outlives_the_drain() -> None:
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
             await command.until_said("stop: Ctrl-C")
+            await command.until_said("the engine is up")
             load = Load(client)
             load.add(24)
             async with asyncio.timeout(PATIENCE_S):
