@@ -8,14 +8,16 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from http import HTTPStatus
 from importlib.metadata import version as distribution_version
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.accuracy import Accuracy
@@ -25,7 +27,7 @@ from gateway.billing import DAY_S, usage_routes
 from gateway.capacity import EngineView
 from gateway.dialects import OPENAI
 from gateway.engine_client import EngineClient
-from gateway.errors import GatewayError, outcome_of
+from gateway.errors import GatewayError, InvalidRequest, outcome_of
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
 from gateway.identify import Roots
@@ -35,6 +37,7 @@ from gateway.learning.serving import Learning
 from gateway.learning.training import Training
 from gateway.metrics import Metrics
 from gateway.observer import REQUEST_ID, UNKNOWN, Observer, open_tracing
+from gateway.openapi import describe
 from gateway.operations import operation_routes
 from gateway.parts import Parts
 from gateway.release import Dispatcher
@@ -61,7 +64,7 @@ class Gateway(FastAPI):
 
     def serve(self, routes: list[Route]) -> None:
         self.router.routes += routes  # for what they do not take: a wrong method, a path with an id in it
-        for route in routes:
+        for route in [route for route in routes if "{" not in route.path]:
             self._straight |= {(method, route.path): route.app for method in route.methods or ()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -148,6 +151,7 @@ async def create_app(
     app.include_router(usage_routes(tenants, store, parts.feedback.flush))
     app.include_router(operation_routes(parts, version=version))
     _answer_errors(app, observer)
+    describe(app)
     return app
 
 
@@ -216,6 +220,11 @@ def _answer_errors(app: FastAPI, observer: Observer) -> None:
     async def gateway_error(request: Request, error: GatewayError) -> Response:
         return Response(OPENAI.error(error), error.status, error.headers(), media_type="application/json")
 
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return await gateway_error(request, InvalidRequest(first["msg"], param=str(first["loc"][-1])))
+
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         span = observer.begins(
@@ -225,11 +234,18 @@ def _answer_errors(app: FastAPI, observer: Observer) -> None:
         span.ended(outcome_of(error.status_code))
         answer = _plain(error.status_code, str(error.detail), "invalid_request_error")
         answer.headers.update({**(error.headers or {}), REQUEST_ID: span.request_id})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette names those of one route
+            answer.headers["allow"] = ", ".join(_allowed(app, request.scope))
         return answer
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> Response:
         return _plain(500, "internal error", "internal_error")
+
+
+def _allowed(app: FastAPI, scope: Scope) -> list[str]:
+    found = [route for route in app.routes if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE]
+    return sorted({method for route in found for method in route.methods or ()})
 
 
 def _plain(status: int, message: str, kind: str) -> Response:

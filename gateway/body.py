@@ -6,19 +6,25 @@ Only the top level is taken apart. The values stay the bytes that the client sen
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 
 from engine.hints import TAG_XARG, Hints, to_fields
+from gateway.dialects import RESPONSES
 from gateway.endpoints import CHAT, Endpoint
 from gateway.errors import InvalidRequest
 
 Fields = dict[str, msgspec.Raw]
 
 MAX_SEQUENCES = 2048
+# Of one object. Those of millions of fields, or prompts, would stop the gateway for seconds and fill its memory.
+MAX_FIELDS = 1024
+# More tokens than that is no limit.
+LARGEST_LIMIT = 2**31 - 1
+# Of so many bytes MAX_FIELDS need not be counted while they are read.
+_FEW_BYTES = 2**14
 # Ours, and not the engine's, which would warn of each.
 _OWN_FIELDS = ("agent_id", "program_id")
 # Of a field that is taken apart, which needs twenty times its size.
@@ -26,7 +32,7 @@ MAX_VALUE_BYTES = 2**16
 _BATCH = re.compile(rb"\s*\[\s*[\"\[{]")
 
 _decode_fields = msgspec.json.Decoder(Fields).decode
-_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _Value = TypeVar("_Value")
 
 
@@ -51,7 +57,8 @@ class Body:
     def for_engine(self, hints: Hints, request_id: str | None = None) -> bytes:
         """The body with our fields: the tag, agent and task, for a stream the wish for a usage event, and the id by which the
         answer can be fetched."""
-        priority, xargs = to_fields(hints)
+        priority, own = to_fields(hints)
+        xargs: dict[str, Any] = dict(own)
         fields: dict[str, Any] = dict(self.fields)
         for name in _OWN_FIELDS:
             fields.pop(name, None)
@@ -60,8 +67,11 @@ class Body:
         else:
             xargs[TAG_XARG] = priority
         if self.endpoint.xargs:
-            mine = fields.get("vllm_xargs")
-            fields["vllm_xargs"] = xargs if mine is None else {**_mapping(self.fields, "vllm_xargs"), **xargs}
+            if "vllm_xargs" in fields:
+                clients = _mapping(self.fields, "vllm_xargs")
+                clients.pop(TAG_XARG, None)  # it would go over the priority
+                xargs = {**clients, **xargs}
+            fields["vllm_xargs"] = xargs
         if self.stream and self.endpoint.dialect.hides_usage:
             fields["stream_options"] = {**_mapping(self.fields, "stream_options"), "include_usage": True}
         if request_id is not None:
@@ -73,26 +83,65 @@ def parse_body(data: bytes, endpoint: Endpoint = CHAT) -> Body:
     """Raises `InvalidRequest` for what is not an object, or where a field that we read has the wrong type. The rest is for
     the engine to judge."""
     try:
-        fields = _decode_fields(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        data.decode()  # values that are passed over are not looked into
+        fields = _decode_object(data)
+    except _UNREADABLE as error:
         raise InvalidRequest(f"the body is not a JSON object: {error}") from error
     _mapping(fields, "vllm_xargs")
     prompts = _prompts(fields, endpoint)
     sequences = prompts * ((_limit(fields, "n", 1) or 1) if endpoint.decodes else 1)
     if sequences > MAX_SEQUENCES:
-        raise InvalidRequest(f"at most {MAX_SEQUENCES} sequences per request, not {sequences}", param="n")
+        raise InvalidRequest(f"at most {MAX_SEQUENCES} sequences per request", param="n")
     return Body(
         endpoint=endpoint,
         fields=fields,
         size=len(data),
         stream=_value(fields, "stream", bool) or False,
-        wants_usage=_mapping(fields, "stream_options").get("include_usage") is True,
-        background=_value(fields, "background", bool) or False,
+        wants_usage=_is_true(_mapping(fields, "stream_options").get("include_usage")),
+        background=bool(_value(fields, "background", bool)) and endpoint.dialect is RESPONSES,
         prompt_bytes=sum(len(memoryview(fields[name])) for name in endpoint.texts if name in fields),
         prompts=prompts,
         sequences=sequences,
         max_tokens=_max_tokens(fields, endpoint),
     )
+
+
+class _Key(str):
+    """Of an object with too many to take them in before they are counted."""
+
+    __slots__ = ()
+
+
+class _Prompt:
+    """One of a batch, of which nothing is wanted but that it is there."""
+
+
+_A_PROMPT = _Prompt()
+
+
+def _decode_object(data: bytes | msgspec.Raw) -> Fields:
+    """Raises `InvalidRequest` for one with too many fields, and what cannot be read as it is."""
+    if len(memoryview(data)) <= _FEW_BYTES:
+        fields = _decode_fields(data)
+        if len(fields) > MAX_FIELDS:
+            raise _too_many_fields()
+        return fields
+    found = 0
+
+    def key(kind: type, name: str) -> _Key:
+        nonlocal found
+        found += 1
+        if found > MAX_FIELDS:
+            raise _too_many_fields()
+        return _Key(name)
+
+    return {
+        str(name): raw for name, raw in msgspec.json.decode(data, type=dict[_Key, msgspec.Raw], dec_hook=key).items()
+    }
+
+
+def _too_many_fields() -> InvalidRequest:
+    return InvalidRequest(f"at most {MAX_FIELDS} fields per object")
 
 
 def _value(fields: Fields, name: str, kind: type[_Value]) -> _Value | None:
@@ -103,19 +152,39 @@ def _value(fields: Fields, name: str, kind: type[_Value]) -> _Value | None:
         raise InvalidRequest(f"{name} must be at most {MAX_VALUE_BYTES} bytes", param=name)
     try:
         return msgspec.json.decode(raw, type=kind | None)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise InvalidRequest(f"{name}: {error}", param=name) from error
 
 
-def _mapping(fields: Fields, name: str) -> Mapping[str, Any]:
-    return _value(fields, name, dict) or {}
+def _mapping(fields: Fields, name: str) -> Fields:
+    """A new one, its values as they came."""
+    raw = fields.get(name)
+    if raw is None or bytes(raw) == b"null":
+        return {}
+    try:
+        return _decode_object(raw)
+    except _UNREADABLE as error:
+        raise InvalidRequest(f"{name}: {error}", param=name) from error
+
+
+def _is_true(raw: msgspec.Raw | None) -> bool:
+    return raw is not None and bytes(raw) == b"true"
 
 
 def _limit(fields: Fields, name: str, at_least: int) -> int | None:
-    number = _value(fields, name, int)
-    if number is not None and number < at_least:
-        raise InvalidRequest(f"{name} must be at least {at_least}, not {number}", param=name)
-    return number
+    """A whole number; one that is written as 5.0 is one too."""
+    raw = fields.get(name)
+    if raw is None:
+        return None
+    try:
+        number = msgspec.json.decode(raw, type=float | None)
+    except _UNREADABLE:
+        number = -1.0
+    if number is None:
+        return None
+    if not (number >= at_least and number.is_integer()):
+        raise InvalidRequest(f"{name} must be a whole number of at least {at_least}", param=name)
+    return int(number)
 
 
 def _max_tokens(fields: Fields, endpoint: Endpoint) -> int | None:
@@ -123,7 +192,7 @@ def _max_tokens(fields: Fields, endpoint: Endpoint) -> int | None:
     if not endpoint.decodes:
         return 1
     limits = [limit for name in endpoint.limits if (limit := _limit(fields, name, 0)) is not None]
-    return limits[0] if limits else None
+    return min(limits[0], LARGEST_LIMIT) if limits else None
 
 
 def _prompts(fields: Fields, endpoint: Endpoint) -> int:
@@ -132,5 +201,21 @@ def _prompts(fields: Fields, endpoint: Endpoint) -> int:
         prompt = fields.get(name)
         # Else one string, one list of token ids, or something that the engine will refuse.
         if prompt is not None and _BATCH.match(prompt):
-            return max(1, len(_decode_list(prompt)))
+            return max(1, _count(prompt, name))
     return 1
+
+
+def _count(batch: msgspec.Raw, name: str) -> int:
+    found = 0
+
+    def one(kind: type, prompt: object) -> _Prompt:
+        nonlocal found
+        found += 1
+        if found > MAX_SEQUENCES:
+            raise InvalidRequest(f"at most {MAX_SEQUENCES} sequences per request", param=name)
+        return _A_PROMPT
+
+    try:
+        return len(msgspec.json.decode(batch, type=list[_Prompt], dec_hook=one))
+    except _UNREADABLE as error:
+        raise InvalidRequest(f"{name}: {error}", param=name) from error

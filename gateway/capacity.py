@@ -24,12 +24,18 @@ CAPACITY_ITERATIONS = 256
 RATE_HORIZON_S, RATE_ENOUGH_S = 30.0, 1.0
 # Tasks that have ended, of which it is known what they held, and not yet asked.
 REMEMBERED_ENDS = 4096
-
-# Of a stock engine's metrics the few that are wanted. To parse all of them takes 10 ms, in which no chunk gets through.
+# What a stock engine counts is less than that.
+MOST_COUNTED = 2.0**53
+# Of its metrics the few that are wanted. To parse all of them takes 10 ms, in which no chunk gets through.
+_READ = (
+    "vllm:iteration_tokens_total_count",
+    "vllm:num_preemptions_total",
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+)
 _SAMPLE = re.compile(
-    r"^(vllm:(?:cache_config_info|iteration_tokens_total_count|num_preemptions_total|num_requests_running"
-    r"|num_requests_waiting|kv_cache_usage_perc))(\{.*\})? +([-+0-9.eE]+|NaN)(?: -?[0-9]+)?$",
-    re.MULTILINE,
+    rf"^(vllm:cache_config_info|{'|'.join(_READ)})(\{{.*\}})? +([-+0-9.eE]+|NaN)(?: -?[0-9]+)?$", re.MULTILINE
 )
 _BLOCKS, _BLOCK_SIZE = re.compile(r'[{,]num_gpu_blocks="([0-9]{1,15})"'), re.compile(r'[{,]block_size="([0-9]{1,15})"')
 
@@ -185,23 +191,28 @@ class EngineView:
     def read_metrics(self, exposition: str, now_s: float) -> None:
         """A stock vLLM's `/metrics`, for what can be had of it. Raises `ValueError` for anything else."""
         values: dict[str, float] = {}
+        capacity_tokens = self.engine_capacity_tokens
         for name, labels, value in _SAMPLE.findall(exposition):
             if name == "vllm:cache_config_info":
                 blocks, size = _BLOCKS.search(labels), _BLOCK_SIZE.search(labels)
                 if blocks and size:
-                    self.engine_capacity_tokens = int(blocks[1]) * int(size[1])
+                    capacity_tokens = int(blocks[1]) * int(size[1])
             else:
                 values[name] = values.get(name, 0.0) + float(value)
-        iteration = values.get("vllm:iteration_tokens_total_count")
-        if iteration is None:
+        iteration, preempted, running, waiting, usage = (values.get(name, 0.0) for name in _READ)
+        if _READ[0] not in values:
             raise ValueError("the engine's /metrics have no vllm:iteration_tokens_total")
+        told = (capacity_tokens, iteration, preempted, running, waiting, usage)
+        if not all(0 <= value <= MOST_COUNTED for value in told):
+            raise ValueError("the engine's /metrics have a value that none can have")  # nor NaN
         self.heard_s = now_s
+        self.engine_capacity_tokens = capacity_tokens
         if self._life is None or iteration < (self._iteration or 0.0):
             self._begin_life(f"metrics-{self.restarts + (self._life is not None)}")
-        self._count(iteration, Counters(int(values.get("vllm:num_preemptions_total", 0))))
-        self.running = int(values.get("vllm:num_requests_running", 0))
-        self.waiting = int(values.get("vllm:num_requests_waiting", 0))
-        self.held_tokens = values.get("vllm:kv_cache_usage_perc", 0.0) * self.engine_capacity_tokens
+        self._count(iteration, Counters(int(preempted)))
+        self.running = int(running)
+        self.waiting = int(waiting)
+        self.held_tokens = usage * capacity_tokens
         self.reporting = True
 
     def _hear_report(self, report: Report) -> None:

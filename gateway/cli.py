@@ -26,7 +26,7 @@ from gateway.reload import Check
 from gateway.request_log import RequestLogError
 from gateway.server import PortTaken, start_gateway
 from gateway.settings import GatewaySettings, ServeSettings, cache_home
-from gateway.sources import load, or_exit, say_file
+from gateway.sources import load, or_exit
 
 USAGE = """\
 usage: justitia COMMAND [OPTIONS]
@@ -78,9 +78,11 @@ def main() -> None:
 
 
 def _checked(settings: type[Settings], arguments: list[str], program: str) -> tuple[Checked[Settings], Check]:
-    """Settings that are right, and how to read them again. Exits with 2 if they are wrong."""
+    """Settings that are right, and how to read them again; logs are now as they say. Exits with 2 if they are wrong."""
     begun = or_exit(lambda: check(settings, arguments, program=program))
-    say_file(begun.reading, program)
+    _set_up_logs(begun.settings)
+    if begun.reading.found:
+        console.print(f"{program}: settings from {begun.reading.file}", markup=False)
     for note in begun.notes:
         console.print(f"{program}: {note}", markup=False)
     return begun, lambda: check(settings, arguments, program=program, file=begun.reading.file)
@@ -115,7 +117,6 @@ async def _gateway(begun: Checked[GatewaySettings], check_again: Check) -> int:
     if not settings.engine:
         console.print("justitia gateway: --engine is needed: http://host:port, or unix:/path/to/socket")
         return 2
-    _set_up_logs(settings)
     try:
         gateway = await start_gateway(settings)
     except CANNOT_START as error:
@@ -131,7 +132,6 @@ async def _gateway(begun: Checked[GatewaySettings], check_again: Check) -> int:
 async def _serve(begun: Checked[ServeSettings], check_again: Check) -> int:
     """The gateway listens at once, and says 503 until the engine is there. It goes first at the end, the engine after it."""
     settings = begun.settings
-    _set_up_logs(settings)
     with tempfile.TemporaryDirectory(prefix="justitia-") as temporary:
         model = settings.model
         if model == "tiny":

@@ -27,33 +27,52 @@ MAX_ALIASES = 100_000
 DEFAULT_TENANT = "default"
 
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
-_COUNT = re.compile(r"[1-9][0-9]{0,5}")
+COUNT_PATTERN = "[1-9][0-9]{0,5}"
+_COUNT = re.compile(COUNT_PATTERN)
 _WEIGHT = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 _TRUE, _FALSE = {"true", "1"}, {"false", "0"}
 
-# (header with the id, header with its parent's). Ours comes first: what it says is checked, not guessed.
 _OWN = ("x-agent-id", "x-agent-parent")
 _OWN_FIELDS = ("agent_id", "program_id")
-_HEADERS = (
-    ("x-llm-d-inference-fairness-id", None),
-    ("x-gateway-inference-fairness-id", None),
-    ("x-dynamo-session-id", "x-dynamo-parent-session-id"),
-    ("x-litellm-trace-id", None),
-    ("x-litellm-session-id", None),
-    ("x-bf-session-id", None),
-    ("x-claude-code-session-id", None),  # its sub-agents have ids of their own beside it
-    ("thread-id", "x-codex-parent-thread-id"),
-    ("session-id", None),
-    ("session_id", None),
-    ("x-session-affinity", "x-parent-session-id"),
-    ("x-qwen-code-session-id", None),
-    ("x-amp-thread-id", None),
-    ("x-session-id", "x-parent-session-id"),
-)
-_NAMES = frozenset(name for pair in (_OWN, *_HEADERS) for name in pair if name)
+# Header with the id, and headers with its parent's: the first that names another counts. Ours comes first: what it says is
+# checked, not guessed.
+_HEADERS: dict[str, tuple[str, ...]] = {
+    "x-llm-d-inference-fairness-id": (),
+    "x-gateway-inference-fairness-id": (),
+    "x-dynamo-session-id": ("x-dynamo-parent-session-id",),
+    "x-litellm-trace-id": (),
+    "x-litellm-session-id": (),
+    "x-bf-session-id": (),
+    "x-claude-code-session-id": (),  # its sub-agents have ids of their own beside it
+    # Codex's threads have had one session, their root's, since its sub-agents did not all name the thread above them.
+    "thread-id": ("session-id", "x-codex-parent-thread-id"),
+    "session-id": ("x-codex-parent-thread-id",),
+    "session_id": ("x-codex-parent-thread-id",),
+    "x-session-affinity": ("x-parent-session-id",),
+    "x-qwen-code-session-id": (),
+    "x-amp-thread-id": (),
+    "x-session-id": ("x-parent-session-id",),
+}
+ID_HEADERS = tuple(_HEADERS)
+_NAMES = frozenset((*_OWN, *ID_HEADERS))
+# What only sub-agents send beside their root's id.
+_PARTS = {"x-claude-code-session-id": "x-claude-code-agent-id"}
 _VENDOR = re.compile(r"x-[a-z0-9-]+-session-id")
-_FIELDS = ("session_id", "metadata", "prompt_cache_key", "safety_identifier", "user")
-_METADATA = ("session_id", "agent_id", "user_id")  # the last is Anthropic's word for `user`
+ID_FIELDS = ("session_id", "metadata", "prompt_cache_key", "safety_identifier", "user")
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_NULL = msgspec.Raw(b"null")
+
+
+class _Metadata(msgspec.Struct):
+    """In the order in which they count; the last is Anthropic's word for `user`."""
+
+    session_id: msgspec.Raw = _NULL
+    agent_id: msgspec.Raw = _NULL
+    user_id: msgspec.Raw = _NULL
+
+
+_METADATA = _Metadata.__struct_fields__
+_decode_metadata = msgspec.json.Decoder(_Metadata).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +98,8 @@ def identify(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> I
     final = _flag(headers, "x-agent-final") or (
         source == "x-dynamo-session-id" and headers.get("x-dynamo-session-final", "").lower() in _TRUE
     )
+    if _PARTS.get(source) in headers:
+        final = False  # a part ends, and not the whole
     return Identity(
         name=name,
         source=source,
@@ -120,9 +141,13 @@ class Roots:
 
     def _root(self, tenant: str, name: str) -> str:
         # There is no circle: who is its own parent's root is not put below it.
+        below = []
         while (above := self._roots.get((tenant, name))) is not None:
             self._roots.move_to_end((tenant, name))
+            below.append(name)
             name = above
+        for descendant in below[:-1]:  # else a long chain would be gone through each time
+            self._roots[tenant, descendant] = name
         return name
 
 
@@ -131,34 +156,38 @@ def _named(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> tup
     own, own_parent = _OWN
     parent = headers.get(own_parent)
     parent = None if parent is None else _visible(parent, own_parent)
+    # Ours are checked also where another goes before them.
+    said = [(field, text) for field in _OWN_FIELDS if (text := _own_text(fields.get(field), field)) is not None]
     if (value := headers.get(own)) is not None:
-        return _visible(value, own), parent, own
-    for field in _OWN_FIELDS:
-        if (raw := fields.get(field)) is not None and (text := _own_text(raw, field)) is not None:
-            return _visible(text, field), parent, field
+        said.insert(0, (own, value))
+    for source, text in said:
+        _visible(text, source)
+    if said:
+        return said[0][1], parent, said[0][0]
     if not _NAMES.isdisjoint(headers):
-        for header, parent_header in _HEADERS:
+        for header, parent_headers in _HEADERS.items():
             if value := headers.get(header):
-                named = headers.get(parent_header) if parent_header else None
+                above = (named for name in parent_headers if (named := headers.get(name)) and named != value)
+                named = next(above, None)
                 return _as_id(value), parent or (_as_id(named) if named else None), header
     for header, value in headers.items():
         if value and header.endswith("-session-id") and _VENDOR.fullmatch(header) and "parent" not in header:
             return _as_id(value), parent, header
-    for field in _FIELDS:
+    for field in ID_FIELDS:
         if (raw := fields.get(field)) is not None:
-            name, source = _in_metadata(raw) if field == "metadata" else (_text(raw), field)
-            if name:
-                return _as_id(name), parent, source
+            text, source = _in_metadata(raw) if field == "metadata" else (_text(raw), field)
+            if text:
+                return _as_id(text), parent, source
     return None, None, "none"
 
 
 def _in_metadata(raw: msgspec.Raw) -> tuple[str | None, str]:
     try:
-        metadata = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        metadata = _decode_metadata(raw)
+    except _UNREADABLE:
         return None, ""
     for key in _METADATA:
-        if (value := metadata.get(key)) is not None and (text := _text(value)):
+        if text := _text(getattr(metadata, key)):
             return text, f"metadata.{key}"
     return None, ""
 
@@ -178,14 +207,16 @@ def _visible(value: str, name: str) -> str:
 def _text(raw: msgspec.Raw) -> str | None:
     try:
         return msgspec.json.decode(raw, type=str)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _UNREADABLE:
         return None
 
 
-def _own_text(raw: msgspec.Raw, name: str) -> str | None:
+def _own_text(raw: msgspec.Raw | None, name: str) -> str | None:
+    if raw is None:
+        return None
     try:
         return msgspec.json.decode(raw, type=str | None)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise InvalidRequest(f"{name} must be a string", param=name) from error
 
 

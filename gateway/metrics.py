@@ -139,12 +139,14 @@ class Metrics:
         for reason in Reason:
             self._rejected.labels(reason)
         self._tenant_rejected = counter("tenant_rejected_total", "The same, by tenant.", "tenant")
-        self._tenant_requests = counter("tenant_requests_total", "Tasks that were charged.", "tenant")
-        self._tenant_tokens = counter(
-            "tenant_tokens_total", "Tokens by kind: prompt, cached (of the prompts'), completion.", "tenant", "kind"
+        self._tenant_requests = _Children(counter("tenant_requests_total", "Tasks that were charged.", "tenant"))
+        self._tenant_tokens = _Children(
+            counter(
+                "tenant_tokens_total", "Tokens by kind: prompt, cached (of the prompts'), completion.", "tenant", "kind"
+            )
         )
-        self._tenant_cost = counter(
-            "tenant_kv_token_iterations_total", "What tenants were charged, KV token·iterations.", "tenant"
+        self._tenant_cost = _Children(
+            counter("tenant_kv_token_iterations_total", "What tenants were charged, KV token·iterations.", "tenant")
         )
         self._agents = gauge("agents", "Agents by state: waiting, running (nothing waits), idle.", "state")
         self._tasks = gauge("tasks", "Tasks by state.", "state")
@@ -297,11 +299,12 @@ class Metrics:
     def charged(self, row: UsageRow) -> None:
         """What a task used, or a correction of it. A counter cannot take anything back, so it does not."""
         label = self._tenant(row.tenant)
-        self._tenant_requests.labels(label).inc(row.requests)
-        self._tenant_tokens.labels(label, "prompt").inc(row.prompt_tokens)
-        self._tenant_tokens.labels(label, "cached").inc(row.cached_tokens)
-        self._tenant_tokens.labels(label, "completion").inc(row.completion_tokens)
-        self._tenant_cost.labels(label).inc(max(0.0, row.kv_cost))
+        if row.requests:
+            self._tenant_requests[label,].inc(row.requests)
+            self._tenant_tokens[label, "prompt"].inc(row.prompt_tokens)
+            self._tenant_tokens[label, "cached"].inc(row.cached_tokens)
+            self._tenant_tokens[label, "completion"].inc(row.completion_tokens)
+        self._tenant_cost[label,].inc(max(0.0, row.kv_cost))
 
     def left_queue(self, outcome: Outcome, seconds: float) -> None:
         self._queue_s[outcome,].observe(seconds)

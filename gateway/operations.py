@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gateway.agents import state_of
@@ -31,14 +31,15 @@ def operation_routes(parts: Parts, *, version: str) -> APIRouter:
             "version": version,
         }
 
-    @router.get("/ready")
+    @router.get("/ready", responses={503: {"description": "It would not."}})
     async def ready() -> JSONResponse:
         """200 when a task that comes now would be served, else 503."""
         is_ready = parts.engine.up and not parts.dispatcher.draining
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
+        """As Prometheus reads them."""
         _refresh(parts)
         return Response(generate_latest(parts.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 

@@ -18,7 +18,7 @@ from engine.hints import PRIORITY_HEADER, Hints, to_tag
 from gateway import answers
 from gateway.accuracy import NOBODY
 from gateway.answers import Headers, ascii_headers
-from gateway.background import unfinished, until_finished
+from gateway.background import outcome_of_response, unfinished, until_finished
 from gateway.body import Body
 from gateway.content import texts_of
 from gateway.engine_client import Answer, EngineUnreachable, Health
@@ -78,7 +78,7 @@ class Relay:
         self._released_at: float | None = None  # on the service clock
         self._started = False  # bytes have left for the client
         self._goes_on = False  # at the engine, whatever becomes of the client
-        self._charged = False
+        self._charged = self._settled = False
         self._cost: float | None = None  # in token·iterations, once it is charged
         self._engine_s = 0.0  # spent waiting for the engine
 
@@ -95,9 +95,7 @@ class Relay:
                 raise
         finally:
             client.done()
-            if self._goes_on:
-                self._parts.background.add(self._follow())
-            else:
+            if not self._goes_on:
                 self._settle()
 
     async def _serve(self, send: Send) -> None:
@@ -116,7 +114,7 @@ class Relay:
                     if self._started or not turn.requeue(sent=not isinstance(lost, EngineUnreachable)):
                         raise
                     self._request.span.queued()
-                    self._released_at, self._goes_on = None, False
+                    self._released_at = None
         except GatewayError as error:
             self._outcome = error.outcome
             if error.reason is not None:
@@ -197,10 +195,11 @@ class Relay:
         asked_s = time.monotonic()
         data = await answer.read()
         self._engine_s += time.monotonic() - asked_s
-        self._usage = parse_usage(data) if answer.status == 200 else None
-        self._goes_on = self._request.body.background and answer.status == 200 and unfinished(data)
+        self._usage = parse_usage(answer.metadata or data) if answer.status == 200 else None
         self._outcome = outcome_of(answer.status)
-        if not self._goes_on:
+        if self._request.body.background and answer.status == 200 and unfinished(data):
+            self._go_on()
+        else:
             self._charge()
         await self._start(answer, send, length=len(data))
         await send(answers.body(data, more=False))
@@ -209,7 +208,6 @@ class Relay:
         body = self._request.body
         dialect = body.endpoint.dialect
         events = UsageFilter(dialect, show=body.wants_usage)
-        self._goes_on = body.background
         clock = time.monotonic
         since_s = clock()
         try:
@@ -219,6 +217,8 @@ class Relay:
                     if not self._started:
                         if data.startswith(dialect.fails) and await self._parts.client.health() is not Health.UP:
                             raise EngineLost("the engine died")
+                        if body.background:
+                            self._go_on()
                         await self._start(answer, send)
                         self._request.span.first_token()
                     if events.done:
@@ -234,7 +234,8 @@ class Relay:
     def _note_end(self, events: UsageFilter) -> None:
         self._usage, self._events = events.usage, events.events
         self._goes_on = False
-        self._outcome = Outcome.COMPLETED if self._usage is not None else Outcome.FAILED  # it ended with an error event
+        failed = events.failed or self._usage is None  # it ended with an error event
+        self._outcome = Outcome.FAILED if failed else Outcome.COMPLETED
         self._charge()
 
     async def _start(self, answer: Answer, send: Send, *, length: int | None = None) -> None:
@@ -251,20 +252,29 @@ class Relay:
         else:
             await answers.send_error(error, dialect, send, [span.header, *self._own_headers])
 
+    def _go_on(self) -> None:
+        """From here on the task lasts as long as the engine says, and a stream of it may not: vLLM's does not end when the
+        response is cancelled."""
+        self._goes_on = True
+        self._parts.background.add(self._follow())
+
     async def _follow(self) -> None:
         """The engine goes on with what nobody waits for: it holds its memory until it is done."""
-        answer_id = self._request.answer_id
+        answer_id, answer = self._request.answer_id, None
         assert answer_id is not None
-        self._outcome = Outcome.FAILED
         try:
             answer = await until_finished(self._parts.client, answer_id, self._request.headers)
-            if answer is not None:
-                self._usage, self._outcome = parse_usage(answer), Outcome.COMPLETED
         finally:
-            self._settle()
+            if not self._settled:
+                self._outcome = Outcome.FAILED if answer is None else outcome_of_response(answer)
+                self._usage = None if answer is None else parse_usage(answer)
+                self._settle()
 
     def _settle(self) -> None:
-        """Charge what was used, if that has not been done, and say how it went. Awaits nothing."""
+        """Charge what was used, if that has not been done, and say how it went, once. Awaits nothing."""
+        if self._settled:
+            return
+        self._settled = True
         ended_s = time.monotonic()
         self._request.held.release()
         try:
@@ -320,17 +330,21 @@ class Relay:
     def _cost_held(self, estimate: Estimate) -> float:
         """Of a task that was broken off, in token·iterations: by its usage so far, if it was told; else by the engine's last
         word on it; else by the events that were relayed; else, since an engine without a link tells nothing before the
-        end, by the iterations since its release, up to what was predicted."""
-        request, sequences = self._request, self._request.body.sequences
-        prompt_tokens = estimate.prompt_tokens / sequences
+        end, by the iterations since its release, up to what was predicted. Of a whole answer that does not tell its usage,
+        by what was predicted."""
+        request, usage, sequences = self._request, self._usage, self._request.body.sequences
         holding = self._parts.engine.held.get(request.id)
-        if self._usage is not None:
-            return finished_task(self._usage, request.body).cost
+        # A stream of Anthropic's begins with a usage that knows the prompt only.
+        if usage is not None and (usage.completion_tokens or not request.body.endpoint.decodes):
+            return finished_task(usage, request.body).cost
+        prompt_tokens = (estimate.prompt_tokens if usage is None else usage.prompt_tokens) / sequences
         if holding is not None:
             decoded = holding.output_tokens / sequences
             return sequences * task_cost(max(0.0, holding.kv_tokens / sequences - decoded), decoded)
         if self._events:
             return sequences * task_cost(prompt_tokens, self._events / sequences)
+        if self._outcome is Outcome.COMPLETED:
+            return estimate.cost
         if self._released_at is None or self._outcome is Outcome.INVALID or self._parts.engine.linked:
             return 0.0
         iterations = self._parts.engine.iterations - self._released_at

@@ -45,7 +45,8 @@ class Reloader:
         self._running: asyncio.Task[None] | None = None
 
     def ask(self) -> None:
-        """Soon; the request log's file is opened anew at once. Who asks while the settings are being read has them read once more, since they may have changed meanwhile."""
+        """Soon; the request log's file is opened anew at once. Who asks while the settings are being read has them read once
+        more, since they may have changed meanwhile."""
         self._parts.observer.reopen()
         self._asked = True
         if self._running is None or self._running.done():

@@ -120,7 +120,7 @@ def _must_own(tenant: str, body: Body) -> None:
         return
     try:
         previous = msgspec.json.decode(raw, type=str | None)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest("previous_response_id must be a string", param="previous_response_id") from error
     if previous is not None and not owns(tenant, previous):
         raise InvalidRequest(f"no response {previous[:80]!r} is kept", param="previous_response_id")

@@ -1,7 +1,8 @@
-"""Writes the pages of this folder from the code: `python docs/reference/generate.py`. A test says when they are out of date."""
+"""Writes what is in this folder from the code: `python docs/reference/generate.py`. A test says when they are out of date."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from argparse import SUPPRESS
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from gateway.app import create_app
 from gateway.check import schema
 from gateway.errors import GatewayError, Outcome, Reason
 from gateway.metrics import MAX_CLASSES, MAX_MODELS, MAX_TENANTS, Metrics
@@ -118,8 +120,18 @@ def schema_page() -> str:
     return json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
 
 
+def openapi_page() -> str:
+    async def told() -> dict[str, Any]:
+        app = await create_app(GatewaySettings(engine="http://127.0.0.1", state="memory:"))
+        await app.state.parts.client.close()
+        return app.openapi()
+
+    return json.dumps(asyncio.run(told()), indent=2, ensure_ascii=False) + "\n"
+
+
 PAGES = {
     "justitia.schema.json": schema_page,
+    "openapi.json": openapi_page,
     "settings.md": settings_page,
     "metrics.md": metrics_page,
     "errors.md": errors_page,

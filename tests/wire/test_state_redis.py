@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from gateway.fairness import AgentId
 from gateway.state import TenantUsage, open_store
 from tests.redis_server import RedisServer
 from tests.wire.conftest import GatewayUnderTest, StartGateway
@@ -124,7 +123,7 @@ async def test_redis_is_killed_under_load_and_comes_back(
     assert await billed(server.url) == TenantUsage(count, 10 * count, 0, 4 * count, count * COST)
     assert await samples(server.url) == [("kind", [COST] * 3)] * load.finished
     store = open_store(server.url)
-    living = {agent.id: agent for agent in await store.agents()}
+    living = {agent.name: agent for agent in await store.agents()}
     assert {name: len(agent.tasks) for name, agent in living.items()} == load.longer
     assert all(agent.whole for agent in living.values())
     assert await store.added() == load.finished
@@ -152,7 +151,7 @@ async def test_redis_comes_back_empty(start: StartGateway, forgetful: RedisServe
     assert (None, [COST] * (load.longer.pop("longer-0") + 1)) in found
     assert (await billed(forgetful.url)).requests >= load.answered + 1 - answered
     store = open_store(forgetful.url)
-    assert {agent.id: len(agent.tasks) for agent in await store.agents()} == load.longer
+    assert {agent.name: len(agent.tasks) for agent in await store.agents()} == load.longer
     await store.close()
 
 
@@ -175,9 +174,9 @@ async def test_a_gateway_starts_while_redis_is_away(start: StartGateway, server:
     server.start()
     await until_state(gateway, "ok")
     records = gateway.parts.feedback.records
-    assert {agent: len(record.tasks) for agent, record in records.items()} == {"a": 2, "b": 1}, "b was cut in two"
+    assert {record.name: len(record.tasks) for record in records.values()} == {"a": 2, "b": 1}, "b was cut in two"
     assert gateway.parts.queue.agents.keys() == {"a", "b"}
-    await gateway.chat(AgentId("a"), headers=FINAL)
+    await gateway.chat("a", headers=FINAL)
     await gateway.running.stop()
     assert await billed(server.url) == TenantUsage(7, 70, 0, 28, 7 * COST)
     kinds = [costs for _, costs in await samples(server.url)]

@@ -1,0 +1,102 @@
+"""A gateway on a real socket that is asked anything, and what must be true of it afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+
+import httpx
+import pytest
+
+from gateway.parts import Parts
+from tests.conftest import LoopThread
+from tests.fuzz.strict_engine import StrictEngine
+from tests.wire.conftest import running_gateway
+
+SETTLE_S = 20
+
+
+class _Complaints(logging.Handler):
+    """What is logged with a traceback, or as an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info or record.levelno >= logging.ERROR:
+            self.texts.append(self.format(record))
+
+
+class Fuzzed:
+    """A gateway before a strict engine, both in a thread of their own."""
+
+    def __init__(self, loop: LoopThread, url: str, parts: Parts, engine: StrictEngine) -> None:
+        self.url = url
+        self.engine = engine
+        self.complaints = _Complaints()
+        self._loop, self._parts = loop, parts
+
+    @property
+    def address(self) -> tuple[str, int]:
+        url = httpx.URL(self.url)
+        assert url.port is not None
+        return url.host, url.port
+
+    def check(self) -> None:
+        """Nothing waits, nothing is in flight, no record is left of what is over, nothing was logged as an error, the
+        engine was sent no nonsense, and a good request is served."""
+        self._loop.call(self._empty())
+        assert self.complaints.texts == []
+        assert self.engine.wrong == []
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+        headers = {"X-Agent-ID": "good", "X-Agent-Final": "true"}
+        answer = httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=headers)
+        assert answer.status_code == 200
+        self._loop.call(self._empty())
+
+    async def _empty(self) -> None:
+        async with asyncio.timeout(SETTLE_S):
+            while not self._is_empty():
+                await asyncio.sleep(0.005)
+        for record in self._parts.feedback.records.values():
+            assert record.tasks_arrived > 0
+            assert not record.final, record.name
+            assert record.awaited == 0
+
+    def _is_empty(self) -> bool:
+        parts = self._parts
+        return not (parts.queue.waiting or parts.queue.in_flight or parts.background._tasks)
+
+
+@pytest.fixture(scope="package")
+def running() -> Iterator[Fuzzed]:
+    thread = LoopThread()
+    stack = AsyncExitStack()
+
+    async def begin() -> Fuzzed:
+        engine = await stack.enter_async_context(StrictEngine().serving())
+        gateway = await stack.enter_async_context(running_gateway(engine=engine.url, max_body_mib=16))
+        await gateway.until(lambda: gateway.parts.engine.up and gateway.parts.engine.reporting)
+        return Fuzzed(thread, gateway.url, gateway.parts, engine)
+
+    fuzzed = thread.call(begin())
+    yield fuzzed
+    thread.call(stack.aclose())
+    thread.close()
+
+
+@pytest.fixture
+def fuzzed(running: Fuzzed) -> Iterator[Fuzzed]:
+    """Checked after the test."""
+    root = logging.getLogger()
+    root.addHandler(running.complaints)
+    running.complaints.texts.clear()
+    running.engine.wrong.clear()
+    yield running
+    try:
+        running.check()
+    finally:
+        root.removeHandler(running.complaints)
