@@ -31,6 +31,7 @@ from gateway.errors import GatewayError, InvalidRequest, outcome_of
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
 from gateway.identify import Roots
+from gateway.intake import BodyBudget
 from gateway.keys import Keys
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
@@ -138,6 +139,7 @@ async def create_app(
         accuracy=accuracy,
         learning=Learning(predictor, settings.models_directory, metrics),
         roots=roots,
+        bodies=BodyBudget(settings.max_held_bytes),
         background=Background(),
         suspect=asyncio.Event(),
         live=Live(settings),

@@ -161,6 +161,7 @@ async def _serve(begun: Checked[ServeSettings], check_again: Check) -> int:
         gateway.reload_on_hangup(begun, check_again)
         logging.getLogger("engine.launcher").setLevel(logging.WARNING)  # said on the console
         engine = EngineProcess(spec, _say_state)
+        running: list[asyncio.Task[None]] = []
         try:
             await engine.start()
             running = [asyncio.create_task(engine.run()), gateway.served]
@@ -173,6 +174,8 @@ async def _serve(begun: Checked[ServeSettings], check_again: Check) -> int:
             console.print(f"the engine cannot be started: {failure}", markup=False)
             return 1
         finally:
+            if running and running[0].done():
+                gateway.cut_off()  # there is nobody left to serve what waits
             await gateway.stop()
             console.print("stopping the engine …")
             await engine.stop(STOP_GRACE_S)

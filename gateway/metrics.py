@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
@@ -56,6 +57,17 @@ class _Children(dict[tuple[str, ...], Any]):
     def __missing__(self, labels: tuple[str, ...]) -> Any:
         child = self[labels] = self._metric.labels(*labels)
         return child
+
+
+class CutOff(StrEnum):
+    """of a client's connection. invalid: no HTTP, or too much of it. slow: a head or a body did not come. unread: nor was an
+    answer read. crowded: it was idle, and gave way to a new one. refused: there were too many, and none was idle."""
+
+    INVALID = "invalid"
+    SLOW = "slow"
+    UNREAD = "unread"
+    CROWDED = "crowded"
+    REFUSED = "refused"
 
 
 class ReloadOutcome(StrEnum):
@@ -234,6 +246,14 @@ class Metrics:
         for reload_outcome in ReloadOutcome:
             self._reloads.labels(reload_outcome)
         self._training_s = gauge("training_seconds", "How long the last training took.")
+        self._connections = gauge("connections", "Connections of clients.")
+        self._cut_off = counter(
+            "connections_cut_off_total",
+            "Connections of clients that were ended before their time, by reason.",
+            "reason",
+        )
+        for why in CutOff:
+            self._cut_off.labels(why)
         self._log_dropped = counter(
             "request_log_dropped_total", "Lines of the request log that were lost: nobody took them, or not in time."
         )
@@ -441,6 +461,13 @@ class Metrics:
         self._state_errors.inc(errors)
         self._state_unwritten.inc(unwritten)
         self._state_given_up.inc(given_up)
+
+    def count_connections(self, count: Callable[[], float]) -> None:
+        """They are counted at the time of the scrape."""
+        self._connections.set_function(count)
+
+    def connection_cut_off(self, why: CutOff) -> None:
+        self._cut_off.labels(why).inc()
 
     def _class(self, agent_class: str | None) -> str:
         if agent_class is None:

@@ -12,6 +12,7 @@ from gateway.engine_client import EngineClient
 from gateway.fairness import FairQueue
 from gateway.feedback import Feedback
 from gateway.identify import Roots
+from gateway.intake import BodyBudget
 from gateway.learning.serving import Learning
 from gateway.metrics import Metrics
 from gateway.observer import Observer
@@ -39,6 +40,7 @@ class Parts:
     accuracy: Accuracy
     learning: Learning
     roots: Roots
+    bodies: BodyBudget
     background: Background
     suspect: asyncio.Event
     live: Live

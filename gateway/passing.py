@@ -15,7 +15,7 @@ from gateway.background import owns
 from gateway.dialects import ANTHROPIC, OPENAI, Dialect
 from gateway.engine_client import EngineUnreachable
 from gateway.errors import EngineLost, GatewayError, NoEngine, NotFound, Outcome, QueueFull, outcome_of
-from gateway.intake import ClientGone, headers_of, read_body
+from gateway.intake import ClientGone, HeldBody, headers_of, read_body
 from gateway.leaving import Client
 from gateway.observer import RequestSpan
 from gateway.parts import Parts
@@ -108,8 +108,16 @@ class Passing:
             path = path.format(id=answer_id)
         if query := scope["query_string"]:
             path += "?" + query.decode("latin-1")
-        body = await read_body(receive, headers, self._parts.settings.max_body_bytes)
-        client = Client(receive, send)
+        held = HeldBody(self._parts.bodies)
+        try:
+            body = await read_body(receive, headers, self._parts.settings.max_body_bytes, held)
+            return await self._relay_for(Client(receive, send), path, body, headers, span)
+        finally:
+            held.release()
+
+    async def _relay_for(
+        self, client: Client, path: str, body: bytes, headers: dict[str, str], span: RequestSpan
+    ) -> Outcome:
         try:
             return await self._relay(path, body, headers, client, span)
         except asyncio.CancelledError:

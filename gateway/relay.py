@@ -22,9 +22,10 @@ from gateway.background import outcome_of_response, unfinished, until_finished
 from gateway.body import Body
 from gateway.content import texts_of
 from gateway.engine_client import Answer, EngineUnreachable, Health
-from gateway.errors import EngineLost, GatewayError, Outcome, ShuttingDown, outcome_of
+from gateway.errors import RESTART_S, EngineLost, GatewayError, Outcome, ShuttingDown, outcome_of
 from gateway.estimate import Estimate, estimate_agent, estimate_arrival
 from gateway.fairness import KvTokenIterations, Release, Spent, Task, TaskId
+from gateway.intake import HeldBody
 from gateway.leaving import Client
 from gateway.observer import RequestSpan
 from gateway.parts import Parts
@@ -56,6 +57,7 @@ class TaskRequest:
     arrived_s: float
     final: bool
     span: RequestSpan
+    held: HeldBody
     answer_id: str | None = None
 
 
@@ -86,7 +88,7 @@ class Relay:
             await self._serve(client.send)
         except asyncio.CancelledError:
             if not client.left:  # the gateway ends
-                await self._send_error(ShuttingDown("the gateway is shutting down", retry_after_s=1), send)
+                await self._send_error(ShuttingDown("the gateway is shutting down", retry_after_s=RESTART_S), send)
                 raise
             self._outcome = Outcome.CANCELLED
             if not client.cancelled():
@@ -274,6 +276,7 @@ class Relay:
             return
         self._settled = True
         ended_s = time.monotonic()
+        self._request.held.release()
         try:
             self._charge()
         finally:

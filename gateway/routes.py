@@ -22,7 +22,7 @@ from gateway.endpoints import ENDPOINTS, Endpoint
 from gateway.errors import GatewayError, InvalidRequest, Outcome
 from gateway.fairness import TaskId
 from gateway.identify import identify
-from gateway.intake import ClientGone, headers_of, read_body
+from gateway.intake import ClientGone, HeldBody, headers_of, read_body
 from gateway.observer import RequestSpan
 from gateway.parts import Parts
 from gateway.passing import passing_routes
@@ -67,10 +67,20 @@ class TaskRoute:
         self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan
     ) -> TaskRequest:
         """Raises `GatewayError`, or `ClientGone`."""
+        held = HeldBody(self._parts.bodies)
+        try:
+            return await self._read(headers, receive, arrived_s, span, held)
+        except BaseException:
+            held.release()
+            raise
+
+    async def _read(
+        self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan, held: HeldBody
+    ) -> TaskRequest:
         parts = self._parts
         tenant = parts.tenants.authenticate(headers)
         span.authenticated(tenant.name)
-        body = parse_body(await read_body(receive, headers, parts.settings.max_body_bytes), self._endpoint)
+        body = parse_body(await read_body(receive, headers, parts.settings.max_body_bytes, held), self._endpoint)
         identity = identify(headers, body.fields)
         keeps = self._endpoint.dialect is RESPONSES
         if keeps:
@@ -92,6 +102,7 @@ class TaskRoute:
             arrived_s=arrived_s,
             final=final,
             span=span,
+            held=held,
             answer_id=answer_id(tenant.name) if keeps else None,
         )
 

@@ -245,7 +245,7 @@ class GatewaySettings(KeysSettings):
         300, gt=0, description="Seconds without a task after which an agent counts as ended."
     )
     drain_s: Reloadable[float] = Field(
-        30, ge=0, description="Seconds that tasks in flight are given when the gateway stops."
+        30, ge=0, description="Seconds that tasks which wait or are in flight are given when the gateway stops."
     )
     kept_agents: int = Field(10_000, ge=1, description="Finished agents that are kept; the oldest go first.")
     keep_text: Reloadable[bool] = Field(
@@ -272,6 +272,26 @@ class GatewaySettings(KeysSettings):
         description="OpenTelemetry collector to which requests are sent as traces: http://host:4318 (OTLP over HTTP). Default:"
         " `$OTEL_EXPORTER_OTLP_ENDPOINT`, and no traces without it. Needs the extra `otel`.",
     )
+
+    max_held_mib: Reloadable[float] = Field(
+        2048,
+        gt=0,
+        description="Bodies of requests, in MiB together: being sent, waiting, or at the engine; more are refused with 429.",
+    )
+    max_connections: int = Field(
+        10_000, ge=1, description="Client connections at once; above it idle ones are closed, then new ones refused."
+    )
+    keep_alive_s: float = Field(75, gt=0, description="Seconds that a connection without a request is kept open.")
+    client_stall_s: float = Field(
+        60,
+        gt=0,
+        description="Seconds that a client may take to send a request's head, and may make no progress with sending its"
+        " body or reading its answer.",
+    )
+
+    @property
+    def max_held_bytes(self) -> int:
+        return int(self.max_held_mib * MIB)
 
     @property
     def max_waiting_bytes(self) -> int:

@@ -221,9 +221,61 @@ async def test_what_cannot_be_taken_is_refused_and_not_enqueued() -> None:
     full = OneTenant(queue, engine, tenants(max_waiting=0))
     with pytest.raises(QueueFull):
         full.submit(task(1), 1.0)
-    assert await to.drain(0.1)
+    to.begin_drain(10)
+    await to.drained()
     with pytest.raises(ShuttingDown):
         to.submit(task(1), 1.0)
+    assert (queue.waiting, queue.in_flight) == (0, 0)
+
+
+async def test_a_drain_goes_on_releasing_what_waits_and_may_requeue_what_was_lost() -> None:
+    to, queue, engine = dispatcher(slots=1)
+    first, second = to.submit(task(1), 1e5), to.submit(task(2, "b"), 1e5)
+    to.begin_drain(10)
+    with pytest.raises(ShuttingDown) as refused:
+        to.submit(task(3), 1e5)
+    assert 5 <= (refused.value.retry_after_s or 0) <= 10
+    assert (await first.wait(1)).task.id == 1
+    engine.lost()
+    assert first.requeue(sent=True)
+    assert (queue.waiting, queue.in_flight) == (2, 0)
+    engine.answered()
+    to.engine_changed()
+    first.complete(Spent(KvTokenIterations(500.0), 100, 5), 500.0)
+    await asyncio.sleep(0)
+    assert (await second.wait(1)).task.id == 2
+    drained = asyncio.create_task(to.drained())
+    await asyncio.sleep(0)
+    assert not drained.done()
+    second.cancel(Spent(KvTokenIterations(0.0)))
+    await drained
+
+
+async def test_the_end_of_a_drain_hands_back_what_waits_and_breaks_off_what_is_in_flight() -> None:
+    to, queue, _ = dispatcher(slots=1)
+
+    async def serve(number: int) -> str:
+        turn = to.submit(task(number), 1e5)
+        where = "waiting"
+        try:
+            await turn.wait(10)
+            where = "in flight"
+            with turn.at_engine():
+                await asyncio.Event().wait()
+        except ShuttingDown:
+            assert not turn.requeue(sent=True)
+            return where
+        finally:
+            turn.cancel(Spent(KvTokenIterations(0.0)))
+        return ""
+
+    serving = [asyncio.create_task(serve(number)) for number in (1, 2)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    to.begin_drain(0)
+    to.end_drain()
+    assert await asyncio.gather(*serving) == ["in flight", "waiting"]
+    await to.drained()
     assert (queue.waiting, queue.in_flight) == (0, 0)
 
 
