@@ -61,7 +61,7 @@ report: $(READY)
 	$(BIN)/python -m gateway.replay.report $(ARGS)
 
 bench: $(READY)
-	$(BIN)/python -m gateway.bench.overhead $(ARGS)
+	$(BIN)/python -m gateway.bench.speed $(ARGS)
 	$(BIN)/python -m gateway.bench.queue_speed
 
 # On a machine with an NVIDIA GPU: our scheduler against vLLM's own, tokens, throughput and a step's cost, as one line of JSON.

@@ -27,23 +27,26 @@ from gateway.billing import DAY_S, usage_routes
 from gateway.capacity import EngineView
 from gateway.dialects import OPENAI
 from gateway.engine_client import EngineClient
-from gateway.errors import GatewayError, InvalidRequest
+from gateway.errors import GatewayError, InvalidRequest, outcome_of
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
 from gateway.identify import Roots
+from gateway.intake import BodyBudget
 from gateway.keys import Keys
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
 from gateway.metrics import Metrics
+from gateway.observer import REQUEST_ID, UNKNOWN, Observer, open_tracing
 from gateway.openapi import describe
 from gateway.operations import operation_routes
 from gateway.parts import Parts
 from gateway.release import Dispatcher
+from gateway.request_log import open_request_log
 from gateway.routes import task_routes
-from gateway.settings import GatewaySettings
+from gateway.settings import GatewaySettings, Live
 from gateway.state import Journal, Store, TenantUsage, UsageRow, open_store
 from gateway.state.types import HOUR_S
-from gateway.tenants import MIB, Tenants
+from gateway.tenants import Tenants
 from gateway.tool_waits import ToolWaits
 from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health, watch_keys
 from predictor.learned import Learned
@@ -80,7 +83,7 @@ async def create_app(
     store: Store | None = None,
 ) -> FastAPI:
     """The gateway for these settings; what is not given is made from them. Call it in the event loop that will serve. Raises
-    `KeysError`."""
+    `KeysError`, `RequestLogError`, and `NoOpenTelemetry`."""
     version = distribution_version("justitia")
     engine = EngineView(settings.capacity_tokens, settings.max_in_flight)
     limits = ReleaseLimits(beta=settings.beta, engine_waiting=settings.max_engine_waiting)
@@ -95,15 +98,25 @@ async def create_app(
         Keys.load(settings.keys_file),
         settings.tenants,
         max_waiting=settings.max_waiting,
-        max_waiting_bytes=int(settings.max_waiting_mib * MIB),
+        max_waiting_bytes=settings.max_waiting_bytes,
     )
     roots = Roots()
     dispatcher = Dispatcher(queue, engine, tenants, waits=waits if settings.keep_kv else None)
+    observer = Observer(
+        metrics,
+        open_tracing(settings.otlp_endpoint, version, metrics.spans_dropped),
+        open_request_log(settings.request_log, metrics.log_dropped),
+    )
     parts = Parts(
         queue=queue,
         dispatcher=dispatcher,
         engine=engine,
-        client=client or EngineClient(settings.engine, relays_keys=lambda: not tenants.keys.configured),
+        client=client
+        or EngineClient(
+            settings.engine,
+            None if settings.engine_key is None else settings.engine_key.get_secret_value(),
+            relays_keys=lambda: not tenants.keys.configured,
+        ),
         tenants=tenants,
         predictor=predictor,
         feedback=Feedback(
@@ -117,25 +130,27 @@ async def create_app(
             keep=dispatcher.keep,
             correct=dispatcher.correct,
             charge=partial(_charge, tenants, metrics),
+            tenant_weight=lambda tenant: tenants.named(tenant).weight,
             restored=roots.restore,
         ),
         journal=journal,
         metrics=metrics,
+        observer=observer,
         accuracy=accuracy,
         learning=Learning(predictor, settings.models_directory, metrics),
         roots=roots,
+        bodies=BodyBudget(settings.max_held_bytes),
         background=Background(),
         suspect=asyncio.Event(),
-        max_queue_s=settings.max_queue_s,
-        keep_text=settings.keep_text,
+        live=Live(settings),
     )
     app = Gateway(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
     app.state.parts = parts
-    app.serve(task_routes(parts, max_body_bytes=int(settings.max_body_mib * MIB)))
+    app.serve(task_routes(parts))
     app.include_router(agent_routes(parts))
     app.include_router(usage_routes(tenants, store, parts.feedback.flush))
-    app.include_router(operation_routes(parts, version=version, policy=settings.policy))
-    _answer_errors(app)
+    app.include_router(operation_routes(parts, version=version))
+    _answer_errors(app, observer)
     describe(app)
     return app
 
@@ -151,7 +166,7 @@ def _lifespan(
             partial(watch_health, parts),
             parts.journal.run,
             partial(follow_link, parts, link) if link is not None else partial(poll_metrics, parts),
-            partial(sweep_agents, parts, settings.agent_idle_s),
+            partial(sweep_agents, parts),
             partial(watch_keys, parts.tenants),
         ]
         watches += _learning_watches(settings, parts, store)
@@ -164,6 +179,7 @@ def _lifespan(
         await parts.journal.close()
         await store.close()
         await parts.client.close()
+        await parts.observer.close()
 
     return lifespan
 
@@ -192,12 +208,12 @@ def _learning_watches(settings: GatewaySettings, parts: Parts, store: Store) -> 
     watches: list[Callable[[], Awaitable[None]]] = [parts.learning.watch]
     if settings.state == "memory:":
         logger.info("no models are trained: the state is in memory (--state)")
-    elif settings.train:
-        watches.append(Training(settings, models, store, parts.learning, parts.accuracy, parts.metrics).watch)
+    else:
+        watches.append(Training(parts.live, models, store, parts.learning, parts.accuracy, parts.metrics).watch)
     return watches
 
 
-def _answer_errors(app: FastAPI) -> None:
+def _answer_errors(app: FastAPI, observer: Observer) -> None:
     """Every error leaves in OpenAI's shape."""
 
     @app.exception_handler(GatewayError)
@@ -211,8 +227,13 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
+        span = observer.begins(
+            request.method, UNKNOWN, dict(request.headers), request.scope["headers"], time.monotonic()
+        )
+        span.answered(error.status_code)
+        span.ended(outcome_of(error.status_code))
         answer = _plain(error.status_code, str(error.detail), "invalid_request_error")
-        answer.headers.update(error.headers or {})
+        answer.headers.update({**(error.headers or {}), REQUEST_ID: span.request_id})
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette names those of one route
             answer.headers["allow"] = ", ".join(_allowed(app, request.scope))
         return answer

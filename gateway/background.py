@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from gateway.engine_client import EngineClient, EngineUnreachable
+from gateway.errors import Outcome
 
 POLL_S = 0.25
 # Of the engine's answers, in a row, that say nothing of the response.
@@ -23,6 +24,11 @@ UNSURE = 20
 ID_PATTERN = "resp_[0-9a-f]{48}"
 _ID = re.compile(ID_PATTERN)
 _UNFINISHED = frozenset(("queued", "in_progress"))
+_OUTCOMES = {
+    "completed": Outcome.COMPLETED,
+    "incomplete": Outcome.COMPLETED,  # as long as it was allowed to be
+    "cancelled": Outcome.CANCELLED,
+}
 
 
 class _Answer(msgspec.Struct):
@@ -60,10 +66,12 @@ def owns(tenant: str, answer: str) -> bool:
 
 def unfinished(answer: bytes) -> bool:
     """Whether a response says that it is still being made."""
-    try:
-        return _decode(answer).status in _UNFINISHED
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
+    return _status(answer) in _UNFINISHED
+
+
+def outcome_of_response(answer: bytes) -> Outcome:
+    """Of one that is not being made any more."""
+    return _OUTCOMES.get(_status(answer), Outcome.FAILED)
 
 
 async def until_finished(client: EngineClient, answer: str, headers: Mapping[str, str]) -> bytes | None:
@@ -82,6 +90,13 @@ async def until_finished(client: EngineClient, answer: str, headers: Mapping[str
         if told.is_success and not unfinished(told.content):
             return told.content
     return None
+
+
+def _status(answer: bytes) -> str:
+    try:
+        return _decode(answer).status
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
 
 
 def _owner(tenant: str) -> str:

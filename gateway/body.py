@@ -27,6 +27,8 @@ LARGEST_LIMIT = 2**31 - 1
 _FEW_BYTES = 2**14
 # Ours, and not the engine's, which would warn of each.
 _OWN_FIELDS = ("agent_id", "program_id")
+# Of a field that is taken apart, which needs twenty times its size.
+MAX_VALUE_BYTES = 2**16
 _BATCH = re.compile(rb"\s*\[\s*[\"\[{]")
 
 _decode_fields = msgspec.json.Decoder(Fields).decode
@@ -146,6 +148,8 @@ def _value(fields: Fields, name: str, kind: type[_Value]) -> _Value | None:
     raw = fields.get(name)
     if raw is None:
         return None
+    if len(memoryview(raw)) > MAX_VALUE_BYTES:
+        raise InvalidRequest(f"{name} must be at most {MAX_VALUE_BYTES} bytes", param=name)
     try:
         return msgspec.json.decode(raw, type=kind | None)
     except _UNREADABLE as error:

@@ -9,25 +9,31 @@ import tempfile
 from collections.abc import Callable, Coroutine
 from importlib.metadata import version as distribution_version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import uvloop
 from rich.console import Console
 
 from engine import tiny_model
 from engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState
+from gateway.check import Checked, check, run_check
 from gateway.keys import KeysError
 from gateway.keys_command import run_keys
 from gateway.learning.command import ExportSettings, run_export, run_predictor
-from gateway.logs import set_up_logs
+from gateway.logs import LoggedText, set_up_logs
+from gateway.observer import NoOpenTelemetry
+from gateway.reload import Check
+from gateway.request_log import RequestLogError
 from gateway.server import PortTaken, start_gateway
-from gateway.settings import GatewaySettings, ServeSettings, cache_home, load
+from gateway.settings import GatewaySettings, ServeSettings, cache_home
+from gateway.sources import load, or_exit
 
 USAGE = """\
 usage: justitia COMMAND [OPTIONS]
 
   serve      the gateway and its own vLLM engine, on this machine
   gateway    the gateway alone, before an engine that is already there (--engine URL)
+  check      what is wrong with the settings, and where
   demo       a mix of agents before a real engine, once as fcfs and once as justitia, and what changed
   replay     agents through any policy and vLLM's own scheduler on a virtual clock: no GPU, no waiting
   predictor  the models that say what agents will cost: list, show, promote, rollback, train, evaluate
@@ -40,14 +46,19 @@ usage: justitia COMMAND [OPTIONS]
 
 STOP_GRACE_S = 20.0
 
+Settings = TypeVar("Settings", bound=GatewaySettings)
+# What keeps a gateway from starting, and is told in a line.
+CANNOT_START = (PortTaken, KeysError, RequestLogError, NoOpenTelemetry)
+
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     command, *arguments = sys.argv[1:] or ["--help"]
     commands: dict[str, Callable[[list[str]], int]] = {
-        "serve": lambda arguments: _run(_serve(load(ServeSettings, arguments, program="justitia serve"))),
-        "gateway": lambda arguments: _run(_gateway(load(GatewaySettings, arguments, program="justitia gateway"))),
+        "serve": lambda arguments: _run(_serve(*_checked(ServeSettings, arguments, "justitia serve"))),
+        "gateway": lambda arguments: _run(_gateway(*_checked(GatewaySettings, arguments, "justitia gateway"))),
+        "check": run_check,
         "demo": _demo,
         "replay": _replay,
         "predictor": run_predictor,
@@ -64,6 +75,17 @@ def main() -> None:
         sys.exit(2)
     else:
         sys.exit(commands[command](arguments))
+
+
+def _checked(settings: type[Settings], arguments: list[str], program: str) -> tuple[Checked[Settings], Check]:
+    """Settings that are right, and how to read them again; logs are now as they say. Exits with 2 if they are wrong."""
+    begun = or_exit(lambda: check(settings, arguments, program=program))
+    _set_up_logs(begun.settings)
+    if begun.reading.found:
+        console.print(f"{program}: settings from {begun.reading.file}", markup=False)
+    for note in begun.notes:
+        console.print(f"{program}: {note}", markup=False)
+    return begun, lambda: check(settings, arguments, program=program, file=begun.reading.file)
 
 
 def _demo(arguments: list[str]) -> int:
@@ -90,25 +112,26 @@ def _run(command: Coroutine[Any, Any, int]) -> int:
             return 130
 
 
-async def _gateway(settings: GatewaySettings) -> int:
+async def _gateway(begun: Checked[GatewaySettings], check_again: Check) -> int:
+    settings = begun.settings
     if not settings.engine:
         console.print("justitia gateway: --engine is needed: http://host:port, or unix:/path/to/socket")
         return 2
-    set_up_logs(settings.log_level)
     try:
         gateway = await start_gateway(settings)
-    except (PortTaken, KeysError) as error:
+    except CANNOT_START as error:
         console.print(f"justitia gateway: {error}", markup=False)
         return 1
     gateway.stop_on_signals()
+    gateway.reload_on_hangup(begun, check_again)
     console.print(f"justitia listens on {gateway.url}, in front of {settings.engine}")
     await gateway.served
     return 0
 
 
-async def _serve(settings: ServeSettings) -> int:
+async def _serve(begun: Checked[ServeSettings], check_again: Check) -> int:
     """The gateway listens at once, and says 503 until the engine is there. It goes first at the end, the engine after it."""
-    set_up_logs(settings.log_level)
+    settings = begun.settings
     with tempfile.TemporaryDirectory(prefix="justitia-") as temporary:
         model = settings.model
         if model == "tiny":
@@ -131,12 +154,14 @@ async def _serve(settings: ServeSettings) -> int:
         link = spec.link_address if settings.engine_scheduler == "justitia" else None
         try:
             gateway = await start_gateway(settings.model_copy(update={"engine": spec.url, "link": link}))
-        except (PortTaken, KeysError) as error:
+        except CANNOT_START as error:
             console.print(f"justitia serve: {error}", markup=False)
             return 1
         gateway.stop_on_signals()
+        gateway.reload_on_hangup(begun, check_again)
         logging.getLogger("engine.launcher").setLevel(logging.WARNING)  # said on the console
         engine = EngineProcess(spec, _say_state)
+        running: list[asyncio.Task[None]] = []
         try:
             await engine.start()
             running = [asyncio.create_task(engine.run()), gateway.served]
@@ -149,6 +174,8 @@ async def _serve(settings: ServeSettings) -> int:
             console.print(f"the engine cannot be started: {failure}", markup=False)
             return 1
         finally:
+            if running and running[0].done():
+                gateway.cut_off()  # there is nobody left to serve what waits
             await gateway.stop()
             console.print("stopping the engine …")
             await engine.stop(STOP_GRACE_S)
@@ -161,6 +188,12 @@ async def _serve(settings: ServeSettings) -> int:
         except asyncio.CancelledError:  # it was not ready yet
             pass
         return 0
+
+
+def _set_up_logs(settings: GatewaySettings) -> None:
+    set_up_logs(settings.log_level, settings.log_format)
+    if settings.log_format == "json":
+        console.file = LoggedText(logging.getLogger("justitia"))
 
 
 def _engine_args(settings: ServeSettings) -> tuple[str, ...]:

@@ -15,11 +15,13 @@ _encode = msgspec.json.encode
 
 class Dialect(ABC):
     """hides_usage: whether a stream's usage comes in an event of its own, for those who asked. ends: what only the end of a
-    stream holds, in whole events. fails: how a stream begins of which the engine could not even begin the answer."""
+    stream holds, in whole events; its group `error`, where it is one. fails: how a stream begins of which the engine could
+    not even begin the answer. counts: what is in each event with a token, and once in it."""
 
     hides_usage = False
     ends: re.Pattern[bytes]
     fails: bytes
+    counts: bytes
 
     @abstractmethod
     def error(self, error: GatewayError) -> bytes:
@@ -34,6 +36,7 @@ class _OpenAI(Dialect):
     hides_usage = True
     ends = re.compile(rb"data: \[DONE\]\n\n")
     fails = b'data: {"error"'
+    counts = b"\n\n"
 
     def error(self, error: GatewayError) -> bytes:
         return _encode({"error": _described(error)})
@@ -44,8 +47,9 @@ class _OpenAI(Dialect):
 
 class _Responses(_OpenAI):
     hides_usage = False
-    ends = re.compile(rb"(?:\A|\n)event: response\.(?:completed|incomplete|failed)\n")
+    ends = re.compile(rb"(?:\A|\n)event: (?:response\.(?:completed|incomplete)|(?P<error>response\.failed|error))\n")
     fails = b"event: error"
+    counts = b".delta\n"
 
     def error_event(self, error: GatewayError) -> bytes:
         event = {**_described(error), "type": "error", "sequence_number": 0}
@@ -65,8 +69,9 @@ _ANTHROPIC_TYPES = {
 
 
 class _Anthropic(Dialect):
-    ends = re.compile(rb"(?:\A|\n)event: message_stop\n")
+    ends = re.compile(rb"(?:\A|\n)event: (?:message_stop|(?P<error>error))\n")
     fails = b"event: error"
+    counts = b"event: content_block_delta\n"
 
     def error(self, error: GatewayError) -> bytes:
         kind = _ANTHROPIC_TYPES.get(error.status, "api_error")

@@ -18,7 +18,7 @@ CONTROL_S = 5.0
 
 _CREDENTIALS = ("authorization", "x-api-key")
 _RELAYED_HEADERS = ("content-type", "traceparent", "tracestate", "x-request-id")
-_RELAYED_BACK = (b"retry-after", b"x-request-id")
+_RELAYED_BACK = (b"retry-after", b"metadata")
 
 
 class Health(Enum):
@@ -40,6 +40,7 @@ class Answer:
         headers = connection.headers
         self.status = connection.status
         self.content_type = headers.get(b"content-type", b"application/json").decode("latin-1")
+        self.metadata = headers.get(b"metadata", b"")  # of embeddings in bytes: where each is, and what they used
         self.headers: Headers = [(name, headers[name]) for name in _RELAYED_BACK if name in headers]
 
     async def read_some(self) -> bytes:

@@ -20,7 +20,8 @@ CONNECT_S = 5.0
 KEEPALIVE_S = 3.0
 # Of an answer that has not been asked for yet: more than that is left to the engine's socket.
 HIGH_BYTES = 2**18
-MAX_HEAD_BYTES = 2**16
+# Embeddings in bytes have a header that tells of each where it is.
+MAX_HEAD_BYTES = 2**19
 
 
 class Unreachable(Exception):

@@ -6,14 +6,18 @@
     ├── Forbidden           403  the key's tenant may not have that
     ├── NotFound            404  also for what is another tenant's
     ├── AgentCancelled      410  its agent was ended meanwhile; a client that tried again would begin it anew
+    ├── RequestTimeout      408  a head or a body that does not come
     ├── BodyTooLarge        413
+    ├── UrlTooLong          414
     ├── QueueFull           429  Retry-After from the drain rate
     ├── QuotaSpent          429  Retry-After from when it is open again
+    ├── HeadTooLarge        431
     ├── EngineLost          502  the engine died, or broke off, while it had the task
     │   └── engine_client.EngineUnreachable: it never had it
     ├── NoEngine            503  none there, or it is starting; Retry-After
     ├── NoState             503  what is asked for is in the state store, and that cannot be read
-    ├── ShuttingDown        503
+    ├── ShuttingDown        503  Retry-After: when the next one should be there
+    ├── TooManyConnections  503
     └── WaitedTooLong       504
 
 Whatever the engine itself answers, an error too, passes through as it is.
@@ -41,7 +45,7 @@ class Reason(StrEnum):
 
     QUEUE_FULL = "queue_full"  # tasks that wait, of all tenants
     TENANT_QUEUE_FULL = "tenant_queue_full"  # tasks that wait, of its tenant
-    BYTES = "bytes"  # bodies that wait, of its tenant or of all
+    BYTES = "bytes"  # bodies that wait, of its tenant or of all; or that are held at all
     TASKS = "tasks"  # tasks at once, of its tenant
     TOKENS_PER_MINUTE = "tokens_per_minute"
     KV_PER_DAY = "kv_per_day"
@@ -111,8 +115,16 @@ class AgentCancelled(GatewayError):
     status, type, code, outcome = 410, "cancelled_error", "agent_cancelled", Outcome.CANCELLED
 
 
+class RequestTimeout(GatewayError):
+    status, type, code, outcome = 408, "timeout_error", "request_timeout", Outcome.INVALID
+
+
 class BodyTooLarge(GatewayError):
     status, type, code, outcome = 413, "invalid_request_error", "body_too_large", Outcome.INVALID
+
+
+class UrlTooLong(GatewayError):
+    status, type, code, outcome = 414, "invalid_request_error", "url_too_long", Outcome.INVALID
 
 
 class QueueFull(GatewayError):
@@ -121,6 +133,10 @@ class QueueFull(GatewayError):
 
 class QuotaSpent(GatewayError):
     status, type, code, outcome = 429, "rate_limit_error", "quota_spent", Outcome.REJECTED
+
+
+class HeadTooLarge(GatewayError):
+    status, type, code, outcome = 431, "invalid_request_error", "head_too_large", Outcome.INVALID
 
 
 class EngineLost(GatewayError):
@@ -136,9 +152,17 @@ class NoState(GatewayError):
     status, type, code, outcome = 503, "service_unavailable", "no_state", Outcome.FAILED
 
 
+# Seconds that a gateway takes to start: `Retry-After` of one that ends.
+RESTART_S = 5
+
+
 class ShuttingDown(GatewayError):
     status, type, code, outcome = 503, "service_unavailable", "shutting_down", Outcome.REJECTED
     reason = Reason.DRAINING
+
+
+class TooManyConnections(GatewayError):
+    status, type, code, outcome = 503, "service_unavailable", "too_many_connections", Outcome.REJECTED
 
 
 class WaitedTooLong(GatewayError):

@@ -17,7 +17,7 @@ import msgspec
 
 from gateway.accuracy import Accuracy, kind
 from gateway.estimate import Estimate
-from gateway.fairness import AgentId, FairQueue, Iterations, QueueError, TaskId
+from gateway.fairness import AgentId, FairQueue, Iterations, QueueError, TaskId, TenantId
 from gateway.identify import Identity
 from gateway.metrics import Metrics
 from gateway.record import AgentRecord, agent_id_of, record_of, state_of
@@ -38,7 +38,8 @@ ROW = 50
 class Feedback:
     """clock: seconds, monotonic; wall: since 1970. now: the service clock τ. keep: told of an agent that waits for its tool,
     with the KV tokens of its last task, and its class. correct: of one that was charged so much too little, in
-    token·iterations."""
+    token·iterations. charge: what a tenant used is on its account; what is then to be written. tenant_weight: of a tenant.
+    restored: told of an agent that has come back."""
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class Feedback:
         keep: Callable[[AgentId, float, str | None], None],
         correct: Callable[[AgentId, float], None],
         charge: Callable[[str, TenantUsage], UsageRow],
+        tenant_weight: Callable[[str], float],
         restored: Callable[[AgentRecord], None],
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -62,7 +64,7 @@ class Feedback:
         self._accuracy = accuracy
         self._now, self._clock, self._wall = now, clock, wall
         self._waits, self._keep, self._correct = waits, keep, correct
-        self._charge, self._restored = charge, restored
+        self._charge, self._tenant_weight, self._restored = charge, tenant_weight, restored
         self.awaited: dict[TaskId, tuple[AgentRecord, int]] = {}  # with the place among the agent's tasks
 
     async def recall(self) -> None:
@@ -230,7 +232,13 @@ class Feedback:
         try:
             if not is_newest or agent_id in self.records:
                 raise QueueError("another agent has its id")
-            self._queue.restore(self._now(), agent_id, state.standing)
+            self._queue.restore(
+                self._now(),
+                agent_id,
+                state.standing,
+                tenant=TenantId(state.tenant),
+                tenant_weight=self._tenant_weight(state.tenant),
+            )
         except QueueError as error:
             logger.info("agent %r is not put back, and has ended: %s", state.id, error)
             if state.whole and state.answered:
@@ -241,6 +249,8 @@ class Feedback:
         self._restored(record)
         if not record.final:
             record.idle_since = self._now()  # how long it has been is known to nobody
+        # Ours from now on: another gateway that starts leaves it alone.
+        self._journal.write(Record(agent=self._state(record)))
 
     def _end(
         self,

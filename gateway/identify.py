@@ -32,27 +32,31 @@ _COUNT = re.compile(COUNT_PATTERN)
 _WEIGHT = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 _TRUE, _FALSE = {"true", "1"}, {"false", "0"}
 
-# (header with the id, header with its parent's). Ours comes first: what it says is checked, not guessed.
 _OWN = ("x-agent-id", "x-agent-parent")
 _OWN_FIELDS = ("agent_id", "program_id")
-_HEADERS = (
-    ("x-llm-d-inference-fairness-id", None),
-    ("x-gateway-inference-fairness-id", None),
-    ("x-dynamo-session-id", "x-dynamo-parent-session-id"),
-    ("x-litellm-trace-id", None),
-    ("x-litellm-session-id", None),
-    ("x-bf-session-id", None),
-    ("x-claude-code-session-id", None),  # its sub-agents have ids of their own beside it
-    ("thread-id", "x-codex-parent-thread-id"),
-    ("session-id", None),
-    ("session_id", None),
-    ("x-session-affinity", "x-parent-session-id"),
-    ("x-qwen-code-session-id", None),
-    ("x-amp-thread-id", None),
-    ("x-session-id", "x-parent-session-id"),
-)
-ID_HEADERS = tuple(name for name, _ in _HEADERS)
-_NAMES = frozenset(name for pair in (_OWN, *_HEADERS) for name in pair if name)
+# Header with the id, and headers with its parent's: the first that names another counts. Ours comes first: what it says is
+# checked, not guessed.
+_HEADERS: dict[str, tuple[str, ...]] = {
+    "x-llm-d-inference-fairness-id": (),
+    "x-gateway-inference-fairness-id": (),
+    "x-dynamo-session-id": ("x-dynamo-parent-session-id",),
+    "x-litellm-trace-id": (),
+    "x-litellm-session-id": (),
+    "x-bf-session-id": (),
+    "x-claude-code-session-id": (),  # its sub-agents have ids of their own beside it
+    # Codex's threads have had one session, their root's, since its sub-agents did not all name the thread above them.
+    "thread-id": ("session-id", "x-codex-parent-thread-id"),
+    "session-id": ("x-codex-parent-thread-id",),
+    "session_id": ("x-codex-parent-thread-id",),
+    "x-session-affinity": ("x-parent-session-id",),
+    "x-qwen-code-session-id": (),
+    "x-amp-thread-id": (),
+    "x-session-id": ("x-parent-session-id",),
+}
+ID_HEADERS = tuple(_HEADERS)
+_NAMES = frozenset((*_OWN, *ID_HEADERS))
+# What only sub-agents send beside their root's id.
+_PARTS = {"x-claude-code-session-id": "x-claude-code-agent-id"}
 _VENDOR = re.compile(r"x-[a-z0-9-]+-session-id")
 ID_FIELDS = ("session_id", "metadata", "prompt_cache_key", "safety_identifier", "user")
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -94,6 +98,8 @@ def identify(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> I
     final = _flag(headers, "x-agent-final") or (
         source == "x-dynamo-session-id" and headers.get("x-dynamo-session-final", "").lower() in _TRUE
     )
+    if _PARTS.get(source) in headers:
+        final = False  # a part ends, and not the whole
     return Identity(
         name=name,
         source=source,
@@ -159,9 +165,10 @@ def _named(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> tup
     if said:
         return said[0][1], parent, said[0][0]
     if not _NAMES.isdisjoint(headers):
-        for header, parent_header in _HEADERS:
+        for header, parent_headers in _HEADERS.items():
             if value := headers.get(header):
-                named = headers.get(parent_header) if parent_header else None
+                above = (named for name in parent_headers if (named := headers.get(name)) and named != value)
+                named = next(above, None)
                 return _as_id(value), parent or (_as_id(named) if named else None), header
     for header, value in headers.items():
         if value and header.endswith("-session-id") and _VENDOR.fullmatch(header) and "parent" not in header:

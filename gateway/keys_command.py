@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gateway.keys import Keys, KeysError, add_key, revoke_key
-from gateway.settings import KeysSettings, load
+from gateway.settings import KeysSettings
+from gateway.sources import load
 
 answers = Console(highlight=False, markup=False, soft_wrap=True)  # standard output
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
@@ -18,10 +19,17 @@ NO_CLASS, OTHER_CLASSES = "none", "other"
 # Tenants have keys, so there are as many as somebody has made keys for.
 MAX_TENANTS = 1000
 OTHER_TENANTS = "other"
+# Models are known by what the engine has answered, so that what clients ask for in vain fills no label.
+MAX_MODELS = 100
+OTHER_MODELS = "other"
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _OVERHEAD_SECONDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5)
 _PREDICTION_SECONDS = (0.0001, 0.0002, 0.0003, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.005, 0.01, 0.1)
+# As OpenTelemetry's conventions for generative AI advise.
+_OPERATION_SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_FIRST_TOKEN_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
 _RATIO = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10)
 
 
@@ -51,11 +59,30 @@ class _Children(dict[tuple[str, ...], Any]):
         return child
 
 
+class CutOff(StrEnum):
+    """of a client's connection. invalid: no HTTP, or too much of it. slow: a head or a body did not come. unread: nor was an
+    answer read. crowded: it was idle, and gave way to a new one. refused: there were too many, and none was idle."""
+
+    INVALID = "invalid"
+    SLOW = "slow"
+    UNREAD = "unread"
+    CROWDED = "crowded"
+    REFUSED = "refused"
+
+
+class ReloadOutcome(StrEnum):
+    """of the settings. refused: something was wrong, and nothing has changed."""
+
+    APPLIED = "applied"
+    REFUSED = "refused"
+
+
 class Metrics:
     def __init__(self, registry: CollectorRegistry, *, version: str, policy: str) -> None:
         self.registry = registry
         self._classes: set[str] = set()
         self._tenants: set[str] = set()
+        self._models: set[str] = set()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"justitia_{name}", text, labels, registry=registry)
@@ -66,7 +93,9 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"justitia_{name}", text, labels, registry=registry, buckets=buckets)
 
-        Info("justitia_build", "Version and policy.", registry=registry).info({"version": version, "policy": policy})
+        self._version = version
+        self._build = Info("justitia_build", "Version and policy.", registry=registry)
+        self.policy_is(policy)
         self._requests = _Children(
             counter("requests_total", "Requests by endpoint and outcome.", "endpoint", "outcome")
         )
@@ -110,12 +139,14 @@ class Metrics:
         for reason in Reason:
             self._rejected.labels(reason)
         self._tenant_rejected = counter("tenant_rejected_total", "The same, by tenant.", "tenant")
-        self._tenant_requests = counter("tenant_requests_total", "Tasks that were charged.", "tenant")
-        self._tenant_tokens = counter(
-            "tenant_tokens_total", "Tokens by kind: prompt, cached (of the prompts'), completion.", "tenant", "kind"
+        self._tenant_requests = _Children(counter("tenant_requests_total", "Tasks that were charged.", "tenant"))
+        self._tenant_tokens = _Children(
+            counter(
+                "tenant_tokens_total", "Tokens by kind: prompt, cached (of the prompts'), completion.", "tenant", "kind"
+            )
         )
-        self._tenant_cost = counter(
-            "tenant_kv_token_iterations_total", "What tenants were charged, KV token·iterations.", "tenant"
+        self._tenant_cost = _Children(
+            counter("tenant_kv_token_iterations_total", "What tenants were charged, KV token·iterations.", "tenant")
         )
         self._agents = gauge("agents", "Agents by state: waiting, running (nothing waits), idle.", "state")
         self._tasks = gauge("tasks", "Tasks by state.", "state")
@@ -211,7 +242,51 @@ class Metrics:
         self._trainings = counter("trainings_total", "Trainings by outcome.", "outcome")
         for outcome in TrainingOutcome:
             self._trainings.labels(outcome)
+        self._reloads = counter("reloads_total", "Times that the settings were read anew, by outcome.", "outcome")
+        for reload_outcome in ReloadOutcome:
+            self._reloads.labels(reload_outcome)
         self._training_s = gauge("training_seconds", "How long the last training took.")
+        self._connections = gauge("connections", "Connections of clients.")
+        self._cut_off = counter(
+            "connections_cut_off_total",
+            "Connections of clients that were ended before their time, by reason.",
+            "reason",
+        )
+        for why in CutOff:
+            self._cut_off.labels(why)
+        self._log_dropped = counter(
+            "request_log_dropped_total", "Lines of the request log that were lost: nobody took them, or not in time."
+        )
+        self._spans_dropped = counter(
+            "spans_dropped_total", "Spans that were lost: no collector took them, or not in time."
+        )
+
+        def standard(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> _Children:
+            labels = ("gen_ai_operation_name", "gen_ai_request_model", *labels)
+            return _Children(Histogram(f"gen_ai_server_{name}", text, labels, registry=registry, buckets=buckets))
+
+        self._operation_s = standard(
+            "request_duration_seconds",
+            "OpenTelemetry's gen_ai.server.request.duration: from a task's arrival to its end.",
+            _OPERATION_SECONDS,
+            "error_type",
+        )
+        self._operation_first_token_s = standard(
+            "time_to_first_token_seconds",
+            "OpenTelemetry's gen_ai.server.time_to_first_token: of streams that were completed.",
+            _FIRST_TOKEN_SECONDS,
+        )
+        self._operation_token_s = standard(
+            "time_per_output_token_seconds",
+            "OpenTelemetry's gen_ai.server.time_per_output_token: of streams that were completed, after the first token.",
+            _TOKEN_SECONDS,
+        )
+
+    def policy_is(self, policy: str) -> None:
+        self._build.info({"version": self._version, "policy": policy})
+
+    def reloaded(self, outcome: ReloadOutcome) -> None:
+        self._reloads.labels(outcome).inc()
 
     def request_ended(self, endpoint: str, outcome: Outcome, seconds: float) -> None:
         self._requests[endpoint, outcome].inc()
@@ -224,11 +299,12 @@ class Metrics:
     def charged(self, row: UsageRow) -> None:
         """What a task used, or a correction of it. A counter cannot take anything back, so it does not."""
         label = self._tenant(row.tenant)
-        self._tenant_requests.labels(label).inc(row.requests)
-        self._tenant_tokens.labels(label, "prompt").inc(row.prompt_tokens)
-        self._tenant_tokens.labels(label, "cached").inc(row.cached_tokens)
-        self._tenant_tokens.labels(label, "completion").inc(row.completion_tokens)
-        self._tenant_cost.labels(label).inc(max(0.0, row.kv_cost))
+        if row.requests:
+            self._tenant_requests[label,].inc(row.requests)
+            self._tenant_tokens[label, "prompt"].inc(row.prompt_tokens)
+            self._tenant_tokens[label, "cached"].inc(row.cached_tokens)
+            self._tenant_tokens[label, "completion"].inc(row.completion_tokens)
+        self._tenant_cost[label,].inc(max(0.0, row.kv_cost))
 
     def left_queue(self, outcome: Outcome, seconds: float) -> None:
         self._queue_s[outcome,].observe(seconds)
@@ -238,6 +314,31 @@ class Metrics:
 
     def first_token(self, seconds: float) -> None:
         self._first_token_s.observe(seconds)
+
+    def operation_ended(
+        self,
+        operation: str,
+        model: str | None,
+        outcome: Outcome,
+        seconds: float,
+        first_token_s: float | None,
+        completion_tokens: int | None,
+    ) -> None:
+        """A task, under the names that OpenTelemetry has for it. first_token_s: after its arrival, if it was a stream."""
+        completed = outcome is Outcome.COMPLETED
+        label = self._model(model, served=completed)
+        # No label is one that is empty.
+        self._operation_s[operation, label, "" if completed else outcome].observe(seconds)
+        if completed and first_token_s is not None:
+            self._operation_first_token_s[operation, label].observe(first_token_s)
+            if completion_tokens is not None and completion_tokens > 1:
+                self._operation_token_s[operation, label].observe((seconds - first_token_s) / (completion_tokens - 1))
+
+    def log_dropped(self, lines: int) -> None:
+        self._log_dropped.inc(lines)
+
+    def spans_dropped(self, count: int) -> None:
+        self._spans_dropped.inc(count)
 
     def task_ended(self, agent_class: str | None, prompt_tokens: int, completion_tokens: int) -> None:
         label = self._class(agent_class)
@@ -361,6 +462,13 @@ class Metrics:
         self._state_unwritten.inc(unwritten)
         self._state_given_up.inc(given_up)
 
+    def count_connections(self, count: Callable[[], float]) -> None:
+        """They are counted at the time of the scrape."""
+        self._connections.set_function(count)
+
+    def connection_cut_off(self, why: CutOff) -> None:
+        self._cut_off.labels(why).inc()
+
     def _class(self, agent_class: str | None) -> str:
         if agent_class is None:
             return NO_CLASS
@@ -369,3 +477,11 @@ class Metrics:
                 return OTHER_CLASSES
             self._classes.add(agent_class)
         return agent_class
+
+    def _model(self, model: str | None, *, served: bool) -> str:
+        if model in self._models:
+            return model
+        if model is None or not served or len(self._models) >= MAX_MODELS:
+            return OTHER_MODELS
+        self._models.add(model)
+        return model

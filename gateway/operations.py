@@ -15,7 +15,7 @@ from gateway.fairness import TenantId
 from gateway.parts import Parts
 
 
-def operation_routes(parts: Parts, *, version: str, policy: str) -> APIRouter:
+def operation_routes(parts: Parts, *, version: str) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health")
@@ -27,7 +27,7 @@ def operation_routes(parts: Parts, *, version: str, policy: str) -> APIRouter:
             "link": _link(parts.engine),
             "state": "ok" if parts.journal.up else "alone",
             "capacity_tokens": parts.engine.capacity_tokens,
-            "policy": policy,
+            "policy": parts.settings.policy,
             "version": version,
         }
 

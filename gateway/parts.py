@@ -12,9 +12,12 @@ from gateway.engine_client import EngineClient
 from gateway.fairness import FairQueue
 from gateway.feedback import Feedback
 from gateway.identify import Roots
+from gateway.intake import BodyBudget
 from gateway.learning.serving import Learning
 from gateway.metrics import Metrics
+from gateway.observer import Observer
 from gateway.release import Dispatcher
+from gateway.settings import GatewaySettings, Live
 from gateway.state import Journal
 from gateway.tenants import Tenants
 from predictor.types import Predictor
@@ -22,8 +25,7 @@ from predictor.types import Predictor
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """suspect: set by who lost a task, so that the watch asks the engine at once. max_queue_s: a task's time in the queue.
-    keep_text: whether texts are kept with what was learned."""
+    """suspect: set by who lost a task, so that the watch asks the engine at once."""
 
     queue: FairQueue
     dispatcher: Dispatcher
@@ -34,13 +36,19 @@ class Parts:
     feedback: Feedback
     journal: Journal
     metrics: Metrics
+    observer: Observer
     accuracy: Accuracy
     learning: Learning
     roots: Roots
+    bodies: BodyBudget
     background: Background
     suspect: asyncio.Event
-    max_queue_s: float
-    keep_text: bool
+    live: Live
+
+    @property
+    def settings(self) -> GatewaySettings:
+        """Those that hold now."""
+        return self.live.settings
 
     def engine_lost_a_task(self) -> None:
         """Nothing is released until the engine has answered again."""

@@ -15,8 +15,9 @@ from gateway.background import owns
 from gateway.dialects import ANTHROPIC, OPENAI, Dialect
 from gateway.engine_client import EngineUnreachable
 from gateway.errors import EngineLost, GatewayError, NoEngine, NotFound, Outcome, QueueFull, outcome_of
-from gateway.intake import ClientGone, headers_of, read_body
+from gateway.intake import ClientGone, HeldBody, headers_of, read_body
 from gateway.leaving import Client
+from gateway.observer import RequestSpan
 from gateway.parts import Parts
 
 logger = logging.getLogger(__name__)
@@ -44,12 +45,12 @@ PASSED = (
 )
 
 
-def passing_routes(parts: Parts, max_body_bytes: int) -> list[Route]:
+def passing_routes(parts: Parts) -> list[Route]:
     at_once = AtOnce()
     return [
         Route(
             passed.path,
-            Passing(parts, passed, at_once, max_body_bytes),
+            Passing(parts, passed, at_once),
             methods=[passed.method],
             name=f"{passed.method} {passed.path}",
         )
@@ -65,35 +66,41 @@ class AtOnce:
 class Passing:
     """One endpoint, as an ASGI application."""
 
-    def __init__(self, parts: Parts, passed: Passed, at_once: AtOnce, max_body_bytes: int) -> None:
+    def __init__(self, parts: Parts, passed: Passed, at_once: AtOnce) -> None:
         self._parts, self._passed, self._at_once = parts, passed, at_once
-        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        arrived_s = time.monotonic()
+        arrived_s, headers, passed = time.monotonic(), headers_of(scope), self._passed
+        span = self._parts.observer.begins(passed.method, passed.path, headers, scope["headers"], arrived_s)
         outcome = Outcome.CANCELLED
         self._at_once.requests += 1
         try:
-            outcome = await self._serve(scope, receive, send)
+            outcome = await self._serve(scope, headers, receive, send, span)
         except GatewayError as error:
             outcome = error.outcome
-            await answers.send_error(error, self._passed.dialect, send)
+            await self._refuse(error, span, send)
         except ClientGone:
             pass
         except Exception:
             logger.exception("a request failed")
             outcome = Outcome.FAILED
-            await answers.send_error(GatewayError("internal error"), self._passed.dialect, send)
+            await self._refuse(GatewayError("internal error"), span, send)
         finally:
             self._at_once.requests -= 1
-            self._parts.metrics.request_ended(self._passed.path, outcome, time.monotonic() - arrived_s)
+            span.ended(outcome)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> Outcome:
+    async def _refuse(self, error: GatewayError, span: RequestSpan, send: Send) -> None:
+        span.failed(error)
+        await answers.send_error(error, self._passed.dialect, send, [span.header])
+
+    async def _serve(
+        self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send, span: RequestSpan
+    ) -> Outcome:
         """Raises `GatewayError`, and `ClientGone`."""
         if self._at_once.requests > MAX_AT_ONCE:
             raise QueueFull(f"{MAX_AT_ONCE} requests of such a kind are being served already", retry_after_s=1)
-        headers = headers_of(scope)
         tenant = self._parts.tenants.authenticate(headers)
+        span.authenticated(tenant.name)
         path = self._passed.path
         if (answer_id := scope.get("path_params", {}).get("id")) is not None:
             if not owns(tenant.name, answer_id):
@@ -101,10 +108,18 @@ class Passing:
             path = path.format(id=answer_id)
         if query := scope["query_string"]:
             path += "?" + query.decode("latin-1")
-        body = await read_body(receive, headers, self._max_body_bytes)
-        client = Client(receive, send)
+        held = HeldBody(self._parts.bodies)
         try:
-            return await self._relay(path, body, headers, client)
+            body = await read_body(receive, headers, self._parts.settings.max_body_bytes, held)
+            return await self._relay_for(Client(receive, send), path, body, headers, span)
+        finally:
+            held.release()
+
+    async def _relay_for(
+        self, client: Client, path: str, body: bytes, headers: dict[str, str], span: RequestSpan
+    ) -> Outcome:
+        try:
+            return await self._relay(path, body, headers, client, span)
         except asyncio.CancelledError:
             if not client.cancelled():
                 raise
@@ -112,13 +127,17 @@ class Passing:
         finally:
             client.done()
 
-    async def _relay(self, path: str, body: bytes, headers: dict[str, str], client: Client) -> Outcome:
+    async def _relay(
+        self, path: str, body: bytes, headers: dict[str, str], client: Client, span: RequestSpan
+    ) -> Outcome:
+        span.asks_engine(headers)
         try:
             answer = await self._parts.client.ask(self._passed.method, path, body, headers)
         except EngineUnreachable as error:
             raise NoEngine(error.message, retry_after_s=5) from error
         try:
-            await client.send(answers.start(answer.status, answer.content_type, answer.headers))
+            span.answered(answer.status)
+            await client.send(answers.start(answer.status, answer.content_type, [span.header, *answer.headers]))
             while chunk := await answer.read_some():
                 await client.send(answers.body(chunk, more=True))
             await client.send(answers.body(b"", more=False))

@@ -18,14 +18,16 @@ from engine.hints import PRIORITY_HEADER, Hints, to_tag
 from gateway import answers
 from gateway.accuracy import NOBODY
 from gateway.answers import Headers, ascii_headers
-from gateway.background import unfinished, until_finished
+from gateway.background import outcome_of_response, unfinished, until_finished
 from gateway.body import Body
 from gateway.content import texts_of
 from gateway.engine_client import Answer, EngineUnreachable, Health
-from gateway.errors import EngineLost, GatewayError, Outcome, ShuttingDown, outcome_of
+from gateway.errors import RESTART_S, EngineLost, GatewayError, Outcome, ShuttingDown, outcome_of
 from gateway.estimate import Estimate, estimate_agent, estimate_arrival
 from gateway.fairness import KvTokenIterations, Release, Spent, Task, TaskId
+from gateway.intake import HeldBody
 from gateway.leaving import Client
+from gateway.observer import RequestSpan
 from gateway.parts import Parts
 from gateway.record import AgentRecord
 from gateway.release import Turn
@@ -43,7 +45,8 @@ _EVENTS = "text/event-stream"
 @dataclass(frozen=True, slots=True)
 class TaskRequest:
     """One task as it came. headers: by lower-case name. weight: of its agent. arrived_s: on the monotonic clock. final: the
-    client says that it is its agent's last. answer_id: by which the engine is to keep its answer, where it keeps any."""
+    client says that it is its agent's last. span: told of what becomes of it. answer_id: by which the engine is to keep its
+    answer, where it keeps any."""
 
     id: TaskId
     body: Body
@@ -53,6 +56,8 @@ class TaskRequest:
     weight: float
     arrived_s: float
     final: bool
+    span: RequestSpan
+    held: HeldBody
     answer_id: str | None = None
 
 
@@ -73,7 +78,8 @@ class Relay:
         self._released_at: float | None = None  # on the service clock
         self._started = False  # bytes have left for the client
         self._goes_on = False  # at the engine, whatever becomes of the client
-        self._charged = False
+        self._charged = self._settled = False
+        self._cost: float | None = None  # in token·iterations, once it is charged
         self._engine_s = 0.0  # spent waiting for the engine
 
     async def serve(self, receive: Receive, send: Send) -> None:
@@ -82,32 +88,33 @@ class Relay:
             await self._serve(client.send)
         except asyncio.CancelledError:
             if not client.left:  # the gateway ends
-                await self._send_error(ShuttingDown("the gateway is shutting down", retry_after_s=1), send)
+                await self._send_error(ShuttingDown("the gateway is shutting down", retry_after_s=RESTART_S), send)
                 raise
             self._outcome = Outcome.CANCELLED
             if not client.cancelled():
                 raise
         finally:
             client.done()
-            if self._goes_on:
-                self._parts.background.add(self._follow())
-            else:
+            if not self._goes_on:
                 self._settle()
 
     async def _serve(self, send: Send) -> None:
         try:
             turn = self._turn = self._enqueue()
             while True:
-                release = await turn.wait(self._request.tenant.settings.max_queue_s or self._parts.max_queue_s)
+                limit_s = self._request.tenant.settings.max_queue_s or self._parts.settings.max_queue_s
+                release = await turn.wait(limit_s)
                 self._note_release(release, turn)
                 try:
                     with turn.at_engine():
                         return await self._exchange(release, send)
                 except EngineLost as lost:
+                    self._request.span.engine_lost()
                     self._parts.engine_lost_a_task()
                     if self._started or not turn.requeue(sent=not isinstance(lost, EngineUnreachable)):
                         raise
-                    self._released_at, self._goes_on = None, False
+                    self._request.span.queued()
+                    self._released_at = None
         except GatewayError as error:
             self._outcome = error.outcome
             if error.reason is not None:
@@ -144,6 +151,7 @@ class Relay:
         except Exception:
             parts.feedback.withdrawn(request.record)
             raise
+        request.span.queued()
         parts.feedback.accepted(request.record, estimate, final=request.final)
         return turn
 
@@ -151,6 +159,7 @@ class Relay:
         agent = self._parts.queue.agents[release.task.agent_id]
         self._released_at = self._parts.engine.iterations
         self._parts.feedback.released(self._request.record, agent.predicted)
+        self._request.span.released(agent.finish_tag)
         self._own_headers = ascii_headers(
             {
                 "x-agent-id": self._request.record.name,
@@ -169,6 +178,7 @@ class Relay:
         own = None if endpoint.priority else {PRIORITY_HEADER: str(hints.tag)}
         body = request.body.for_engine(hints, request.answer_id)
         asked_s = time.monotonic()
+        request.span.asks_engine(request.headers)
         answer = await client.ask("POST", endpoint.path, body, request.headers, own)
         try:
             self._engine_s += time.monotonic() - asked_s
@@ -185,10 +195,11 @@ class Relay:
         asked_s = time.monotonic()
         data = await answer.read()
         self._engine_s += time.monotonic() - asked_s
-        self._usage = parse_usage(data) if answer.status == 200 else None
-        self._goes_on = self._request.body.background and answer.status == 200 and unfinished(data)
+        self._usage = parse_usage(answer.metadata or data) if answer.status == 200 else None
         self._outcome = outcome_of(answer.status)
-        if not self._goes_on:
+        if self._request.body.background and answer.status == 200 and unfinished(data):
+            self._go_on()
+        else:
             self._charge()
         await self._start(answer, send, length=len(data))
         await send(answers.body(data, more=False))
@@ -197,7 +208,6 @@ class Relay:
         body = self._request.body
         dialect = body.endpoint.dialect
         events = UsageFilter(dialect, show=body.wants_usage)
-        self._goes_on = body.background
         clock = time.monotonic
         since_s = clock()
         try:
@@ -207,8 +217,10 @@ class Relay:
                     if not self._started:
                         if data.startswith(dialect.fails) and await self._parts.client.health() is not Health.UP:
                             raise EngineLost("the engine died")
+                        if body.background:
+                            self._go_on()
                         await self._start(answer, send)
-                        self._parts.metrics.first_token(clock() - self._request.arrived_s)
+                        self._request.span.first_token()
                     if events.done:
                         self._note_end(events)
                     await send(answers.body(data, more=True))
@@ -222,44 +234,64 @@ class Relay:
     def _note_end(self, events: UsageFilter) -> None:
         self._usage, self._events = events.usage, events.events
         self._goes_on = False
-        self._outcome = Outcome.COMPLETED if self._usage is not None else Outcome.FAILED  # it ended with an error event
+        failed = events.failed or self._usage is None  # it ended with an error event
+        self._outcome = Outcome.FAILED if failed else Outcome.COMPLETED
         self._charge()
 
     async def _start(self, answer: Answer, send: Send, *, length: int | None = None) -> None:
         self._started = True
-        headers = [*self._own_headers, *answer.headers]
+        self._request.span.answered(answer.status)
+        headers = [self._request.span.header, *self._own_headers, *answer.headers]
         await send(answers.start(answer.status, answer.content_type, headers, length))
 
     async def _send_error(self, error: GatewayError, send: Send) -> None:
-        dialect = self._request.body.endpoint.dialect
+        dialect, span = self._request.body.endpoint.dialect, self._request.span
+        span.failed(error)
         if self._started:
             await send(answers.body(dialect.error_event(error), more=False))
         else:
-            await answers.send_error(error, dialect, send, self._own_headers)
+            await answers.send_error(error, dialect, send, [span.header, *self._own_headers])
+
+    def _go_on(self) -> None:
+        """From here on the task lasts as long as the engine says, and a stream of it may not: vLLM's does not end when the
+        response is cancelled."""
+        self._goes_on = True
+        self._parts.background.add(self._follow())
 
     async def _follow(self) -> None:
         """The engine goes on with what nobody waits for: it holds its memory until it is done."""
-        answer_id = self._request.answer_id
+        answer_id, answer = self._request.answer_id, None
         assert answer_id is not None
-        self._outcome = Outcome.FAILED
         try:
             answer = await until_finished(self._parts.client, answer_id, self._request.headers)
-            if answer is not None:
-                self._usage, self._outcome = parse_usage(answer), Outcome.COMPLETED
         finally:
-            self._settle()
+            if not self._settled:
+                self._outcome = Outcome.FAILED if answer is None else outcome_of_response(answer)
+                self._usage = None if answer is None else parse_usage(answer)
+                self._settle()
 
     def _settle(self) -> None:
-        """Charge what was used, if that has not been done, and say how it went. Awaits nothing."""
-        ended_s = time.monotonic() - self._request.arrived_s
-        metrics = self._parts.metrics
-        metrics.request_ended(self._request.body.endpoint.path, self._outcome, ended_s)
-        self._charge()
-        if self._turn is None:
+        """Charge what was used, if that has not been done, and say how it went, once. Awaits nothing."""
+        if self._settled:
             return
-        metrics.left_queue(self._outcome, self._turn.queued_s)
-        if self._outcome is Outcome.COMPLETED:
-            metrics.overhead(ended_s - self._turn.queued_s - self._engine_s)
+        self._settled = True
+        ended_s = time.monotonic()
+        self._request.held.release()
+        try:
+            self._charge()
+        finally:
+            queue_s = None if self._turn is None else self._turn.queued_s
+            if queue_s is not None:
+                self._parts.metrics.left_queue(self._outcome, queue_s)
+            self._request.span.ended(
+                self._outcome,
+                at_s=ended_s,
+                queue_s=queue_s,
+                engine_s=self._engine_s,
+                usage=self._usage,
+                predicted_cost=None if self._estimate is None else self._estimate.cost,
+                observed_cost=self._cost,
+            )
 
     def _charge(self) -> None:
         """Settle the turn, with what was used, once. Awaits nothing. Of an answer it is done before its end is sent: what a
@@ -273,7 +305,7 @@ class Relay:
         try:
             if self._usage is not None and self._outcome is Outcome.COMPLETED:
                 finished = finished_task(self._usage, request.body, parts.engine.held_by(request.id))
-                if parts.keep_text:
+                if parts.settings.keep_text:
                     system, text = texts_of(request.body)
                     finished = msgspec.structs.replace(finished, prompt=text, system=system)
                 finished = parts.feedback.placed(request.record, finished, request.arrived_s, self._estimate.row)
@@ -291,23 +323,28 @@ class Relay:
             self._turn.cancel(
                 Spent(KvTokenIterations(0.0))
             )  # does nothing, unless the queue has refused what came before
+            self._cost = cost
             told_later = parts.engine.counts_held and request.body.endpoint.xargs
             parts.feedback.ended(request.record, finished, request.id if told_later else None, _used(self._usage, cost))
 
     def _cost_held(self, estimate: Estimate) -> float:
         """Of a task that was broken off, in token·iterations: by its usage so far, if it was told; else by the engine's last
         word on it; else by the events that were relayed; else, since an engine without a link tells nothing before the
-        end, by the iterations since its release, up to what was predicted."""
-        request, sequences = self._request, self._request.body.sequences
-        prompt_tokens = estimate.prompt_tokens / sequences
+        end, by the iterations since its release, up to what was predicted. Of a whole answer that does not tell its usage,
+        by what was predicted."""
+        request, usage, sequences = self._request, self._usage, self._request.body.sequences
         holding = self._parts.engine.held.get(request.id)
-        if self._usage is not None:
-            return finished_task(self._usage, request.body).cost
+        # A stream of Anthropic's begins with a usage that knows the prompt only.
+        if usage is not None and (usage.completion_tokens or not request.body.endpoint.decodes):
+            return finished_task(usage, request.body).cost
+        prompt_tokens = (estimate.prompt_tokens if usage is None else usage.prompt_tokens) / sequences
         if holding is not None:
             decoded = holding.output_tokens / sequences
             return sequences * task_cost(max(0.0, holding.kv_tokens / sequences - decoded), decoded)
         if self._events:
             return sequences * task_cost(prompt_tokens, self._events / sequences)
+        if self._outcome is Outcome.COMPLETED:
+            return estimate.cost
         if self._released_at is None or self._outcome is Outcome.INVALID or self._parts.engine.linked:
             return 0.0
         iterations = self._parts.engine.iterations - self._released_at

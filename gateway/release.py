@@ -7,6 +7,7 @@ without awaiting, whatever happens. Each change asks the queue what to release n
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +16,20 @@ from typing import Protocol
 
 from engine.hints import to_tag
 from gateway.capacity import CAPACITY_ITERATIONS, EngineView, ServedCapacity, ServedRate
-from gateway.errors import GatewayError, NoEngine, ShuttingDown, WaitedTooLong
-from gateway.fairness import AgentId, FairQueue, KvTokenIterations, QueueError, Release, Spent, Task, TaskId, TenantId
+from gateway.errors import RESTART_S, GatewayError, NoEngine, ShuttingDown, WaitedTooLong
+from gateway.fairness import (
+    AgentId,
+    FairQueue,
+    KvTokenIterations,
+    Policy,
+    QueueError,
+    Release,
+    Spent,
+    Task,
+    TaskId,
+    TenantId,
+)
+from gateway.limits import MAX_RETRY_AFTER_S
 from gateway.tenants import Tenant, Tenants
 from gateway.tool_waits import ToolWaits
 
@@ -81,7 +94,7 @@ class Turn:
 
     def requeue(self, *, sent: bool) -> bool:
         """Back into the queue, in its old place, after the engine lost it; once, if the engine had been `sent` it."""
-        if self._settled or self._dispatcher.draining or (sent and self._requeued):
+        if self._settled or self._dispatcher.cut_off or (sent and self._requeued):
             return False
         self._requeued = self._requeued or sent
         self._released = self._dispatcher.loop.create_future()
@@ -147,7 +160,7 @@ class Dispatcher:
         self.loop = asyncio.get_running_loop()
         self.queue = queue
         self.engine = engine
-        self.draining = False
+        self.draining = self.cut_off = False
         self.tell: Tell | None = None  # the engine, if it listens
         self.rate = ServedRate()
         self._served = ServedCapacity()
@@ -158,6 +171,7 @@ class Dispatcher:
         self._turns: dict[TaskId, Turn] = {}
         self._all_ended = asyncio.Event()
         self._all_ended.set()
+        self._drained_by_s = 0.0
 
     def submit(
         self, task: Task, agent_cost: float, tenant: Tenant, *, weight: float = 1.0, body_bytes: int = 0
@@ -165,7 +179,7 @@ class Dispatcher:
         """Enqueue. `weight`: of its agent, if that is new. Raises `ShuttingDown`, `NoEngine`, or what `Tenants.enter` raises;
         then nothing was enqueued."""
         if self.draining:
-            raise ShuttingDown("the gateway is shutting down", retry_after_s=1)
+            raise _shutting_down(max(RESTART_S, math.ceil(self._drained_by_s - time.monotonic())))
         if not self.engine.up:
             raise NoEngine("the engine is not ready", retry_after_s=5)
         self._tenants.enter(tenant, body_bytes)
@@ -188,13 +202,29 @@ class Dispatcher:
 
     def pump(self) -> None:
         """Release what the queue says can go now."""
-        if not self.engine.up or self.engine.suspect:
+        if self.cut_off or not self._lives():
             return
         for release in self.queue.release(self.engine.now, self.engine.waiting):
             turn = self._turns[release.task.id]
             self._tenants.released(turn.tenant, turn.body_bytes)
             turn.grant(release)
-        if self.tell is not None and self.engine.reporting and (revised := self.queue.revise()):
+        self._tell_revised()
+
+    def change(self, policy: Policy | None, *, beta: float, engine_waiting: int) -> None:
+        """Release by other limits from now on, and in another order, if one is given."""
+        self.queue.limits = replace(self.queue.limits, beta=beta, engine_waiting=engine_waiting)
+        if policy is not None:
+            self.queue.change_policy(self.engine.now, policy)
+            self._tell_revised()  # before ranks of two policies are compared
+        self.engine_changed()
+
+    def _lives(self) -> bool:
+        return self.engine.up and not self.engine.suspect
+
+    def _tell_revised(self) -> None:
+        if self.tell is None or not (self.engine.reporting and self._lives()):
+            return
+        if revised := self.queue.revise():
             self.tell(tags={release.task.id: to_tag(release.rank) for release in revised})
 
     def keep(self, agent_id: AgentId, kv_tokens: float, agent_class: str | None) -> None:
@@ -271,17 +301,21 @@ class Dispatcher:
         tasks = [] if agent is None else [*agent.waiting, *agent.in_flight]
         return [self._turns[task_id].abort(error) for task_id in tasks]
 
-    async def drain(self, limit_s: float) -> bool:
-        """Take nothing new, hand back what waits, and give what is in flight `limit_s` seconds. True if all of it ended."""
-        self.draining = True
+    def begin_drain(self, limit_s: float) -> None:
+        """Take nothing new. What has been accepted goes on being released."""
+        if not self.draining:
+            self.draining = True
+            self._drained_by_s = time.monotonic() + limit_s
+
+    async def drained(self) -> None:
+        """Until nothing waits and nothing is in flight."""
+        await self._all_ended.wait()
+
+    def end_drain(self) -> None:
+        """Hand back what waits, and break off what is in flight."""
+        self.draining = self.cut_off = True
         for turn in list(self._turns.values()):
-            turn.refuse(ShuttingDown("the gateway is shutting down", retry_after_s=1))
-        try:
-            async with asyncio.timeout(limit_s):
-                await self._all_ended.wait()
-        except TimeoutError:
-            return False
-        return True
+            turn.abort(_shutting_down(RESTART_S))
 
     def _ended(self, turn: Turn) -> None:
         del self._turns[turn.task.id]
@@ -291,3 +325,7 @@ class Dispatcher:
             self._all_ended.set()
         # Not at once: whoever settles the task may reserve the memory that it leaves for its agent's next one.
         self.loop.call_soon(self.pump)
+
+
+def _shutting_down(retry_after_s: int) -> ShuttingDown:
+    return ShuttingDown("the gateway is shutting down", retry_after_s=min(retry_after_s, MAX_RETRY_AFTER_S))

@@ -22,7 +22,8 @@ from gateway.endpoints import ENDPOINTS, Endpoint
 from gateway.errors import GatewayError, InvalidRequest, Outcome
 from gateway.fairness import TaskId
 from gateway.identify import identify
-from gateway.intake import ClientGone, headers_of, read_body
+from gateway.intake import ClientGone, HeldBody, headers_of, read_body
+from gateway.observer import RequestSpan
 from gateway.parts import Parts
 from gateway.passing import passing_routes
 from gateway.relay import Relay, TaskRequest
@@ -30,44 +31,56 @@ from gateway.relay import Relay, TaskRequest
 logger = logging.getLogger(__name__)
 
 
-def task_routes(parts: Parts, *, max_body_bytes: int) -> list[Route]:
+def task_routes(parts: Parts) -> list[Route]:
     # Numbers that grow over restarts too, so that an engine which outlives the gateway never sees one twice.
     numbers = itertools.count(time.time_ns())
     tasks = [
-        Route(endpoint.path, TaskRoute(parts, endpoint, numbers, max_body_bytes), methods=["POST"], name=endpoint.path)
+        Route(endpoint.path, TaskRoute(parts, endpoint, numbers), methods=["POST"], name=endpoint.path)
         for endpoint in ENDPOINTS
     ]
-    return [*tasks, *passing_routes(parts, max_body_bytes)]
+    return [*tasks, *passing_routes(parts)]
 
 
 class TaskRoute:
     """One endpoint, as an ASGI application."""
 
-    def __init__(self, parts: Parts, endpoint: Endpoint, numbers: Iterator[int], max_body_bytes: int) -> None:
+    def __init__(self, parts: Parts, endpoint: Endpoint, numbers: Iterator[int]) -> None:
         self._parts, self._endpoint, self._numbers = parts, endpoint, numbers
-        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_s = time.monotonic()
+        headers = headers_of(scope)
+        span = self._parts.observer.begins("POST", self._endpoint.path, headers, scope["headers"], arrived_s)
         try:
-            request = await self._request(headers_of(scope), receive, arrived_s)
+            request = await self._request(headers, receive, arrived_s, span)
         except GatewayError as error:
-            self._never_a_task(error.outcome, arrived_s)
-            await send_error(error, self._endpoint.dialect, send)
+            await self._refuse(error, span, send)
         except ClientGone:
-            self._never_a_task(Outcome.CANCELLED, arrived_s)
+            span.ended(Outcome.CANCELLED)
         except Exception:
             logger.exception("a request failed")
-            self._never_a_task(Outcome.FAILED, arrived_s)
-            await send_error(GatewayError("internal error"), self._endpoint.dialect, send)
+            await self._refuse(GatewayError("internal error"), span, send)
         else:
             await Relay(self._parts, request).serve(receive, send)
 
-    async def _request(self, headers: dict[str, str], receive: Receive, arrived_s: float) -> TaskRequest:
+    async def _request(
+        self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan
+    ) -> TaskRequest:
         """Raises `GatewayError`, or `ClientGone`."""
+        held = HeldBody(self._parts.bodies)
+        try:
+            return await self._read(headers, receive, arrived_s, span, held)
+        except BaseException:
+            held.release()
+            raise
+
+    async def _read(
+        self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan, held: HeldBody
+    ) -> TaskRequest:
         parts = self._parts
         tenant = parts.tenants.authenticate(headers)
-        body = parse_body(await read_body(receive, headers, self._max_body_bytes), self._endpoint)
+        span.authenticated(tenant.name)
+        body = parse_body(await read_body(receive, headers, parts.settings.max_body_bytes, held), self._endpoint)
         identity = identify(headers, body.fields)
         keeps = self._endpoint.dialect is RESPONSES
         if keeps:
@@ -77,6 +90,7 @@ class TaskRoute:
         weight = parts.tenants.weight_of(tenant, identity.weight)
         root = parts.roots.fold(tenant.name, name, identity.parent)
         record = parts.feedback.arrived(tenant.name, root, identity)
+        span.identified(record, task_id, body)
         final = identity.name is None or (identity.final and root == name)
         return TaskRequest(
             id=task_id,
@@ -87,11 +101,16 @@ class TaskRoute:
             weight=weight,
             arrived_s=arrived_s,
             final=final,
+            span=span,
+            held=held,
             answer_id=answer_id(tenant.name) if keeps else None,
         )
 
-    def _never_a_task(self, outcome: Outcome, arrived_s: float) -> None:
-        self._parts.metrics.request_ended(self._endpoint.path, outcome, time.monotonic() - arrived_s)
+    async def _refuse(self, error: GatewayError, span: RequestSpan, send: Send) -> None:
+        """It never becomes a task."""
+        span.failed(error)
+        span.ended(error.outcome)
+        await send_error(error, self._endpoint.dialect, send, [span.header])
 
 
 def _must_own(tenant: str, body: Body) -> None:

@@ -6,28 +6,42 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
+import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 
 from gateway.app import create_app
-from gateway.keys import KeysError
+from gateway.check import Checked
 from gateway.parts import Parts
+from gateway.protocol import ConnectionLimits, Connections
+from gateway.reload import Check, Reloader
 from gateway.settings import GatewaySettings
+from gateway.watch import keep_running
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 2048
+# As many as connect in one burst; the kernel takes the smaller of this and net.core.somaxconn.
+BACKLOG = 4096
+# Open files that are not clients' connections: those to the engine, the state, what is imported.
+OWN_FILES = 1024
+# Seconds for answers to leave after the drain.
+LEAVE_S = 2
+POLL_S = 0.05
 
 
 class GatewayServer(uvicorn.Server):
-    """On SIGTERM or SIGINT: takes nothing new, hands back what waits, gives what is in flight its time, then ends."""
+    """On SIGTERM or SIGINT: takes nothing new, serves what it has accepted within a limit, hands back the rest, then ends."""
 
-    def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
         super().__init__(config)
-        self._drain_s = drain_s
+        self._connections = connections
+        self._parts: Parts = config.app.state.parts  # type: ignore[union-attr]  # the FastAPI app that we made
         self._cut_off = asyncio.Event()
 
     @contextlib.contextmanager
@@ -35,21 +49,50 @@ class GatewayServer(uvicorn.Server):
         """Signals are for the process that we are a part of: uvicorn would raise them again and end it."""
         yield
 
+    def stop(self) -> None:
+        """Begin to end, at once: uvicorn looks at its flag now and then only."""
+        self.should_exit = True
+        self._parts.dispatcher.begin_drain(self._parts.settings.drain_s)
+        self._connections.drain()
+
     def cut_off(self) -> None:
-        """Do not wait for what is in flight."""
+        """Do not wait for what is left."""
         self._cut_off.set()
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        sweeping = asyncio.create_task(keep_running(self._connections.watch))
+        try:
+            await super().serve(sockets)
+        finally:
+            sweeping.cancel()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        dispatcher = self.config.app.state.parts.dispatcher  # type: ignore[union-attr]  # the FastAPI app that we made
-        logger.info("shutting down: %d waiting, %d in flight", dispatcher.queue.waiting, dispatcher.queue.in_flight)
-        drained = asyncio.create_task(dispatcher.drain(self._drain_s))
+        dispatcher = self._parts.dispatcher
+        queue = dispatcher.queue
+        logger.info("shutting down: %d waiting, %d in flight", queue.waiting, queue.in_flight)
         cut_off = asyncio.create_task(self._cut_off.wait())
-        await asyncio.wait((drained, cut_off), return_when=asyncio.FIRST_COMPLETED)
-        drained.cancel()
+        await self._drained_or(cut_off, self._parts.settings.drain_s)
         cut_off.cancel()
-        if dispatcher.queue.in_flight:
-            logger.warning("%d tasks in flight are cut off", dispatcher.queue.in_flight)
+        if queue.waiting:
+            logger.warning("%d tasks that wait are handed back", queue.waiting)
+        if queue.in_flight:
+            logger.warning("%d tasks in flight are cut off", queue.in_flight)
+        dispatcher.end_drain()
+        await self._drained_or(None, LEAVE_S)
+        self._connections.abandon()
         await super().shutdown(sockets)
+
+    async def _drained_or(self, cut_off: asyncio.Task[bool] | None, limit_s: float) -> None:
+        """Until what was accepted has been served and the answers have left; or at most so long."""
+        drained = asyncio.create_task(self._drained())
+        either = (drained,) if cut_off is None else (drained, cut_off)
+        await asyncio.wait(either, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        drained.cancel()
+
+    async def _drained(self) -> None:
+        await self._parts.dispatcher.drained()
+        while self._connections.answering:  # noqa: ASYNC110  # a buffer tells nobody that it is empty
+            await asyncio.sleep(POLL_S)
 
 
 class PortTaken(Exception):
@@ -66,23 +109,41 @@ class RunningGateway:
         self._server = server
 
     def stop_on_signals(self) -> None:
-        """SIGTERM and SIGINT stop the gateway; the second one does not wait for what is in flight."""
+        """SIGTERM and SIGINT stop the gateway; the second one does not wait for what is left."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop_soon)
 
+    def reload_on_hangup(self, begun: Checked[Any], check: Check) -> None:
+        """SIGHUP has the settings read anew. Where it says that our terminal is gone, it stops the gateway."""
+        reloader = Reloader(self.parts, begun, check)
+        ours = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()  # it is ignored under nohup
+
+        def hung_up() -> None:
+            if ours and not _has_terminal():
+                self._stop_soon()
+            else:
+                reloader.ask()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up)
+
     async def stop(self) -> None:
         """Returns when it has stopped."""
-        self._server.should_exit = True
+        self._server.stop()
         await self.served
+
+    def cut_off(self) -> None:
+        """Nothing more will be served: do not wait for it."""
+        self._server.cut_off()
 
     def _stop_soon(self) -> None:
         if self._server.should_exit:
             self._server.cut_off()
-        self._server.should_exit = True
+        self._server.stop()
 
 
 async def start_gateway(settings: GatewaySettings) -> RunningGateway:
-    """Listen at once. Tasks are served from the moment that the engine answers. Raises `PortTaken`, or `KeysError`."""
+    """Listen at once. Tasks are served from the moment that the engine answers. Raises `PortTaken`, and what
+    `create_app` raises."""
     try:
         listening = socket.create_server((settings.host, settings.port), backlog=BACKLOG)
     except OSError as error:
@@ -91,23 +152,43 @@ async def start_gateway(settings: GatewaySettings) -> RunningGateway:
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         app = await create_app(settings)
-    except KeysError:
+    except Exception:
         listening.close()
         raise
     _collect_seldom()
+    limits = ConnectionLimits(open_files_for(settings.max_connections), settings.keep_alive_s, settings.client_stall_s)
+    metrics = app.state.parts.metrics
+    connections = Connections(limits, metrics.connection_cut_off)
+    metrics.count_connections(lambda: len(connections))
     config = uvicorn.Config(
         app,
+        http=connections.protocol,  # type: ignore[arg-type]  # called like a class
+        ws="none",
+        backlog=BACKLOG,
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=2,
-        timeout_keep_alive=75,
+        timeout_graceful_shutdown=LEAVE_S,
+        timeout_keep_alive=math.ceil(settings.keep_alive_s),
     )
-    server = GatewayServer(config, settings.drain_s)
+    server = GatewayServer(config, connections)
     url = f"http://{settings.host}:{listening.getsockname()[1]}"
     served = asyncio.create_task(server.serve([listening]))
     return RunningGateway(server, url, served)
+
+
+def open_files_for(connections: int) -> int:
+    """Raise the limit of open files as far as we may. Returns how many connections there can be, at most `connections`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = max(soft, connections + OWN_FILES) if hard == resource.RLIM_INFINITY else hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    possible = max(files - OWN_FILES, files // 2)
+    if possible < connections:
+        logger.warning(
+            "at most %d connections, not %d: the limit of open files is %d (ulimit -n)", possible, connections, files
+        )
+    return min(connections, possible)
 
 
 def _collect_seldom() -> None:
@@ -116,3 +197,12 @@ def _collect_seldom() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 100)
+
+
+def _has_terminal() -> bool:
+    """Whether there is a terminal that this process belongs to."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

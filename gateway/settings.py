@@ -1,37 +1,37 @@
-"""Every setting, once: name, default, bounds, and a sentence of help.
-
-A flag (`--max-queue-s 60`) goes over the environment (`JUSTITIA_MAX_QUEUE_S`), over a TOML file (`--config`, or
-`JUSTITIA_CONFIG`), over the default. A name that is not known is an error in all three. What `export` or `predictor …` takes
-beyond what it shares with the gateway is no variable: one that is set for all commands would mean something to that one alone.
-"""
+"""Every setting, once: name, default, bounds, unit in the name, and a sentence of help. `sources` says where they come from."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, field_validator
-from pydantic_settings import (
-    BaseSettings,
-    CliApp,
-    EnvSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
 )
+from pydantic_settings import BaseSettings, CliSuppress, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "JUSTITIA_"
-OTHER_PREFIXES = ("JUSTITIA_DEMO_", "JUSTITIA_REPLAY_", "JUSTITIA_EVALUATE_")
-PolicyName = Literal["justitia", "fcfs", "agent-fcfs", "vtc", "las", "sjf", "srjf"]
+MIB = 2**20
+# Of a path to a Unix socket, in bytes.
+LONGEST_SOCKET_PATH = 107
+
+T = TypeVar("T")
+# A setting that can be changed while the gateway serves: see `reload`.
+Reloadable = Annotated[T, Field(json_schema_extra={"reload": True})]
 TENANT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 TenantName = Annotated[str, StringConstraints(pattern=TENANT_NAME)]
+PolicyName = Literal["justitia", "fcfs", "agent-fcfs", "vtc", "las", "sjf", "srjf"]
 
 
 def _state_home() -> Path:
@@ -52,11 +52,22 @@ def command_config(env_prefix: str) -> SettingsConfigDict:
     return SettingsConfigDict(
         env_prefix=env_prefix,
         extra="forbid",
+        allow_inf_nan=False,
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_avoid_json=True,
         cli_hide_none_type=True,
     )
+
+
+def _no_truth_for_a_number(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
+    """Python takes true for 1."""
+    if isinstance(value, bool) and info.field_name is not None:
+        annotation = cls.model_fields[info.field_name].annotation
+        kinds = {annotation, *get_args(annotation)}
+        if kinds & {int, float} and bool not in kinds:
+            raise ValueError(f"must be a number, not {str(value).lower()}")
+    return value
 
 
 class StateSettings(BaseSettings):
@@ -65,7 +76,8 @@ class StateSettings(BaseSettings):
     model_config = command_config(PREFIX)
 
     config: Path | None = Field(
-        None, description="A TOML file with settings, one per line, named as here with _ for -."
+        None,
+        description="The settings file, in YAML; default: `justitia.yaml` in the working directory, if it is there.",
     )
     state: str = Field(
         default_factory=_default_state,
@@ -81,13 +93,17 @@ class StateSettings(BaseSettings):
         description="Directory of what the state does not have yet; default: `journal` beside the state's file, or in"
         " `$XDG_STATE_HOME/justitia` with Redis; none with `memory:`.",
     )
-    train_limit_s: float = Field(900, gt=0, description="Seconds that a training may take; then it is ended.")
-    train_memory_mib: int = Field(2048, ge=512, description="Memory that a training may take, in MiB.")
+    train_limit_s: Reloadable[float] = Field(
+        900, gt=0, description="Seconds that a training may take; then it is ended."
+    )
+    train_memory_mib: Reloadable[int] = Field(2048, ge=512, description="Memory that a training may take, in MiB.")
+
+    _numbers = field_validator("*", mode="before")(classmethod(_no_truth_for_a_number))
 
     @field_validator("state")
     @classmethod
     def _state_url(cls, url: str) -> str:
-        if url != "memory:" and not url.startswith(("sqlite:///", "redis://", "rediss://", "unix://")):
+        if url != "memory:" and not re.match("sqlite:///.|rediss?://|unix://", url):
             raise ValueError("must be sqlite:///path, redis://host:port/db, or memory:")
         return url
 
@@ -95,24 +111,29 @@ class StateSettings(BaseSettings):
     def models_directory(self) -> Path | None:
         if self.models is not None:
             return self.models.expanduser()
-        if self.state == "memory:":
-            return None
-        if self.state.startswith("sqlite:///"):
-            return Path(self.state.removeprefix("sqlite:///")).expanduser().parent / "models"
-        return _state_home() / "models"
+        return None if self.state == "memory:" else self._beside_state("models")
+
+    @property
+    def state_file(self) -> Path | None:
+        """With SQLite."""
+        path = self.state.removeprefix("sqlite:///")
+        return None if path == self.state else Path(path).expanduser()
+
+    def _beside_state(self, name: str) -> Path:
+        return (_state_home() if self.state_file is None else self.state_file.parent) / name
 
     @property
     def journal_directory(self) -> Path | None:
         """Of this state only: what one has not taken is not for another."""
         if self.state == "memory:":
             return None
-        if self.state.startswith("sqlite:///"):
-            path = Path(self.state.removeprefix("sqlite:///")).expanduser()
-            return (self.journal or path.parent / "journal").expanduser() / path.name
-        # A password may change.
-        url = urlsplit(self.state)
-        name = f"{url.hostname or ''}-{url.port or ''}{url.path}-{url.query if url.scheme == 'unix' else ''}"
-        return (self.journal or _state_home() / "journal").expanduser() / re.sub(r"[^\w.]+", "-", name).strip("-")
+        if self.state_file is not None:
+            name = self.state_file.name
+        else:  # without the password, which may change
+            url = urlsplit(self.state)
+            place = f"{url.hostname or ''}-{url.port or ''}{url.path}-{url.query if url.scheme == 'unix' else ''}"
+            name = re.sub(r"[^\w.]+", "-", place).strip("-")
+        return (self.journal or self._beside_state("journal")).expanduser() / name
 
     @classmethod
     def settings_customise_sources(
@@ -123,70 +144,68 @@ class StateSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, _SharedEnvironment(settings_cls), _SharedFile(settings_cls)
-
-
-class _SharedEnvironment(EnvSettingsSource):
-    """What is not the gateway's is a flag alone."""
-
-    def __call__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__call__().items() if name in ServeSettings.model_fields}
-
-
-class _SharedFile(TomlConfigSettingsSource):
-    """One file may hold the settings of all commands: what is another's is let be."""
-
-    def __call__(self) -> dict[str, Any]:
-        others = ServeSettings.model_fields.keys() - self.settings_cls.model_fields.keys()
-        return {name: value for name, value in super().__call__().items() if name not in others}
-
-
-class TenantSettings(BaseModel):
-    """What a tenant may have. The defaults mean no limit."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    weight: float = Field(1.0, gt=0, le=1e6, allow_inf_nan=False, description="Share among tenants.")
-    max_tasks: int | None = Field(None, ge=1, description="Tasks at once, waiting and in flight.")
-    max_waiting: int | None = Field(None, ge=1, description="Tasks that may wait.")
-    max_waiting_mib: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="Bodies of the tasks that wait, together, in MiB."
-    )
-    max_queue_s: float | None = Field(
-        None, gt=0, description="Seconds a task may wait in the queue; default: the gateway's."
-    )
-    tokens_per_minute: int | None = Field(
-        None, ge=1, le=10**12, description="Tokens a minute, of prompts and answers; cached ones are not counted."
-    )
-    kv_per_day: float | None = Field(None, gt=0, allow_inf_nan=False, description="KV token·iterations a day, in UTC.")
-    max_agent_weight: float = Field(
-        1.0, gt=0, le=1e6, allow_inf_nan=False, description="Largest `X-Agent-Weight` that its clients may set."
-    )
-    admin: bool = Field(False, description="Its keys may see the use, and see and end the agents, of all tenants.")
+        """What it is given: `sources` reads the rest."""
+        return (init_settings,)
 
 
 class KeysSettings(StateSettings):
-    """What the gateway shares with `justitia keys`."""
+    """What the gateway shares with the commands that deal with keys."""
 
-    keys: Path | None = Field(
+    keys: Reloadable[Path | None] = Field(
         None,
-        description="File of the API keys (`justitia keys`); default: `keys.json` beside the state's file, or in"
+        description="File of the keys by which clients are known; default: `keys.json` beside the state's file, or in"
         " `$XDG_STATE_HOME/justitia` with Redis or `memory:`.",
     )
 
     @property
     def keys_file(self) -> Path:
-        if self.keys is not None:
-            return self.keys.expanduser()
-        if self.state.startswith("sqlite:///"):
-            return Path(self.state.removeprefix("sqlite:///")).expanduser().parent / "keys.json"
-        return _state_home() / "keys.json"
+        return self._beside_state("keys.json") if self.keys is None else self.keys.expanduser()
+
+
+class TenantSettings(BaseModel):
+    """What a tenant may have. What is not said is not limited."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    weight: float = Field(1.0, gt=0, le=1e6, description="Share among tenants.")
+    max_tasks: int | None = Field(None, ge=1, description="Tasks at once, waiting and in flight.")
+    max_waiting: int | None = Field(None, ge=1, description="Tasks that may wait in the queue.")
+    max_waiting_mib: float | None = Field(None, gt=0, description="Bodies of tasks that wait, in MiB together.")
+    max_queue_s: float | None = Field(
+        None, gt=0, description="Seconds a task may wait in the queue; default: the gateway's."
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, le=10**12, description="Prompt and completion tokens a minute; cached ones do not count."
+    )
+    kv_per_day: float | None = Field(None, gt=0, description="KV token·iterations a day, in UTC.")
+    max_agent_weight: float = Field(1.0, gt=0, le=1e6, description="Largest `X-Agent-Weight` that its clients may set.")
+    admin: bool = Field(False, description="Its keys may see the use, and see and end the agents, of all tenants.")
+
+    _numbers = field_validator("*", mode="before")(classmethod(_no_truth_for_a_number))
+
+
+def _filled(tenants: object) -> object:
+    """`red:`, with nothing after it, is a tenant without limits."""
+    if tenants is None:
+        return {}
+    if not isinstance(tenants, dict):
+        return tenants
+    return {name: {} if tenant is None else tenant for name, tenant in tenants.items()}
+
+
+Tenants = Annotated[
+    dict[TenantName, TenantSettings],
+    BeforeValidator(_filled, json_schema_input_type=dict[TenantName, TenantSettings | None] | None),
+]
 
 
 class GatewaySettings(KeysSettings):
     """`justitia gateway`: the gateway alone, before an engine that is already there."""
 
     engine: str = Field("", description="The engine: http://host:port, or unix:/path/to/socket.")
+    engine_key: CliSuppress[SecretStr | None] = Field(
+        None, description="Key that the engine asks for; it is sent instead of the client's."
+    )
     link: str | None = Field(
         None,
         description="ZeroMQ address on which the engine's scheduler reports (ipc:///path). Without it, /metrics is polled.",
@@ -195,56 +214,141 @@ class GatewaySettings(KeysSettings):
         "127.0.0.1", description="Address to listen on. Until keys are configured, everybody who reaches it is served."
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    policy: PolicyName = Field("justitia", description="The order in which tasks are released.")
-    beta: float = Field(
+    tenants: CliSuppress[Reloadable[Tenants]] = Field({}, description="What each tenant may have, by its name.")
+    policy: Reloadable[PolicyName] = Field("justitia", description="The order in which tasks are released.")
+    beta: Reloadable[float] = Field(
         1.0, gt=0, le=10, description="Share of the KV cache that what is in flight may come to hold, as predicted."
     )
-    max_engine_waiting: int = Field(
+    max_engine_waiting: Reloadable[int] = Field(
         4, ge=0, description="Tasks in the engine's own queue above which none is released."
     )
     keep_kv: bool = Field(
         True, description="Keep the KV of an agent that waits for its tool for as long as it is worth it (own engine)."
     )
-    max_in_flight: int | None = Field(
+    max_in_flight: Reloadable[int | None] = Field(
         None, ge=1, description="Tasks at the engine at once; default: what the engine says."
     )
-    capacity_tokens: int | None = Field(
+    capacity_tokens: Reloadable[int | None] = Field(
         None, ge=1, description="KV cache of the engine in tokens; default: what the engine says."
     )
-    max_waiting: int = Field(10_000, ge=1, description="Tasks that may wait in the queue; more are refused with 429.")
-    max_waiting_mib: float = Field(
-        1024, gt=0, allow_inf_nan=False, description="Bodies of the tasks that wait, together, in MiB."
+    max_waiting: Reloadable[int] = Field(
+        10_000, ge=1, description="Tasks that may wait in the queue; more are refused with 429."
     )
-    max_queue_s: float = Field(
+    max_waiting_mib: Reloadable[float] = Field(
+        1024, gt=0, description="Bodies of tasks that wait, in MiB together; more are refused with 429."
+    )
+    max_queue_s: Reloadable[float] = Field(
         600, gt=0, description="Seconds a task may wait in the queue; then it is answered with 504."
     )
-    tenants: dict[TenantName, TenantSettings] = Field({}, description="What each tenant may have, by its name.")
-    max_body_mib: float = Field(64, gt=0, description="Largest body of a request, in MiB.")
-    agent_idle_s: float = Field(300, gt=0, description="Seconds without a task after which an agent counts as ended.")
-    drain_s: float = Field(30, ge=0, description="Seconds that tasks in flight are given when the gateway stops.")
+    max_body_mib: Reloadable[float] = Field(64, gt=0, description="Largest body of a request, in MiB.")
+    agent_idle_s: Reloadable[float] = Field(
+        300, gt=0, description="Seconds without a task after which an agent counts as ended."
+    )
+    drain_s: Reloadable[float] = Field(
+        30, ge=0, description="Seconds that tasks which wait or are in flight are given when the gateway stops."
+    )
     kept_agents: int = Field(10_000, ge=1, description="Finished agents that are kept; the oldest go first.")
-    keep_text: bool = Field(
+    keep_text: Reloadable[bool] = Field(
         False,
         description="Keep also the texts of requests, up to 256 KiB each, for `justitia export --text`. They may be private.",
     )
-    train: bool = Field(True, description="Train the predictor on finished agents, beside the gateway.")
-    train_every: int = Field(
+    train: Reloadable[bool] = Field(True, description="Train the predictor on finished agents, beside the gateway.")
+    train_every: Reloadable[int] = Field(
         200,
         ge=1,
         description="Finished agents after which a new model is trained; for the first time after 100, if that is less.",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
+    log_level: Reloadable[Literal["debug", "info", "warning", "error"]] = Field(
+        "info", description="How much is logged."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="How it is logged, on standard error.")
+    request_log: str = Field(
+        "-",
+        description="Where each request is logged when it has ended, as a line of JSON: `-` for standard output, `none`, or a"
+        " path.",
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="OpenTelemetry collector to which requests are sent as traces: http://host:4318 (OTLP over HTTP). Default:"
+        " `$OTEL_EXPORTER_OTLP_ENDPOINT`, and no traces without it. Needs the extra `otel`.",
+    )
+
+    max_held_mib: Reloadable[float] = Field(
+        2048,
+        gt=0,
+        description="Bodies of requests, in MiB together: being sent, waiting, or at the engine; more are refused with 429.",
+    )
+    max_connections: int = Field(
+        10_000, ge=1, description="Client connections at once; above it idle ones are closed, then new ones refused."
+    )
+    keep_alive_s: float = Field(75, gt=0, description="Seconds that a connection without a request is kept open.")
+    client_stall_s: float = Field(
+        60,
+        gt=0,
+        description="Seconds that a client may take to send a request's head, and may make no progress with sending its"
+        " body or reading its answer.",
+    )
+
+    @property
+    def max_held_bytes(self) -> int:
+        return int(self.max_held_mib * MIB)
+
+    @property
+    def max_waiting_bytes(self) -> int:
+        return int(self.max_waiting_mib * MIB)
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mib * MIB)
 
     @field_validator("engine")
     @classmethod
     def _engine_url(cls, url: str) -> str:
-        if url and not url.startswith(("http://", "https://", "unix:/")):
-            raise ValueError("must begin with http://, https:// or unix:/")
-        return url.rstrip("/")
+        url = url.rstrip("/")
+        if url and (why := _why_no_engine(url)):
+            raise ValueError(why)
+        return url
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _otlp_url(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError("must begin with http:// or https://")
+        return url
+
+    @field_validator("engine_key")
+    @classmethod
+    def _fits_a_header(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and not re.fullmatch("[!-~]+", key.get_secret_value()):
+            raise ValueError("must be one or more printable characters of ASCII, and no spaces")
+        return key
+
+
+def _why_no_engine(url: str) -> str | None:
+    """Why this cannot be where an engine is."""
+    if not url.startswith(("http://", "https://", "unix:/")):
+        return "must begin with http://, https:// or unix:/"
+    if url.startswith("unix:/"):
+        long = len(url.removeprefix("unix:").encode()) > LONGEST_SOCKET_PATH
+        return f"the path of a socket has at most {LONGEST_SOCKET_PATH} bytes" if long else None
+    try:
+        parts = urlsplit(url)
+        if not parts.hostname or parts.port == 0 or parts.query or parts.fragment or not re.fullmatch("[!-~]+", url):
+            return "must be http://host:port"
+    except ValueError as error:  # of the port, or of an address in brackets
+        return f"is no URL: {error}"
+    if parts.path.endswith("/v1"):
+        return "must end before /v1, which is part of the paths that clients ask for"
+    return None
 
 
 def _split(value: object) -> object:
-    return tuple(shlex.split(value)) if isinstance(value, str) else value
+    """A line as for a shell, or a list of words and numbers."""
+    if isinstance(value, str):
+        return tuple(shlex.split(value))
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(str(word) if isinstance(word, int | float) and not isinstance(word, bool) else word for word in value)
 
 
 class ServeSettings(GatewaySettings):
@@ -270,53 +374,14 @@ class ServeSettings(GatewaySettings):
         description="Let an urgent task that finds no room displace tasks of agents whose finish tag is larger by more than"
         " this, in token·iterations; default: no task is displaced.",
     )
-    engine_args: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
-        (), description="Further arguments for vLLM, as one string."
-    )
+    engine_args: Annotated[
+        tuple[str, ...], NoDecode, BeforeValidator(_split, json_schema_input_type=str | list[str | float])
+    ] = Field((), description="Further arguments for vLLM, as one string.")
     engine_start_s: float = Field(600, gt=0, description="Seconds the engine is given to start.")
 
 
-Settings = TypeVar("Settings", bound=BaseSettings)
+class Live:
+    """The settings that hold now: a reload puts others in their place. What it cannot change may also be read once."""
 
-
-def load(settings: type[Settings], arguments: list[str], *, program: str) -> Settings:
-    """The settings that flags, environment, file and defaults give together. Exits with 2 and a line on each that is wrong."""
-    _refuse_unknown_names(settings)
-    config = SettingsConfigDict(cli_prog_name=program)
-    if "config" in settings.model_fields:
-        config["toml_file"] = _config_file(arguments)
-    with_file = type(settings.__name__, (settings,), {"model_config": config, "__doc__": settings.__doc__})
-    try:
-        return CliApp.run(with_file, cli_args=arguments)
-    except ValidationError as error:
-        wrong = [f"{program}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        raise SystemExit(_fail(*wrong)) from None
-
-
-def _config_file(arguments: list[str]) -> Path | None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=os.environ.get(f"{PREFIX}CONFIG"))
-    path = parser.parse_known_args(arguments)[0].config
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise SystemExit(_fail(f"config: no such file: {path}"))
-    return Path(path)
-
-
-def _refuse_unknown_names(settings: type[BaseSettings]) -> None:
-    """A variable that begins like ours and is no setting is a slip of the pen. Other commands' settings are let be."""
-    known = {f"{PREFIX}{name}".upper() for name in ServeSettings.model_fields}
-    own = settings.model_config.get("env_prefix", "")
-    if own != PREFIX:
-        known |= {f"{own}{name}".upper() for name in settings.model_fields}
-    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
-    others = tuple(prefix for prefix in OTHER_PREFIXES if prefix != own)
-    unknown = [name for name in unknown if not name.startswith(others)]
-    if unknown:
-        raise SystemExit(_fail(*(f"environment: {name} is not a setting" for name in unknown)))
-
-
-def _fail(*lines: str) -> int:
-    print(*lines, sep="\n", file=sys.stderr)
-    return 2
+    def __init__(self, settings: GatewaySettings) -> None:
+        self.settings = settings

@@ -22,9 +22,10 @@ class UsageFilter:
 
     def __init__(self, dialect: Dialect, *, show: bool) -> None:
         self.usage: Usage | None = None
-        self.events = 0
+        self.events = 0  # with a token
         self.done = False  # the stream has said that it is over
-        self._ends = dialect.ends.search
+        self.failed = False  # by an error
+        self._ends, self._counts = dialect.ends.search, dialect.counts
         self._show = show or not dialect.hides_usage
         self._rest: list[bytes] = []
         self._rest_bytes = 0
@@ -41,8 +42,9 @@ class UsageFilter:
         self._rest, self._rest_bytes = [], 0
         self._hold(data[end:])
         whole = data[:end]
-        self.events += whole.count(_END)
-        self.done = self.done or self._ends(whole) is not None
+        self.events += whole.count(self._counts)
+        if (ends := self._ends(whole)) is not None:
+            self.done, self.failed = True, ends.lastgroup == "error"
         return whole if not _USAGE.search(whole) else self._filter(whole)
 
     def _ends_one(self, chunk: bytes) -> bool:

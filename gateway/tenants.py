@@ -15,10 +15,9 @@ from gateway.errors import BodyTooLarge, Forbidden, QueueFull, QuotaSpent, Reaso
 from gateway.identify import DEFAULT_TENANT
 from gateway.keys import Keys, KeysError
 from gateway.limits import DAY_S, DayTotal, Load, TokenBucket
-from gateway.settings import TenantSettings
+from gateway.settings import MIB, TenantSettings
 from gateway.state.types import TenantUsage, UsageRow, hour_of
 
-MIB = 2**20
 _BEARER = "bearer "
 
 

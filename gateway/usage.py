@@ -27,6 +27,17 @@ class _Usage(msgspec.Struct):
     cache_creation_input_tokens: int | None = None
 
 
+class _Billed(msgspec.Struct):
+    input_tokens: int | None = None
+    image_tokens: int | None = None
+
+
+class _Meta(msgspec.Struct):
+    """Where Cohere's embeddings have it."""
+
+    billed_units: _Billed | None = None
+
+
 class _Inner(msgspec.Struct):
     usage: _Usage | None = None
 
@@ -37,6 +48,7 @@ class _Answer(msgspec.Struct):
     usage: _Usage | None = None
     response: _Inner | None = None
     message: _Inner | None = None
+    meta: _Meta | None = None
 
 
 _decode = msgspec.json.Decoder(_Answer).decode
@@ -61,6 +73,8 @@ def parse_usage(answer: bytes) -> Usage | None:
         return None
     inner = told.response or told.message
     usage = told.usage or (None if inner is None else inner.usage)
+    if usage is None and told.meta is not None and (billed := told.meta.billed_units) is not None:
+        usage = _Usage(prompt_tokens=(billed.input_tokens or 0) + (billed.image_tokens or 0))
     if usage is None:
         return None
     prompt, completion, cached = _of_openai(usage) if usage.input_tokens is None else _of_input(usage)

@@ -113,30 +113,30 @@ async def poll_metrics(parts: Parts) -> None:
         await asyncio.sleep(METRICS_S)
 
 
-async def sweep_agents(parts: Parts, idle_s: float) -> None:
+async def sweep_agents(parts: Parts) -> None:
     while True:
-        await asyncio.sleep(min(SWEEP_S, idle_s / 4))
-        parts.feedback.sweep(idle_s)
+        await asyncio.sleep(min(SWEEP_S, parts.settings.agent_idle_s / 4))
+        parts.feedback.sweep(parts.settings.agent_idle_s)
 
 
 async def watch_keys(tenants: Tenants) -> None:
     """A file of keys that has changed counts from now on; one that cannot be used is refused, and the old keys stay."""
-    seen = tenants.keys.path, tenants.keys.stamp
+    refused = None
     while True:
         await asyncio.sleep(KEYS_S)
         keys = tenants.keys
         if (path := keys.path) is None:
             continue
         now = path, stamp_of(path)
-        if now in (seen, (path, keys.stamp)):
+        if now in (refused, (path, keys.stamp)):
             continue
-        seen = now
         try:
             new = await asyncio.to_thread(Keys.load, path)
             if tenants.keys is keys:  # else a reload has come between
                 tenants.replace(new, tenants.settings)
                 logger.info("the keys have changed: %d, of %d tenants", len(list(new)), len(new.tenants))
         except KeysError as error:
+            refused = now
             logger.error("the keys that there were still count: %s", error)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -54,12 +54,17 @@ class AgentProgress:
 
     def with_task(self, cost: float, sketch: Sketch) -> AgentProgress:
         """When a task more has arrived, of this predicted cost."""
-        return replace(
-            self,
-            tasks_arrived=self.tasks_arrived + 1,
-            cost_arrived=self.cost_arrived + cost,
-            opening=sketch if self.opening is None else self.opening,
-            latest=sketch,
+        return AgentProgress(
+            self.agent_class,
+            self.tenant,
+            self.tasks_arrived + 1,
+            self.tasks_ended,
+            self.cost_arrived + cost,
+            self.cost_ended,
+            self.returns,
+            self.expected_tasks,
+            sketch if self.opening is None else self.opening,
+            sketch,
         )
 
 

@@ -158,6 +158,9 @@ def engine(session_dir: Path, tiny_model_dir: Path, loop_thread: LoopThread) -> 
         forced_lengths=session_dir / "lengths.json",
         extra_args=("--served-model-name", MODEL_NAME),
     )
-    live = LiveEngine(spec, loop_thread)
-    yield live
-    live.stop()
+    with pytest.MonkeyPatch.context() as environment:
+        # Else vLLM keeps no response that could be fetched, cancelled or gone on from.
+        environment.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
+        live = LiveEngine(spec, loop_thread)
+        yield live
+        live.stop()

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from gateway.bench.processes import free_port
+
+def _port_to_come_back_to() -> int:
+    """Not one that the system gives to whoever connects: while the server is away, somebody may be given it."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in range(first - 1 - os.getpid() % 1000, 1024, -1):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")
 
 
 class RedisServer:
@@ -22,9 +32,9 @@ class RedisServer:
                 pytest.fail("redis-server is not installed")
             pytest.skip("redis-server is not installed")
         directory.mkdir(exist_ok=True)
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        port = _port_to_come_back_to()
+        self.url = f"redis://127.0.0.1:{port}/0"
+        self._command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
         self._command += ["--dir", str(directory), "--appendonly", "yes" if persistent else "no"]
         self._process: subprocess.Popen[str] | None = None
 

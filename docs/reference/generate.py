@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
 from gateway.app import create_app
+from gateway.check import schema
 from gateway.errors import GatewayError, Outcome, Reason
-from gateway.metrics import MAX_CLASSES, MAX_TENANTS, Metrics
-from gateway.settings import PREFIX, GatewaySettings, ServeSettings
+from gateway.metrics import MAX_CLASSES, MAX_MODELS, MAX_TENANTS, Metrics
+from gateway.reload import reloadable
+from gateway.settings import PREFIX, GatewaySettings, ServeSettings, TenantSettings
 
 HERE = Path(__file__).resolve().parent
 NOTE = "<!-- Made by generate.py from the code. -->"
@@ -20,21 +23,28 @@ NOTE = "<!-- Made by generate.py from the code. -->"
 
 def settings_page() -> str:
     def table(settings: type[GatewaySettings], leave_out: set[str]) -> list[str]:
-        lines = ["| flag | environment | default | |", "|---|---|---|---|"]
+        lines = ["| flag | environment | default | reload | |", "|---|---|---|---|---|"]
         for name, field in settings.model_fields.items():
             if name not in leave_out:
-                flag = f"`--{name.replace('_', '-')}`"
+                flag = "" if SUPPRESS in field.metadata else f"`--{name.replace('_', '-')}`"
                 default = _default(name, field.get_default(call_default_factory=False), bool(field.default_factory))
-                lines.append(f"| {flag} | `{PREFIX}{name.upper()}` | {default} | {field.description} |")
+                reload = "✓" if name in reloadable(settings) else ""
+                variable = f"`{PREFIX}{name.upper()}`"
+                lines.append(f"| {flag} | {variable} | {default} | {reload} | {field.description} |")
         return lines
 
+    tenants = ["| name | default | |", "|---|---|---|"]
+    for name, field in TenantSettings.model_fields.items():
+        tenants.append(f"| `{name}` | {_default(name, field.default, False)} | {field.description} |")
     return "\n".join(
         [
             NOTE,
             "# Settings",
             "",
-            "A flag goes over the environment, over a line of a TOML file (named as the flag, with `_` for `-`), over the",
-            "default. An unknown name is an error in all three.",
+            "A flag goes over the environment, over a line of the settings file (named as the flag, with `_` for `-`),",
+            "over the default. An unknown name is an error in all three. [How to write the file](../how-to/configure.md),",
+            "and [its JSON schema](justitia.schema.json). What has a ✓ can change while the gateway serves: SIGHUP has",
+            "it read again.",
             "",
             "## `justitia gateway` and `justitia serve`",
             "",
@@ -45,6 +55,12 @@ def settings_page() -> str:
             "`--engine` and `--link` are its own engine's, whatever is given.",
             "",
             *table(ServeSettings, set(GatewaySettings.model_fields)),
+            "",
+            "## Of each tenant",
+            "",
+            "In the settings file, under `tenants` and the tenant's name; or as JSON in `JUSTITIA_TENANTS`.",
+            "",
+            *tenants,
             "",
         ]
     )
@@ -64,7 +80,8 @@ def metrics_page() -> str:
         "# Metrics",
         "",
         f"Labels with a class hold at most {MAX_CLASSES:,} classes, those with a tenant {MAX_TENANTS:,} tenants; later ones",
-        "are `other`. Without keys there is one tenant, `default`.",
+        f"are `other`. Without keys there is one tenant, `default`. Those with a model hold {MAX_MODELS} models, which the",
+        "engine must have served.",
         "",
     ]
     lines += ["| name | kind | labels | |", "|---|---|---|---|"]
@@ -99,6 +116,10 @@ def errors_page() -> str:
     return "\n".join(lines)
 
 
+def schema_page() -> str:
+    return json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
+
+
 def openapi_page() -> str:
     async def told() -> dict[str, Any]:
         app = await create_app(GatewaySettings(engine="http://127.0.0.1", state="memory:"))
@@ -109,10 +130,11 @@ def openapi_page() -> str:
 
 
 PAGES = {
+    "justitia.schema.json": schema_page,
+    "openapi.json": openapi_page,
     "settings.md": settings_page,
     "metrics.md": metrics_page,
     "errors.md": errors_page,
-    "openapi.json": openapi_page,
 }
 
 if __name__ == "__main__":

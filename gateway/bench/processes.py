@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -37,9 +37,16 @@ def free_port() -> int:
 
 @contextlib.asynccontextmanager
 async def server(
-    name: str, argv: Sequence[str], *, ready_url: str, log: Path, timeout_s: float = 60.0
+    name: str,
+    argv: Sequence[str],
+    *,
+    ready_url: str,
+    log: Path,
+    timeout_s: float = 60.0,
+    environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Runs `argv` while the body runs, from the moment that `ready_url` answers 200. Raises `ServerFailed`.
+    """Runs `argv` while the body runs, from the moment that `ready_url` answers 200. environment: beyond our own. Raises
+    `ServerFailed`.
 
     The process has a session of its own: Ctrl-C reaches us, and we end it in good order.
     """
@@ -49,7 +56,7 @@ async def server(
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,
-            env=own_environment(),
+            env={**own_environment(), **(environment or {})},
             start_new_session=True,
         )
     try:

@@ -34,6 +34,9 @@ neither aged nor charged. The engine is told: what it has already is ordered by 
 **Tenants** share first, and agents within their tenant: the same reference, nested. A tenant's agents are its packets. It
 goes first if it would first have been given the work of its next agent. With one tenant this level vanishes.
 
+**Policies.** The reference goes its way whatever the policy: that decides who goes next, and nothing else. So it can be changed
+while tasks wait and run. Nothing is lost by it, and `justitia` finds the tags as if it had never been away.
+
 **Bound.** With exact costs an agent finishes at most L + (R + D)/M iterations after the reference: L is the longest that a task
 is at the engine, R the most work left of what is in flight, D what the engine falls behind M while tasks wait. With an
 engine that holds M, that is two longest decodes. Wrong costs add what was in flight of each agent beyond prediction.

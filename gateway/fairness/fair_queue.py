@@ -12,8 +12,8 @@ from types import MappingProxyType
 
 from gateway.fairness.forecast import Forecast
 from gateway.fairness.nested import NestedReference
-from gateway.fairness.order import Order
 from gateway.fairness.policies import Policy
+from gateway.fairness.ranking import Ranking
 from gateway.fairness.types import (
     NO_TENANT,
     Agent,
@@ -29,7 +29,6 @@ from gateway.fairness.types import (
     Standing,
     Task,
     TaskId,
-    Tenant,
     TenantId,
     VirtualTime,
 )
@@ -38,16 +37,13 @@ from gateway.fairness.types import (
 class FairQueue:
     def __init__(self, policy: Policy, limits: ReleaseLimits = ReleaseLimits()) -> None:  # noqa: B008 (it is frozen)
         self.limits = limits
-        self._policy = policy
         self._reference = NestedReference()
         self._capacity_tokens = 0.0
-        self._tenants: dict[TenantId, Tenant] = {}
-        self._order: Order[TenantId] = Order()  # of those with waiting tasks; only while there are several
         self._agents: dict[AgentId, Agent] = {}
+        self._ranking = Ranking(policy, self._agents)
         self._tasks: dict[TaskId, Agent] = {}
         self._forecast = Forecast()
         self._reserved: dict[AgentId, Reservation] = {}
-        self._revised: set[AgentId] = set()  # whose tasks in flight may have another rank now
         self._next_seq = 0
 
     # What can be seen
@@ -75,8 +71,8 @@ class FairQueue:
         return self._capacity_tokens
 
     def virtual_time(self, tenant: TenantId = NO_TENANT) -> VirtualTime:
-        """V of the tenant's agents, as of the last call that took `now`. A policy that is not nested has one for all."""
-        return self._reference.virtual_time(self._level(tenant))
+        """V of the tenant's agents, as of the last call that took `now`."""
+        return self._reference.virtual_time(tenant)
 
     @property
     def outer_virtual_time(self) -> VirtualTime:
@@ -89,14 +85,7 @@ class FairQueue:
 
     def in_order(self) -> Iterator[Agent]:
         """The agents with waiting tasks, the next one first. O(N log N): for people, not for decisions."""
-        turns: list[tuple[float, int, int, Agent]] = []
-        for tenant in self._tenants.values():
-            tag: float = tenant.start_tag
-            for place, agent_id in enumerate(tenant.order):
-                agent = self._agents[agent_id]
-                tag += _left_to_release(agent) / tenant.weight
-                turns.append((tag, tenant.seq, place, agent))
-        return (agent for *_, agent in sorted(turns, key=lambda turn: turn[:3]))
+        return self._ranking.in_order()
 
     def standing(self, agent_id: AgentId) -> Standing:
         """What `restore` needs, as of the last call that took `now`. Raises `KeyError` for an agent that is not here."""
@@ -154,19 +143,16 @@ class FairQueue:
         self._reference.advance(now)
         agent = self._agents.get(task.agent_id)
         if agent is None:
-            agent = Agent(task.agent_id, self._seq(), self._tenant(tenant), weight, agent_cost)
+            seq = self._seq()
+            agent = Agent(task.agent_id, seq, self._ranking.tenant(tenant, seq), weight, agent_cost)
             agent.start_tag = self._reference.virtual_time(agent.tenant.id)
             self._agents[agent.id] = agent
         elif not agent.busy:
             self._count_idleness(agent)
-        if tenant_weight != agent.tenant.weight:
-            agent.tenant.weight = tenant_weight
-            if self._policy.revised and len(self._tenants) > 1:
-                self._revised.update(other.id for other in self._agents.values() if other.tenant is agent.tenant)
+        self._ranking.weigh(agent.tenant, tenant_weight)
         self._reference.arrive(agent.tenant.id, agent.id, task.cost, agent.weight, tenant_weight)
         if not agent.waiting:
-            first = agent.tenant.order.first()
-            self._policy.woke(agent, None if first is None else agent.tenant.order.place(first)[0])
+            self._ranking.policy.woke(agent, self._ranking.least())
         self._wait(agent, task)
         agent.arrived = KvTokenIterations(agent.arrived + task.cost)
         agent.unfinished = KvTokenIterations(agent.unfinished + task.cost)
@@ -187,10 +173,11 @@ class FairQueue:
         if agent_id in self._agents or not (weights_are_sound and _restorable(standing)):
             raise QueueError(f"agent {agent_id!r} is here already, or was kept with what cannot be: {standing}")
         self._reference.advance(now)
+        seq = self._seq()
         agent = Agent(
             agent_id,
-            self._seq(),
-            self._tenant(tenant),
+            seq,
+            self._ranking.tenant(tenant, seq),
             standing.weight,
             standing.predicted,
             arrived=standing.served,
@@ -213,27 +200,27 @@ class FairQueue:
         self._reference.advance(now)
         releases: list[Release] = []
         displacing = engine_waiting > 0
-        while (agent := self._first()) is not None:
+        while (agent := self._ranking.first()) is not None:
             task = agent.head()
             assert task is not None
             if self.in_flight and not self._fits(now, task, engine_waiting):
                 if displacing or not self._displaces(agent):
                     break
                 displacing = True  # one at a time: whom it has displaced, the engine will say
-            rank = self._rank(agent)
+            rank = self._ranking.rank(agent)
             releases.append(Release(task, rank))
             del agent.waiting[task.id]
             agent.order.remove(task.id)
             tag = agent.tenant.start_tag
-            agent.in_flight[task.id] = Flight(task, rank, tag, agent.released, task.prompt_tokens)
+            agent.in_flight[task.id] = Flight(task, rank, rank, tag, agent.released, task.prompt_tokens)
             self._forecast.add(now, task)
             self._charge_reservation(now, agent)
             agent.prompt_tokens += task.prompt_tokens
             agent.forming = False
             self._count_release(agent, task.cost)
             if not agent.waiting:
-                self._policy.slept(agent)
-            self._place(agent)
+                self._ranking.policy.slept(agent)
+            self._ranking.place(agent)
         return releases
 
     def observe(self, now: Iterations, task_id: TaskId, kv_tokens: float, output_tokens: float) -> None:
@@ -249,8 +236,8 @@ class FairQueue:
             each = output_tokens / flight.task.sequences
             done = max(0.0, kv_tokens - output_tokens) * each + output_tokens * (each + 1) / 2
             self._count_progress(agent, flight, max(done, flight.attained), flight.prompt_tokens, output_tokens)
-            if self._policy.by_progress and agent.waiting:
-                self._place(agent)
+            if self._ranking.policy.by_progress and agent.waiting:
+                self._ranking.place(agent)
 
     def reserve(self, now: Iterations, agent_id: AgentId, tokens: float, iterations: float) -> None:
         """An agent that is idle now, as it waits for its tool, has so much KV at the engine, and it is worth keeping for so
@@ -280,18 +267,15 @@ class FairQueue:
             self._count_extra(agent, difference)
 
     def revise(self) -> list[Release]:
-        """The tasks in flight that the engine is to order otherwise than it was told, as more is known of their agents now."""
-        revised: list[Release] = []
-        for agent_id in self._revised:
-            agent = self._agents.get(agent_id)
-            for flight in agent.in_flight.values() if agent is not None else ():
-                assert agent is not None
-                rank = self._rank_in_flight(agent, flight)
-                if rank != flight.rank:
-                    flight.rank = rank
-                    revised.append(Release(flight.task, rank))
-        self._revised.clear()
-        return revised
+        """The tasks in flight that the engine is to order otherwise than it was told: more is known of their agents now, or
+        the policy is another one."""
+        return self._ranking.revise()
+
+    def change_policy(self, now: Iterations, policy: Policy) -> None:
+        """Another order from now on, of what waits at once, and of what is in flight by `revise`. The reference and all tags go
+        on as they are: no policy has a say in them."""
+        self._reference.advance(now)
+        self._ranking.change_policy(policy)
 
     def calibrate(self, now: Iterations, held_tokens: float) -> None:
         """The engine says how much of its KV cache is taken by all that is in flight, in tokens."""
@@ -304,7 +288,7 @@ class FairQueue:
         self._count_progress(agent, flight, 0.0, 0.0, 0.0)
         self._count_release(agent, -flight.task.cost)
         self._wait(agent, flight.task)
-        self._place(agent)
+        self._ranking.place(agent)
 
     def complete(self, now: Iterations, task_id: TaskId, spent: Spent, agent_cost: KvTokenIterations) -> None:
         """A task in flight has ended. `spent`: what it really took. `agent_cost`: see `enqueue`."""
@@ -336,7 +320,7 @@ class FairQueue:
             agent.attained = KvTokenIterations(agent.attained + spent.cost)
             self._count_release(agent, spent.cost)
             if not agent.waiting:
-                self._policy.slept(agent)
+                self._ranking.policy.slept(agent)
         self._reconcile(agent, task, spent.cost, agent.predicted)
 
     def evict(self, now: Iterations, agent_id: AgentId) -> None:
@@ -345,7 +329,7 @@ class FairQueue:
         agent = self._idle(agent_id)
         del self._agents[agent_id]
         self._reserved.pop(agent_id, None)
-        self._revised.discard(agent_id)
+        self._ranking.forget(agent)
         self._reference.forget(agent.tenant.id, agent_id)
 
     # How they work
@@ -357,23 +341,9 @@ class FairQueue:
             raise QueueError(f"agent {agent_id!r} is " + ("not known" if agent is None else "not idle"))
         return agent
 
-    def _level(self, tenant: TenantId) -> TenantId:
-        return tenant if self._policy.nested else NO_TENANT
-
     def _seq(self) -> int:
         self._next_seq += 1
         return self._next_seq
-
-    def _tenant(self, tenant_id: TenantId) -> Tenant:
-        tenant_id = self._level(tenant_id)
-        tenant = self._tenants.get(tenant_id)
-        if tenant is None:
-            tenant = self._tenants[tenant_id] = Tenant(tenant_id, self._seq(), 1.0)
-            if len(self._tenants) == 2:  # until now there was no order among them
-                for known in self._tenants.values():
-                    self._place_tenant(known)
-                self._revised.update(self._agents)
-        return tenant
 
     def _fits(self, now: Iterations, task: Task, engine_waiting: int) -> bool:
         limits = self.limits
@@ -426,15 +396,14 @@ class FairQueue:
         margin, slots = self.limits.displace_margin, self.limits.in_flight
         if margin is None or (slots is not None and self.in_flight >= slots):
             return False
-        rank = self._rank(agent) + margin
+        rank = self._ranking.rank(agent) + margin
         return any(flight.rank > rank for other in self._agents.values() for flight in other.in_flight.values())
 
     def _wait(self, agent: Agent, task: Task) -> None:
         tenant = agent.tenant
         if not len(tenant.order):
             tenant.start_tag = max(tenant.start_tag, self._reference.outer_virtual_time)
-        agent.waiting[task.id] = task
-        agent.order.put(task.id, (self._policy.task_rank(task), task.id))
+        self._ranking.wait(agent, task)
         self._tasks[task.id] = agent
 
     def _land(self, task_id: TaskId) -> tuple[Agent, Flight]:
@@ -483,9 +452,8 @@ class FairQueue:
             agent.predicted = KvTokenIterations(max(agent_cost, agent.arrived))
         whole = VirtualTime(agent.start_tag + agent.predicted / agent.weight)
         agent.finish_tag = max(whole, self._reference.backlog_tag(agent.tenant.id, agent.id))
-        if self._policy.revised and agent.in_flight:
-            self._revised.add(agent.id)
-        self._place(agent)
+        self._ranking.moved(agent)
+        self._ranking.place(agent)
 
     def _count_idleness(self, agent: Agent) -> None:
         """S moves with V while the agent has nothing to do, neither here nor in the reference."""
@@ -493,54 +461,12 @@ class FairQueue:
         waited = self._reference.virtual_time(agent.tenant.id) - since
         agent.start_tag = VirtualTime(agent.start_tag + max(0.0, waited))
 
-    def _place(self, agent: Agent) -> None:
-        """Put the agent where it now belongs in the order, and its tenant too."""
-        head = agent.head()
-        if head is None:
-            agent.tenant.order.remove(agent.id)
-        else:
-            agent.tenant.order.put(agent.id, (self._policy.rank(agent, head), agent.seq))
-        if len(self._tenants) > 1:
-            self._place_tenant(agent.tenant)
-
-    def _place_tenant(self, tenant: Tenant) -> None:
-        """By when, in outer virtual time, it will have been given the work of its next agent: agents are its packets."""
-        first = tenant.order.first()
-        if first is None:
-            self._order.remove(tenant.id)
-        else:
-            tag = tenant.start_tag + _left_to_release(self._agents[first]) / tenant.weight
-            self._order.put(tenant.id, (tag, tenant.seq))
-
-    def _first(self) -> Agent | None:
-        """Of the first tenant the first agent. With one tenant the outer level vanishes."""
-        tenant_id = self._order.first() if len(self._tenants) > 1 else next(iter(self._tenants), None)
-        agent_id = self._tenants[tenant_id].order.first() if tenant_id is not None else None
-        return None if agent_id is None else self._agents[agent_id]
-
-    def _rank(self, agent: Agent) -> float:
-        """What the engine is to order by: tags of one level, the outermost that counts."""
-        level = self._order.place(agent.tenant.id) if len(self._tenants) > 1 else agent.tenant.order.place(agent.id)
-        return level[0]
-
-    def _rank_in_flight(self, agent: Agent, flight: Flight) -> float:
-        """The rank that it would have been released with, had all been known then that is known now."""
-        if not self._policy.revised:
-            return flight.rank
-        if len(self._tenants) == 1:
-            return self._policy.rank(agent, flight.task)
-        return flight.tenant_tag + max(0.0, agent.predicted - flight.agent_released) / agent.tenant.weight
-
 
 def _restorable(standing: Standing) -> bool:
     amounts = (standing.predicted, standing.served, standing.prompt_tokens, standing.output_tokens)
     return (
         all(0 <= a < math.inf for a in amounts) and math.isfinite(standing.start_tag) and math.isfinite(standing.lift)
     )
-
-
-def _left_to_release(agent: Agent) -> float:
-    return max(0.0, agent.predicted - agent.released)
 
 
 def _sound(spent: Spent) -> bool:

@@ -110,6 +110,9 @@ class Forecast:
         base, rate = self._base + base_of_new, self._rate + rate_of_new
         if base + rate * now > room:
             return False
+        last = max(end_of_new, self._by_end[-1].end) if self._by_end else end_of_new
+        if base + rate * last <= room:  # even if nothing ended before that
+            return True
         for end, _, base_of_ended, rate_of_ended, _, _ in self._by_end:
             if end > end_of_new:
                 if base + rate * end_of_new > room:

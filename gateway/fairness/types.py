@@ -85,6 +85,7 @@ class Flight:
 
     task: Task
     rank: float  # as the engine knows it
+    lasting_rank: float  # what it is to have where the policy does not revise
     tenant_tag: VirtualTime  # S of its tenant when it was released
     agent_released: KvTokenIterations  # of its agent's work, before it
     prompt_tokens: float

@@ -22,7 +22,8 @@ from gateway.learning.kept import console, kept_store
 from gateway.learning.serving import created_at, error_of
 from gateway.learning.trainer import TrainSettings, run_train
 from gateway.learning.training import read_note
-from gateway.settings import StateSettings, load
+from gateway.settings import StateSettings
+from gateway.sources import load
 from gateway.state import StateError
 from gateway.trace import AgentTrace, TraceError, encode
 from predictor.model import ModelError

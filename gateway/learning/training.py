@@ -24,7 +24,7 @@ import msgspec
 from gateway.accuracy import Accuracy
 from gateway.learning.serving import Learning
 from gateway.metrics import Metrics, TrainingOutcome
-from gateway.settings import GatewaySettings
+from gateway.settings import GatewaySettings, Live
 from gateway.state import StateError, Store
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Training:
 
     def __init__(
         self,
-        settings: GatewaySettings,
+        live: Live,
         models: Path,
         store: Store,
         learning: Learning,
@@ -86,7 +86,7 @@ class Training:
         poll_s: float = POLL_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings, self._models = settings, models
+        self._live, self._models = live, models
         self._store, self._learning, self._accuracy, self._metrics = store, learning, accuracy, metrics
         self._command = list(command or (sys.executable, "-P", "-m", "gateway.cli", "predictor", "train"))
         self._grace_s, self._poll_s, self._clock = grace_s, poll_s, clock
@@ -95,7 +95,7 @@ class Training:
 
     async def watch(self) -> None:
         while True:
-            if self._clock() >= self._not_before_s and await self._is_due():
+            if self._settings.train and self._clock() >= self._not_before_s and await self._is_due():
                 await self.train()
             await asyncio.sleep(self._poll_s)
 
@@ -125,6 +125,10 @@ class Training:
         self._not_before_s = self._clock() + wait_s
         logger.warning("training failed after %.1f s (%s); again in %g s", self._clock() - begun_s, outcome, wait_s)
         return outcome
+
+    @property
+    def _settings(self) -> GatewaySettings:
+        return self._live.settings
 
     async def _is_due(self) -> bool:
         try:
@@ -175,6 +179,7 @@ class Training:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
         settings = self._settings
         return environment | {
+            "JUSTITIA_CONFIG": os.devnull,  # what it needs is here
             "JUSTITIA_STATE": settings.state,
             "JUSTITIA_MODELS": str(self._models),
             "JUSTITIA_TRAIN_LIMIT_S": str(settings.train_limit_s),

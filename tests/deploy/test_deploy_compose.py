@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -257,15 +258,33 @@ def test_the_environment_names_settings_that_exist(name: str) -> None:
     assert given <= known
 
 
+def mounted(name: str, path: str) -> Path:
+    """What the service finds there, of this repository."""
+    for volume in SERVICES[name]["volumes"]:
+        source, target = volume.split(":")[:2]
+        if source.startswith("./") and Path(path).is_relative_to(target):
+            return ROOT / source / Path(path).relative_to(target)
+    raise AssertionError(f"{path} is not mounted")
+
+
+@each_gateway
+def test_the_settings_file_can_be_changed_under_the_gateway(name: str) -> None:
+    """A folder is mounted: of a file alone a container keeps the old one, when an editor or git puts a new one in its place."""
+    file = mounted(name, SERVICES[name]["environment"]["JUSTITIA_CONFIG"])
+    assert file.is_file()
+    assert not any(str(file.relative_to(ROOT)) in volume for volume in SERVICES[name]["volumes"])
+
+
 @each_gateway
 def test_the_environment_is_valid_as_it_stands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = pytest.importorskip("gateway.settings").ServeSettings
+    sources, settings = pytest.importorskip("gateway.sources"), pytest.importorskip("gateway.settings")
     for key, value in SERVICES[name]["environment"].items():
         if value is None:
             monkeypatch.delenv(key, raising=False)
         else:
             monkeypatch.setenv(key, str(value))
-    loaded = settings()
+    monkeypatch.setenv("JUSTITIA_CONFIG", str(mounted(name, os.environ["JUSTITIA_CONFIG"])))
+    loaded = sources.read(settings.ServeSettings, [], program="justitia serve").settings
     assert loaded.host == "0.0.0.0"
     assert loaded.state == "redis://redis:6379/0"
     assert loaded.port == int(SERVICES[name]["ports"][0].split(":")[-1])

@@ -445,5 +445,5 @@ def test_agents_that_were_evicted_are_not_remembered_for_revision() -> None:
         queue.cancel(more)
         queue.complete(task, 500)
         queue.queue.evict(queue.now, AgentId(f"a{number}"))
-    assert len(queue.queue._revised) <= 1
+    assert len(queue.queue._ranking._revised) <= 1
     assert revised(queue) == {}

@@ -140,10 +140,14 @@ def live(driver: Driver, steps: list[tuple[str, str, int, int]], tenants: Tenant
             driver.queue.correct(driver.now, AgentId(agent), amount - 200)  # type: ignore[arg-type]
 
 
-def end_busy_period(driver: Driver) -> None:
+def end_busy_period(driver: Driver, tenants: Tenants) -> None:
     for agent in list(driver.queue.agents.values()):
         for task in [*agent.waiting, *agent.in_flight]:
             driver.cancel(task)
+    # A correction may have come after the last one had ended.
+    for tenant in {"", *tenants.values()}:
+        driver.cancel(driver.enqueue(f"last-of-{tenant}", 0, tenant=tenant))
+        driver.queue.evict(driver.now, AgentId(f"last-of-{tenant}"))
 
 
 @given(steps, returns, st.booleans(), st.booleans())
@@ -153,7 +157,7 @@ def test_agents_come_back_as_if_the_queue_had_lived_on(
     tenants = {"c": "x", "d": "x", "e": "x"} if two_tenants else {}
     lived = Driver(limits=ONE_AT_A_TIME) if one_at_a_time else Driver()
     live(lived, steps, tenants)
-    end_busy_period(lived)
+    end_busy_period(lived, tenants)
     if not lived.queue.agents:
         return
     anew = restarted(lived, tenants=tenants)

@@ -48,6 +48,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.virtual_times = dict.fromkeys(self.tenants, 0.0)
         self.outer_virtual_time = 0.0
         self.told: dict[TaskId, float] = {}
+        self.lasting: dict[TaskId, float] = {}  # the rank of a task in flight where the policy does not revise
         # By task in flight: S of its tenant, and the work of its agent that was released, before it was.
         self.before: dict[TaskId, tuple[float, float]] = {}
 
@@ -91,7 +92,7 @@ class QueueMachine(RuleBasedStateMachine):
         releases = self.queue.release(self.now, waiting)
         for release in releases:
             task, tenant = release.task, self.queue.agents[release.task.agent_id].tenant
-            self.told[task.id] = release.rank
+            self.told[task.id] = self.lasting[task.id] = release.rank
             self.before[task.id] = starts[tenant.id], released[task.agent_id]
             starts[tenant.id] += task.cost / tenant.weight
             released[task.agent_id] += task.cost
@@ -119,15 +120,37 @@ class QueueMachine(RuleBasedStateMachine):
             for task in agent.in_flight:
                 start, released = self.before[task]
                 rank: float = agent.finish_tag
-                if len(self.queue._tenants) > 1:
+                if len(self.queue._ranking._tenants) > 1:
                     rank = start + max(0.0, agent.predicted - released) / agent.tenant.weight
-                if self.policy == "justitia" and rank != self.told[task]:
+                if self.policy != "justitia":
+                    rank = self.lasting[task]
+                if rank != self.told[task]:
                     expected[task] = rank
         revised = self.queue.revise()
         assert {release.task.id: release.rank for release in revised} == expected
         assert len(revised) == len(expected)
         self.told |= expected
         assert self.queue.revise() == []
+
+    @rule(policy=st.sampled_from(sorted(POLICIES)))
+    def change_policy(self, policy: str) -> None:
+        """Everything keeps its tags, and what waits is in the order of the new policy, worked out here from its ranks alone."""
+        self.queue.set_capacity(self.now, self.capacity)  # so that the clock has been brought up to now
+        before = self.tags()
+        new = POLICIES[policy]()
+        self.queue.change_policy(self.now, new)
+        self.policy = policy
+        assert self.tags() == before
+        turns = []
+        for agent in self.queue.agents.values():
+            if agent.waiting:
+                head = min(agent.waiting.values(), key=lambda task: (new.task_rank(task), task.id))
+                turns.append((new.rank(agent, head), agent.seq, agent.id))
+            self.lasting |= {task: new.rank(agent, flight.task) for task, flight in agent.in_flight.items()}
+        if policy != "justitia" or len(self.tenants) == 1:
+            assert [agent.id for agent in self.queue.in_order()] == [name for *_, name in sorted(turns)]
+        else:
+            assert {agent.id for agent in self.queue.in_order()} == {name for *_, name in turns}
 
     @rule(iterations=st.floats(0, 100))
     def time_passes(self, iterations: float) -> None:
@@ -154,12 +177,17 @@ class QueueMachine(RuleBasedStateMachine):
             lambda: self.queue.evict(self.now, known.agent_id if known else AgentId("nobody")),
             lambda: self.queue.enqueue(self.now, known or Task(nobody, AgentId("a"), total, -1), total),
             lambda: self.queue.release(Iterations(self.now - 1)),
+            lambda: self.queue.change_policy(Iterations(self.now - 1), POLICIES["fcfs"]()),
         ):
             with pytest.raises(QueueError):
                 refused()
         assert self.state() == before
 
     def state(self) -> object:
+        order = [agent.id for agent in self.queue.in_order()]
+        return self.tags(), order, self.queue.peak_tokens
+
+    def tags(self) -> object:
         agents = [
             (
                 a.id,
@@ -175,8 +203,7 @@ class QueueMachine(RuleBasedStateMachine):
             for a in self.queue.agents.values()
         ]
         times = [self.queue.virtual_time(tenant) for tenant in self.tenants]
-        order = [agent.id for agent in self.queue.in_order()]
-        return agents, times, self.queue.outer_virtual_time, order, self.queue.peak_tokens
+        return agents, times, self.queue.outer_virtual_time
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data(), cost=costs, total=costs)

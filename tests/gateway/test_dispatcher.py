@@ -221,9 +221,61 @@ async def test_what_cannot_be_taken_is_refused_and_not_enqueued() -> None:
     full = OneTenant(queue, engine, tenants(max_waiting=0))
     with pytest.raises(QueueFull):
         full.submit(task(1), 1.0)
-    assert await to.drain(0.1)
+    to.begin_drain(10)
+    await to.drained()
     with pytest.raises(ShuttingDown):
         to.submit(task(1), 1.0)
+    assert (queue.waiting, queue.in_flight) == (0, 0)
+
+
+async def test_a_drain_goes_on_releasing_what_waits_and_may_requeue_what_was_lost() -> None:
+    to, queue, engine = dispatcher(slots=1)
+    first, second = to.submit(task(1), 1e5), to.submit(task(2, "b"), 1e5)
+    to.begin_drain(10)
+    with pytest.raises(ShuttingDown) as refused:
+        to.submit(task(3), 1e5)
+    assert 5 <= (refused.value.retry_after_s or 0) <= 10
+    assert (await first.wait(1)).task.id == 1
+    engine.lost()
+    assert first.requeue(sent=True)
+    assert (queue.waiting, queue.in_flight) == (2, 0)
+    engine.answered()
+    to.engine_changed()
+    first.complete(Spent(KvTokenIterations(500.0), 100, 5), 500.0)
+    await asyncio.sleep(0)
+    assert (await second.wait(1)).task.id == 2
+    drained = asyncio.create_task(to.drained())
+    await asyncio.sleep(0)
+    assert not drained.done()
+    second.cancel(Spent(KvTokenIterations(0.0)))
+    await drained
+
+
+async def test_the_end_of_a_drain_hands_back_what_waits_and_breaks_off_what_is_in_flight() -> None:
+    to, queue, _ = dispatcher(slots=1)
+
+    async def serve(number: int) -> str:
+        turn = to.submit(task(number), 1e5)
+        where = "waiting"
+        try:
+            await turn.wait(10)
+            where = "in flight"
+            with turn.at_engine():
+                await asyncio.Event().wait()
+        except ShuttingDown:
+            assert not turn.requeue(sent=True)
+            return where
+        finally:
+            turn.cancel(Spent(KvTokenIterations(0.0)))
+        return ""
+
+    serving = [asyncio.create_task(serve(number)) for number in (1, 2)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    to.begin_drain(0)
+    to.end_drain()
+    assert await asyncio.gather(*serving) == ["in flight", "waiting"]
+    await to.drained()
     assert (queue.waiting, queue.in_flight) == (0, 0)
 
 
@@ -485,3 +537,42 @@ async def test_what_was_revised_while_nobody_could_be_told_is_told_later() -> No
     engine.answered()
     to.engine_changed()
     assert listening.tags[1:] == [{1: 90_000}]
+
+
+# Another policy, other limits
+
+
+async def test_a_change_of_policy_is_told_before_anything_is_released_by_it() -> None:
+    to, queue, engine = dispatcher(slots=2)
+    listening = Listening(to)
+    to.submit(task(1), 20_000.0)
+    to.submit(task(2, "b"), 30_000.0)
+    waiting = to.submit(task(3, "c"), 90_000.0)
+    to.submit(task(4, "d", prompt=10, output=10), 95_000.0)
+    engine.declared_max_num_seqs = 3
+    to.change(POLICIES["sjf"](), beta=1.0, engine_waiting=4)
+    assert listening.tags == [{1: 15_050, 2: 15_050}], "the costs of the tasks"
+    assert queue.in_flight == 3 and not waiting._released.done(), "the smaller one goes first"
+    to.change(None, beta=1.0, engine_waiting=4)
+    assert len(listening.tags) == 1
+
+
+async def test_a_change_of_policy_is_told_when_the_engine_is_known_to_live() -> None:
+    to, _, engine = dispatcher(slots=2)
+    listening = Listening(to)
+    to.submit(task(1), 20_000.0)
+    engine.suspect = True
+    to.change(POLICIES["fcfs"](), beta=1.0, engine_waiting=4)
+    assert listening.tags == []
+    engine.answered()
+    to.engine_changed()
+    assert listening.tags == [{1: 1}]
+
+
+async def test_other_limits_hold_at_once() -> None:
+    to, queue, _ = dispatcher(slots=9)
+    for number in range(1, 10):
+        to.submit(task(number), 1e5)
+    assert queue.in_flight == 5, "of 200 tokens each"
+    to.change(None, beta=1.5, engine_waiting=4)
+    assert queue.in_flight == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -9,10 +10,10 @@ from gateway.accuracy import Accuracy
 from gateway.estimate import Estimate
 from gateway.fairness import POLICIES, AgentId, FairQueue, Iterations, KvTokenIterations, Spent, Task, TaskId
 from gateway.feedback import Feedback
-from gateway.identify import Identity
+from gateway.identify import Identity, Roots
 from gateway.metrics import Metrics
 from gateway.record import AgentRecord
-from gateway.state import Journal, TenantUsage, UsageRow
+from gateway.state import Journal, TenantUsage, UsageRow, hour_of
 from gateway.state.memory import MemoryStore
 from gateway.tool_waits import UNKNOWN, ToolWaits
 from predictor.learned import Learned
@@ -34,6 +35,7 @@ class Scene:
         self.journal = Journal(self.store)
         self.kept: list[tuple[str, float]] = []
         self.corrected: list[float] = []
+        self.roots = Roots()
         self.feedback = Feedback(
             self.queue,
             self.predictor,
@@ -44,9 +46,15 @@ class Scene:
             waits=self.waits,
             keep=lambda agent_id, kv_tokens, _: self.kept.append((agent_id, kv_tokens)),
             correct=self.correct,
+            charge=self.charge,
+            tenant_weight=lambda tenant: 1.0,
+            restored=self.roots.restore,
             clock=lambda: self.now - begin_s,
             wall=lambda: 1e9 + self.now,
         )
+
+    def charge(self, tenant: str, used: TenantUsage) -> UsageRow:
+        return UsageRow(tenant, hour_of(1e9 + self.now), **msgspec.structs.asdict(used))
 
     def correct(self, agent_id: AgentId, difference: float) -> None:
         self.corrected.append(difference)
@@ -169,7 +177,7 @@ async def test_what_a_tenant_has_used_is_kept_by_the_hour_and_put_right_later() 
     scene.task(2, held=100.0)
     scene.feedback.held(TaskId(1), 500.0)
     scene.now = 3600.0
-    record = scene.feedback.arrived(AgentId("b"), Identity("b", "header", "kind", "t", False))
+    record = scene.feedback.arrived("t", "b", Identity("b", "header", "kind", False))
     scene.queue.enqueue(
         Iterations(scene.now), Task(TaskId(3), record.id, KvTokenIterations(NET), 14), KvTokenIterations(NET)
     )
@@ -186,7 +194,7 @@ async def test_what_a_tenant_has_used_is_kept_by_the_hour_and_put_right_later() 
 
 async def test_an_agent_that_the_queue_does_not_know_is_billed_nevertheless(caplog: pytest.LogCaptureFixture) -> None:
     scene = Scene()
-    record = scene.feedback.arrived(AgentId("a"), Identity("a", "header", "kind", "t", False))
+    record = scene.feedback.arrived("t", "a", Identity("a", "header", "kind", False))
     scene.feedback.ended(record, None, None, TenantUsage(requests=1))
     await scene.feedback.flush()
     assert [used.requests for used in await scene.store.usage(0, 2**60)] == [1]

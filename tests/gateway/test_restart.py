@@ -43,7 +43,7 @@ async def test_agents_are_there_again_and_stand_where_they_stood() -> None:
     scene.now = 5.0
     scene.task(3, held=2 * NET, agent="a")
     anew = await restarted(scene)
-    assert anew.feedback.records.keys() == {"a", "b"}
+    assert anew.feedback.records.keys() == {"t/a", "t/b"}
     for agent, before in scene.feedback.records.items():
         after = anew.feedback.records[agent]
         assert after.tasks == before.tasks
@@ -110,9 +110,9 @@ async def test_one_that_failed_once_is_not_learned_from_after_a_restart_either()
 
 async def test_one_that_had_no_end_of_a_task_is_not_there_again() -> None:
     scene = Scene()
-    scene.feedback.arrived(AgentId("a"), Identity("a", "header", "kind", "t", False))
+    scene.feedback.arrived("t", "a", Identity("a", "header", "kind", False))
     scene.queue.enqueue(
-        Iterations(0), Task(TaskId(1), AgentId("a"), KvTokenIterations(NET), 14), KvTokenIterations(NET)
+        Iterations(0), Task(TaskId(1), AgentId("t/a"), KvTokenIterations(NET), 14), KvTokenIterations(NET)
     )
     anew = await restarted(scene)
     assert anew.feedback.records == {}
@@ -148,15 +148,15 @@ async def test_an_agent_whose_id_came_again_while_the_store_was_away_was_cut_in_
     await anew.recall()
     assert not anew.journal.up
     anew.task(3, held=7 * NET, agent="a")
-    assert anew.feedback.records.keys() == {"a"}
+    assert anew.feedback.records.keys() == {"t/a"}
     store.away = False
     await anew.feedback.flush()
     assert anew.journal.up
-    assert anew.feedback.records.keys() == {"a", "b"}
+    assert anew.feedback.records.keys() == {"t/a", "t/b"}
     assert [agent.cost for agent in await anew.learned()] == [NET], "the first half"
     anew.task(4, held=NET, agent="a", final=True)
     assert [agent.cost for agent in await anew.learned()] == [NET, 8 * NET]
-    assert {agent.id for agent in await store.agents()} == {"b"}
+    assert {agent.id for agent in await store.agents()} == {"t/b"}
 
 
 async def test_those_of_a_gateway_that_lives_are_left_to_it() -> None:
@@ -168,6 +168,19 @@ async def test_those_of_a_gateway_that_lives_are_left_to_it() -> None:
     await other.recall()
     assert other.feedback.records == {}
     assert len(await scene.store.agents()) == 1
+
+
+async def test_who_puts_an_agent_back_has_it_for_itself() -> None:
+    scene = Scene()
+    scene.task(1, held=NET)
+    anew = await restarted(scene)
+    (kept,) = await scene.store.agents()
+    assert kept.journal == anew.journal.id
+    assert (kept.tasks, kept.whole, kept.settled) == (anew.feedback.records[AgentId("t/a")].tasks, True, 1)
+    other = Scene(scene.store)
+    other.journal.others.add(anew.journal.id)
+    await other.recall()
+    assert other.feedback.records == {}
 
 
 async def test_what_cannot_be_put_back_has_ended(caplog: pytest.LogCaptureFixture) -> None:
@@ -195,13 +208,14 @@ async def test_a_store_that_has_lost_everything_is_given_the_agents_again() -> N
     scene.task(4, held=NET, agent="b", final=True)
     assert [agent.cost for agent in await scene.learned()] == [2 * NET]
     (left,) = await scene.store.agents()
-    assert (left.id, len(left.tasks), left.whole) == ("a", 2, True)
+    assert (left.id, len(left.tasks), left.whole) == ("t/a", 2, True)
 
 
 def test_a_record_survives_as_it_is() -> None:
     """All that is kept of it. Sketches are not, and what the engine had not said."""
     record = AgentRecord(
         AgentId("red/a"),
+        "a",
         "x-agent-id",
         "kind",
         "red",
@@ -235,10 +249,10 @@ async def test_a_predictor_copes_without_the_sketches() -> None:
     scene = Scene()
     scene.task(1, held=NET)
     anew = await restarted(scene)
-    progress = anew.feedback.records[AgentId("a")].progress(NET)
+    progress = anew.feedback.records[AgentId("t/a")].progress(NET)
     assert (progress.opening, progress.latest, progress.tasks_arrived) == (None, None, 1)
     content = content_of(parse_body(b'{"messages": [{"role": "user", "content": "Name 12 rivers."}]}'))
     arrival = anew.predictor.arrive(content, progress)
     assert arrival.agent.cost > NET
-    assert len(arrival.row) == len(Learned().arrive(content, scene.feedback.records[AgentId("a")].progress(NET)).row)
+    assert len(arrival.row) == len(Learned().arrive(content, scene.feedback.records[AgentId("t/a")].progress(NET)).row)
     assert anew.predictor.predict_agent(progress).cost >= NET

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.learning.command import ExportSettings, run_export
-from gateway.settings import load
+from gateway.sources import load
 from gateway.trace import parse_trace, read_trace
 from predictor.types import FinishedAgent, FinishedTask
 from tests.learning.conftest import State
@@ -74,8 +74,8 @@ async def test_what_cannot_be_is_said(
 
 async def test_the_state_may_be_named_in_the_gateways_file(state: State, tmp_path: Path) -> None:
     await state.keep([agent(1e9)])
-    config = tmp_path / "justitia.toml"
-    config.write_text(f'port = 1\nmodel = "m"\nstate = "{state.url}"\n')
+    config = tmp_path / "justitia.yaml"
+    config.write_text(f"port: 1\nmodel: m\nstate: {state.url}\n")
     assert await export("--config", str(config), "--out", str(tmp_path / "trace")) == 0
 
 

@@ -18,7 +18,7 @@ from gateway.accuracy import Accuracy
 from gateway.learning.serving import Serves
 from gateway.learning.training import BACKOFF_MAX_S, NOTE, Note, Training, read_note, run, write_note
 from gateway.metrics import Metrics, TrainingOutcome
-from gateway.settings import GatewaySettings
+from gateway.settings import GatewaySettings, Live
 from gateway.state import StateError
 from gateway.state.memory import MemoryStore
 from predictor.types import FinishedAgent, FinishedTask
@@ -46,8 +46,9 @@ class Scene:
         self.now = 1000.0
         self.models, self.store, self.accuracy, self.learning = models, MemoryStore(), Accuracy(), Looks()
         self.registry = CollectorRegistry()
+        self.live = Live(GatewaySettings(state="memory:", models=models, **settings))
         self.training = Training(
-            GatewaySettings(state="memory:", models=models, **settings),
+            self.live,
             models,
             self.store,
             self.learning,  # type: ignore[arg-type]
@@ -209,6 +210,21 @@ async def test_the_watch_trains_once_at_a_time_and_waits_after_a_failure(tmp_pat
     await asyncio.wait((watch,))
 
 
+async def test_it_can_be_turned_off_and_on_while_it_watches(tmp_path: Path) -> None:
+    scene = Scene(tmp_path, "raise SystemExit(1)", train_every=1, train=False)
+    await scene.finish(1)
+    assert await scene.is_due()
+    watch = asyncio.create_task(scene.training.watch())
+    await asyncio.sleep(0.1)  # ten looks
+    assert scene.trained("failed") == 0
+    scene.live.settings = scene.live.settings.model_copy(update={"train": True})
+    async with asyncio.timeout(20):
+        while scene.trained("failed") != 1:
+            await asyncio.sleep(0.01)
+    watch.cancel()
+    await asyncio.wait((watch,))
+
+
 async def test_at_shutdown_no_process_is_left_not_even_a_grandchild(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = SAY + f"c = os.fork(); open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(3600)"
@@ -271,6 +287,7 @@ async def test_the_trainer_is_told_its_settings_and_no_others(tmp_path: Path, mo
     told = Scene(tmp_path, train_memory_mib=777).training._environment()
     ours = {name: value for name, value in told.items() if name.startswith("JUSTITIA_")}
     assert ours == {
+        "JUSTITIA_CONFIG": os.devnull,
         "JUSTITIA_STATE": "memory:",
         "JUSTITIA_MODELS": str(tmp_path),
         "JUSTITIA_TRAIN_LIMIT_S": "900.0",

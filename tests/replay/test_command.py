@@ -14,7 +14,7 @@ import pytest
 from gateway.replay.command import LEARN_FROM_SEEDS, ReplaySettings, load_past, load_trace, run_replay
 from gateway.replay.results import read
 from gateway.replay.traces import BUILT_IN
-from gateway.settings import load
+from gateway.sources import load
 from gateway.trace import AgentTrace, TaskTrace, TraceError, write_trace
 
 SMALL = ("--kv-blocks", "16", "--max-num-seqs", "8")
@@ -196,7 +196,7 @@ def test_what_cannot_be_had_is_said_in_a_sentence(
         (["elephant:3", "--policy", "vtc,"], "no policy ''"),
         (["elephant:3", "--policy", "vtc@later"], "no release 'later'"),
         (["elephant:3", "--policy", "vtc@"], "no release ''"),
-        (["elephant:3", "--kv-blocks", "0"], "kv_blocks"),
+        (["elephant:3", "--kv-blocks", "0"], "--kv-blocks: must be greater than or equal to 1, not 0"),
         (["elephant:3", "--beta", "0"], "beta"),
         (["elephant:3", "--seed", "-1"], "seed"),
         (["elephant:3", "--cost", "money"], "cost"),
@@ -241,7 +241,7 @@ def test_an_unknown_name_in_its_own_part_of_the_environment_is_an_error(
     monkeypatch.setenv("JUSTITIA_REPLAY_PROFIEL", "cpu-tiny")
     with pytest.raises(SystemExit):
         load(ReplaySettings, [str(trace)], program="justitia replay")
-    assert "JUSTITIA_REPLAY_PROFIEL is not a setting" in capsys.readouterr().err
+    assert "JUSTITIA_REPLAY_PROFIEL: is not a setting; did you mean JUSTITIA_REPLAY_PROFILE?" in capsys.readouterr().err
 
 
 def test_help_names_the_built_in_traces() -> None:

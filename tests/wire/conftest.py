@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.fairness import AgentId
 from gateway.identify import Identity
 from gateway.parts import Parts
 from gateway.server import RunningGateway, start_gateway
@@ -46,8 +45,7 @@ class GatewayUnderTest:
 
     def has_agent(self, tenant: str, name: str) -> None:
         """A tenant has an agent, which has done nothing yet."""
-        identity = Identity(name, "x-agent-id", None, tenant, final=False)
-        self.parts.feedback.arrived(AgentId(f"{tenant}/{name}"), identity)
+        self.parts.feedback.arrived(tenant, name, Identity(name, "x-agent-id", None, final=False))
 
     def is_empty(self) -> bool:
         queue = self.parts.queue

@@ -69,7 +69,8 @@ async def wait_for_word(body: dict[str, Any], send: Send, engine: ScriptedEngine
 
 @dataclass
 class ScriptedEngine:
-    """answers: one for each task, in order; then `default`. bodies: what arrived. left: tasks whose client left."""
+    """answers: one for each task, in order; then `default`. bodies: what arrived. left: tasks whose client left. connections:
+    on which something was asked, open or not."""
 
     default: Answer = answer_at_once
     answers: list[Answer] = field(default_factory=list)
@@ -78,6 +79,7 @@ class ScriptedEngine:
     raw: list[bytes] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     left: int = 0
+    connections: set[Any] = field(default_factory=set)
     go: asyncio.Event = field(default_factory=asyncio.Event)
     arrived: asyncio.Condition = field(default_factory=asyncio.Condition)
     url: str = ""
@@ -90,6 +92,7 @@ class ScriptedEngine:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Send) -> None:
         if scope["type"] != "http":
             return
+        self.connections.add(send.__self__.transport)  # type: ignore[attr-defined]  # uvicorn's request cycle
         if scope["method"] == "GET":
             content = {"/metrics": self.metrics, "/v1/models": '{"object": "list", "data": []}'}.get(scope["path"], "")
             await start(send, b"application/json", 200 if self.healthy else 503)
@@ -125,17 +128,23 @@ class ScriptedEngine:
 
     @asynccontextmanager
     async def serving(self, port: int = 0) -> AsyncIterator[ScriptedEngine]:
-        config = uvicorn.Config(
-            self, port=port, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=0
-        )
-        server = uvicorn.Server(config)
-        server.capture_signals = nullcontext  # type: ignore[method-assign]
-        task = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        self.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        try:
+        async with serving_asgi(self, port) as self.url:
             yield self
-        finally:
-            server.should_exit = server.force_exit = True
-            await task
+
+
+@asynccontextmanager
+async def serving_asgi(application: Any, port: int = 0) -> AsyncIterator[str]:
+    """The URL at which it is served."""
+    config = uvicorn.Config(
+        application, port=port, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=0
+    )
+    server = uvicorn.Server(config)
+    server.capture_signals = nullcontext  # type: ignore[method-assign]
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = server.force_exit = True
+        await task

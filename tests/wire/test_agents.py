@@ -74,7 +74,7 @@ async def test_when_agents_should_be_done(busy: GatewayUnderTest, scripted: Scri
     rate = busy.parts.dispatcher.rate.per_s()
     assert rate is not None
     predicted = {agent.id: agent.predicted for agent in busy.parts.queue.agents.values()}
-    assert runs["estimated_finish_s"] == pytest.approx(predicted[AgentId("a")] / rate, rel=0.2)
+    assert runs["estimated_finish_s"] == pytest.approx(predicted[AgentId("default/a")] / rate, rel=0.2)
     assert waits["estimated_finish_s"] == pytest.approx(sum(predicted.values()) / rate, rel=0.2)
     scripted.go.set()
     await asyncio.gather(*tasks)
@@ -100,7 +100,7 @@ async def test_an_agent_that_is_ended_lets_go_of_the_queue_and_the_engine(
     load = busy.parts.tenants.load
     assert (load.waiting, load.in_flight, load.waiting_bytes) == (0, 0, 0)
     assert (await busy.chat("a")).status_code == 200, "a new agent"
-    assert busy.parts.feedback.records[AgentId("a")].tasks_arrived == 1
+    assert busy.parts.feedback.records[AgentId("default/a")].tasks_arrived == 1
 
 
 async def test_a_stream_that_is_ended_says_so_and_what_it_held_is_charged(
@@ -113,7 +113,7 @@ async def test_a_stream_that_is_ended_says_so_and_what_it_held_is_charged(
     async with gateway.client.stream("POST", "/v1/chat/completions", json=body, headers={"X-Agent-ID": "a"}) as answer:
         async for data in answer.aiter_bytes():
             if not seen:
-                agent = gateway.parts.queue.agents[AgentId("a")]
+                agent = gateway.parts.queue.agents[AgentId("default/a")]
                 assert (await gateway.client.delete("/v1/agents/a")).status_code == 200
             seen += data
     assert seen.startswith(chunk("first"))
@@ -129,8 +129,8 @@ async def test_an_agent_that_waits_for_its_tool_can_be_ended(gateway: GatewayUnd
     assert (await gateway.chat("a")).status_code == 200
     answer = await gateway.client.delete("/v1/agents/a")
     assert answer.json()["deleted"] is True and answer.json()["tasks_cancelled"] == 0
-    assert AgentId("a") not in gateway.parts.feedback.records
-    assert AgentId("a") not in gateway.parts.queue.agents
+    assert AgentId("default/a") not in gateway.parts.feedback.records
+    assert AgentId("default/a") not in gateway.parts.queue.agents
     await gateway.parts.feedback.flush()
     assert (await gateway.client.delete("/v1/agents/a")).status_code == 404
 
@@ -158,7 +158,7 @@ async def test_sdks_do_not_begin_an_ended_agent_again(busy: GatewayUnderTest, sc
             await request
     assert error.value.status_code == 410
     assert len(scripted.bodies) == 1
-    assert AgentId("a") not in busy.parts.feedback.records
+    assert AgentId("default/a") not in busy.parts.feedback.records
 
 
 # Tenants

@@ -98,7 +98,7 @@ async def test_a_full_queue_answers_429_with_retry_after(start: StartGateway, sc
     assert answer.status_code == 429
     assert answer.json()["error"]["code"] == "queue_full"
     assert 1 <= int(answer.headers["retry-after"]) <= 30
-    assert "c" not in gateway.parts.feedback.records
+    assert "default/c" not in gateway.parts.feedback.records
     scripted.go.set()
     assert [kept_answer.status_code for kept_answer in await asyncio.gather(*kept)] == [200, 200]
 
@@ -129,7 +129,7 @@ async def test_a_refused_final_task_does_not_end_its_agent(start: StartGateway, 
     await asyncio.gather(*kept)
     assert "default/a" in gateway.parts.feedback.records
     assert (await gateway.chat("a", headers=final)).status_code == 200
-    assert "a" not in gateway.parts.feedback.records
+    assert "default/a" not in gateway.parts.feedback.records
 
 
 async def test_slots_are_those_that_the_settings_say(start: StartGateway, scripted: ScriptedEngine) -> None:
@@ -294,25 +294,49 @@ async def test_tasks_wait_while_the_engine_is_away_and_are_served_when_it_is_bac
     assert port
 
 
-async def test_a_gateway_that_stops_finishes_what_is_in_flight_and_hands_back_the_rest(
+async def test_a_gateway_that_stops_serves_what_it_has_accepted_and_takes_nothing_new(
     start: StartGateway, scripted: ScriptedEngine
 ) -> None:
     gateway = await start(max_in_flight=1, max_engine_waiting=0, drain_s=20)
     scripted.default = wait_for_word
-    in_flight = asyncio.create_task(gateway.chat("first"))
+    accepted = [asyncio.create_task(gateway.chat("first"))]
     await scripted.until(lambda engine: len(engine.bodies) == 1)
-    waiting = asyncio.create_task(gateway.chat("second"))
+    accepted.append(asyncio.create_task(gateway.chat("second")))
     await gateway.until(lambda: gateway.parts.queue.waiting == 1)
     stopping = asyncio.create_task(gateway.running.stop())
-    handed_back = await waiting
-    assert handed_back.status_code == 503
-    assert handed_back.json()["error"]["code"] == "shutting_down"
+    await asyncio.sleep(0)
+    refused = await gateway.chat("third")
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "shutting_down"
+    assert 5 <= int(refused.headers["retry-after"]) <= 20
+    assert refused.headers["connection"] == "close"
+    assert (await gateway.client.get("/ready")).status_code == 503
+    health = await gateway.client.get("/health")
+    assert (health.status_code, health.json()["status"]) == (200, "draining")
     assert not stopping.done()
     scripted.go.set()
-    assert (await in_flight).status_code == 200
+    assert [answer.status_code for answer in await asyncio.gather(*accepted)] == [200, 200]
     await stopping
     with pytest.raises(httpx.ConnectError):
         await gateway.client.get("/health")
+
+
+async def test_what_still_waits_at_the_end_of_the_drain_is_handed_back(
+    start: StartGateway, scripted: ScriptedEngine
+) -> None:
+    gateway = await start(max_in_flight=1, max_engine_waiting=0, drain_s=0.1)
+    scripted.default = wait_for_word
+    requests = [asyncio.create_task(gateway.chat("first"))]
+    await scripted.until(lambda engine: len(engine.bodies) == 1)
+    requests.append(asyncio.create_task(gateway.chat("second")))
+    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    async with asyncio.timeout(10):
+        await gateway.running.stop()
+    for answer in await asyncio.gather(*requests):
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "shutting_down"
+        assert int(answer.headers["retry-after"]) > 0
+    assert len(scripted.bodies) == 1
 
 
 async def test_what_is_in_flight_is_cut_off_after_its_time(start: StartGateway, scripted: ScriptedEngine) -> None:
@@ -325,3 +349,18 @@ async def test_what_is_in_flight_is_cut_off_after_its_time(start: StartGateway, 
     answer = await in_flight
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "shutting_down"
+
+
+async def test_a_body_that_is_still_being_sent_when_the_gateway_ends_is_answered(start: StartGateway) -> None:
+    gateway = await start(drain_s=20)
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.url.rpartition(":")[2]))
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\nExpect: 100-continue\r\n\r\n"
+    )
+    assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    async with asyncio.timeout(10):
+        await gateway.running.stop()
+        answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b'"code":"shutting_down"' in answer
+    writer.close()

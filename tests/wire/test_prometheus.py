@@ -94,7 +94,7 @@ async def test_the_exposition_parses_and_has_bounded_labels() -> None:
             family.name: family
             for family in text_string_to_metric_families((await gateway.client.get("/metrics")).text)
         }
-    assert all(name.startswith("justitia_") for name in families)
+    assert all(name.startswith(("justitia_", "gen_ai_server_")) for name in families)
     classes = {sample.labels["agent_class"] for sample in families["justitia_agents_finished"].samples}
     assert len(classes) == 1001
     assert "other" in classes

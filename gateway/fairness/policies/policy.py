@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from gateway.fairness.types import Agent, Task
 
 
@@ -12,7 +14,7 @@ class Policy:
     nested: tenants share first, and agents within their tenant. Otherwise tenants do not count.
     by_progress: the rank changes with what the engine produces, token by token.
     revised: tasks that the engine has are given the rank anew when their agent's changes. Where it changes with all that
-        happens, they keep that of their release.
+        happens, they keep that of their release, or of the moment at which the policy began.
     """
 
     nested = False
@@ -25,6 +27,9 @@ class Policy:
     def task_rank(self, task: Task) -> float:
         """Among the tasks of one agent; ties go to the task that came first."""
         return 0.0
+
+    def begin(self, agents: Iterable[Agent]) -> None:
+        """The policy takes over from another one, with these agents, busy or not."""
 
     def woke(self, agent: Agent, least: float | None) -> None:
         """The agent, of which nothing waited, has a task that waits. `least`: the smallest rank among the others that wait."""

@@ -3,10 +3,12 @@
 Sheng et al., Fairness in Serving Large Language Models, OSDI 2024, algorithm 2: a counter adds the prompt's tokens when a
 task is admitted and each output token, worth twice as much, when it is produced. An agent that comes back to a queue
 in which it had nothing is lifted to the least counter among those that wait, or, when nobody waits, to that of the one
-that left last: idling earns no credit.
+that left last: idling earns no credit. When it takes over from another policy, all counters begin at zero.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from gateway.fairness.policies.policy import Policy
 from gateway.fairness.types import Agent, Task
@@ -22,6 +24,11 @@ class Vtc(Policy):
 
     def rank(self, agent: Agent, head: Task) -> float:
         return _counter(agent)
+
+    def begin(self, agents: Iterable[Agent]) -> None:
+        """All are level: what they were given under another order is no debt here, and no credit."""
+        for agent in agents:
+            agent.lift -= _counter(agent)
 
     def woke(self, agent: Agent, least: float | None) -> None:
         if least is None:

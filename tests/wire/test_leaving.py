@@ -1,0 +1,332 @@
+"""A client that goes away, in whatever state its request is and in whatever dialect, leaves nothing behind, and pays for what
+it held."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from gateway.engine_http import KEEPALIVE_S
+from tests.conftest import LiveEngine
+from tests.wire.conftest import GatewayUnderTest, StartGateway, running_gateway
+from tests.wire.leaver import Leaver
+from tests.wire.scripted_dialects import BODIES, events_of, half_then_wait, in_dialect, in_dialect_when_told
+from tests.wire.scripted_engine import ScriptedEngine, push
+from tests.wire.scripted_engine import start as start_answer
+
+# From the moment that a client leaves: the queue's place, the slot and the KV are somebody else's.
+FREED_S = 0.2
+ID = "default/leaver"
+
+# Gives the client that is to leave, and those that stay.
+Reach = Callable[[GatewayUnderTest, ScriptedEngine, str], Awaitable[list[Leaver]]]
+
+every_path = pytest.mark.parametrize("path", BODIES)
+
+
+def ask(gateway: GatewayUnderTest, path: str, **fields: Any) -> Awaitable[Leaver]:
+    return Leaver.ask(gateway.url, path, {**BODIES[path], **fields}, "leaver")
+
+
+def outcomes(gateway: GatewayUnderTest, path: str) -> dict[str, float]:
+    return {
+        sample.labels["outcome"]: sample.value
+        for family in gateway.parts.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "justitia_requests_total" and sample.labels["endpoint"] == path
+    }
+
+
+async def time_until(condition: Callable[[], bool]) -> float:
+    begun = time.monotonic()
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.001)
+    return time.monotonic() - begun
+
+
+async def queued(gateway: GatewayUnderTest, engine: ScriptedEngine, path: str) -> list[Leaver]:
+    engine.default = in_dialect_when_told
+    kept = await Leaver.ask(gateway.url, path, BODIES[path], "kept")
+    await engine.until(lambda engine: len(engine.bodies) == 1)
+    leaver = await ask(gateway, path)
+    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    return [leaver, kept]
+
+
+async def sent_and_no_byte_yet(gateway: GatewayUnderTest, engine: ScriptedEngine, path: str) -> list[Leaver]:
+    engine.default = in_dialect_when_told
+    leaver = await ask(gateway, path, stream=True)
+    await engine.until(lambda engine: len(engine.bodies) == 1)
+    return [leaver]
+
+
+async def streaming(gateway: GatewayUnderTest, engine: ScriptedEngine, path: str) -> list[Leaver]:
+    engine.default = half_then_wait
+    leaver = await ask(gateway, path, stream=True)
+    await leaver.hear(b"hel")
+    return [leaver]
+
+
+async def waiting_for_the_whole_answer(gateway: GatewayUnderTest, engine: ScriptedEngine, path: str) -> list[Leaver]:
+    engine.default = in_dialect_when_told
+    leaver = await ask(gateway, path)
+    await engine.until(lambda engine: len(engine.bodies) == 1)
+    return [leaver]
+
+
+async def queued_again(gateway: GatewayUnderTest, engine: ScriptedEngine, path: str) -> list[Leaver]:
+    """The engine died with it, and is not back."""
+
+    async def die(body: dict[str, Any], send: Any, engine: ScriptedEngine) -> None:
+        engine.healthy = False
+        send.__self__.transport.abort()  # uvicorn's request cycle
+
+    engine.answers = [die]
+    leaver = await ask(gateway, path)
+    await gateway.until(lambda: not gateway.parts.engine.up and gateway.parts.queue.waiting == 1)
+    return [leaver]
+
+
+async def sent_again(gateway: GatewayUnderTest, engine: ScriptedEngine, path: str) -> list[Leaver]:
+    """The engine lost it, was well, and got it once more."""
+
+    async def die(body: dict[str, Any], send: Any, engine: ScriptedEngine) -> None:
+        send.__self__.transport.abort()
+
+    engine.answers, engine.default = [die], in_dialect_when_told
+    leaver = await ask(gateway, path)
+    await engine.until(lambda engine: len(engine.bodies) == 2)
+    return [leaver]
+
+
+NOT_AT_THE_ENGINE: tuple[Reach, ...] = (queued, queued_again)
+AT_THE_ENGINE: tuple[Reach, ...] = (
+    sent_and_no_byte_yet,
+    streaming,
+    waiting_for_the_whole_answer,
+    sent_again,
+)
+
+
+@every_path
+@pytest.mark.parametrize("reach", NOT_AT_THE_ENGINE, ids=lambda reach: reach.__name__)
+async def test_who_leaves_the_queue_has_held_nothing(
+    start: StartGateway, scripted: ScriptedEngine, reach: Reach, path: str
+) -> None:
+    gateway = await start(max_in_flight=1, max_engine_waiting=0)
+    leaver, *kept = await reach(gateway, scripted, path)
+    sent = len(scripted.bodies)
+    leaver.leave()
+    assert await time_until(lambda: gateway.parts.queue.waiting == 0) < FREED_S
+    await gateway.until(lambda: outcomes(gateway, path) == {"cancelled": 1})
+    assert gateway.parts.queue.agents[ID].arrived == 0  # type: ignore[index]
+    scripted.healthy = True
+    await gateway.until(lambda: gateway.parts.engine.up)
+    scripted.go.set()
+    await gateway.until(gateway.is_empty)
+    assert len(scripted.bodies) == sent, "it was not sent any more"
+    for client in kept:
+        client.leave()
+
+
+@every_path
+@pytest.mark.parametrize("reach", AT_THE_ENGINE, ids=lambda reach: reach.__name__)
+async def test_who_leaves_the_engine_pays_for_what_it_held(
+    start: StartGateway, scripted: ScriptedEngine, reach: Reach, path: str
+) -> None:
+    gateway = await start(max_in_flight=1, max_engine_waiting=0)
+    (leaver,) = await reach(gateway, scripted, path)
+    next_one = asyncio.create_task(gateway.chat("next"))
+    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    scripted.metrics = scripted.metrics.replace("count 100", "count 9000")  # iterations, in which it holds its memory
+    await gateway.until(lambda: gateway.parts.engine.iterations == 8900)
+    predicted = gateway.parts.queue.agents[ID].arrived  # type: ignore[index]
+    bodies, left = len(scripted.bodies), scripted.left
+    scripted.default = in_dialect
+    leaver.leave()
+    freed_s = await time_until(lambda: scripted.left == left + 1 and len(scripted.bodies) == bodies + 1)
+    assert freed_s < FREED_S, "the engine has been told, and the next task has the slot"
+    assert (await next_one).status_code == 200
+    assert outcomes(gateway, path)["cancelled"] == 1
+    charged = gateway.parts.queue.agents[ID].arrived  # type: ignore[index]
+    if reach is streaming:
+        assert 0 < charged < predicted, "a few tokens of a short prompt"
+    else:
+        assert charged == predicted, "it ran for longer than what was predicted of it"
+    assert gateway.is_empty()
+
+
+@every_path
+async def test_who_leaves_before_its_request_is_whole_never_was_a_task(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine, path: str
+) -> None:
+    leaver = await Leaver.ask(gateway.url, path, BODIES[path], "leaver", share=0.5)
+    leaver.leave()
+    await gateway.until(lambda: outcomes(gateway, path) == {"cancelled": 1})
+    assert gateway.parts.feedback.records == {}
+    assert scripted.bodies == []
+
+
+async def test_a_thousand_that_leave_at_random_leave_nothing_behind(
+    start: StartGateway, scripted: ScriptedEngine
+) -> None:
+    """In all states and dialects, at an engine that dies of some of them; half of them name one of ten agents."""
+    rng = random.Random(5)
+    gateway = await start(max_in_flight=24, max_engine_waiting=0, max_waiting=2000)
+    running: Counter[str] = Counter()
+
+    async def answer(body: dict[str, Any], send: Any, engine: ScriptedEngine) -> None:
+        running["now"] += 1
+        try:
+            await asyncio.sleep(rng.uniform(0, 0.05))
+            if rng.random() < 0.03:
+                send.__self__.transport.abort()
+            elif not body.get("stream"):
+                await in_dialect(body, send, engine)
+            else:
+                await start_answer(send)
+                events = events_of(body, send)
+                for event in events:
+                    await push(send, event, more=event is not events[-1])
+                    await asyncio.sleep(rng.uniform(0, 0.02))
+        finally:
+            running["now"] -= 1
+
+    scripted.default = answer
+    server = gateway.running._server
+    await gateway.chat("first")
+    await asyncio.sleep(KEEPALIVE_S + 1)  # until only the connections of the watches are left
+    watching, served = open_ones(scripted), len(server.server_state.connections)
+    tasks = _tasks()
+    whole = 0
+
+    async def one(number: int) -> None:
+        nonlocal whole
+        await asyncio.sleep(rng.uniform(0, 2))
+        path = rng.choice(list(BODIES))
+        body = {**BODIES[path], "stream": rng.random() < 0.5}
+        share = rng.uniform(0, 1) if rng.random() < 0.1 else 1.0
+        agent = f"agent-{number % 10}" if number % 2 else None
+        leaver = await Leaver.ask(gateway.url, path, body, agent, share=share)
+        try:
+            async with asyncio.timeout(rng.choice((0.0, 0.05, 0.5, 2.0)) * rng.random()):
+                whole += (await leaver.hear_all()).endswith(b"0\r\n\r\n")
+        except TimeoutError:
+            pass
+        leaver.leave()
+
+    await asyncio.gather(*(one(number) for number in range(1000)))
+    await gateway.until(gateway.is_empty)
+    await gateway.until(lambda: running["now"] == 0)
+    parts = gateway.parts
+    await gateway.until(lambda: open_ones(scripted) <= watching)
+    assert len(server.server_state.connections) <= served
+    await gateway.until(lambda: not _tasks() - tasks)
+    assert parts.dispatcher._turns == {}
+    assert {record.name for record in parts.feedback.records.values()} <= {"first", *(f"agent-{n}" for n in range(10))}
+    assert set(parts.queue.agents) == set(parts.feedback.records)
+    assert parts.feedback.awaited == {}
+    assert parts.queue.peak_tokens == 0
+    ended = sum((Counter(outcomes(gateway, path)) for path in BODIES), Counter())
+    assert sum(ended.values()) == 1001, ended
+    assert ended["cancelled"] > 300
+    assert set(ended) <= {"cancelled", "completed", "failed"}
+    assert (await gateway.chat("after")).status_code == 200
+
+
+def open_ones(engine: ScriptedEngine) -> int:
+    return sum(not connection.is_closing() for connection in engine.connections)
+
+
+def _tasks() -> Counter[str]:
+    return Counter(task.get_coro().__qualname__ for task in asyncio.all_tasks())  # type: ignore[union-attr]
+
+
+# The KV cache of the real one.
+
+
+async def in_time(once: Callable[[], Awaitable[float]]) -> None:
+    """The engine's processes share the machine with whatever else it does: of three tries one is in time."""
+    tries = []
+    while len(tries) < 3:
+        tries.append(await once())
+        if tries[-1] < FREED_S:
+            return
+    pytest.fail(f"it took {tries} seconds")
+
+
+@pytest.mark.engine
+@every_path
+@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "waiting for the whole answer"])
+async def test_the_kv_of_who_leaves_is_free(engine: LiveEngine, path: str, stream: bool) -> None:
+    engine.lengths({"leaves": 1800})
+    fields: dict[str, Any] = {"stream": stream, "vllm_xargs": {"forced_length_key": "leaves"}}
+    if path == "/v1/messages":
+        fields["max_tokens"] = 1900
+
+    async def once() -> float:
+        async with real_gateway(engine) as gateway:
+            view = gateway.parts.engine
+            leaver = await ask(gateway, path, **fields)
+            if stream:
+                await leaver.hear(b"delta")
+            await gateway.until(lambda: view.held_tokens > 0 and bool(view.held))
+            leaver.leave()
+            freed_s = await time_until(lambda: gateway.is_empty() and view.held_tokens == 0 and view.running == 0)
+            assert gateway.parts.queue.agents[ID].arrived > 0  # type: ignore[index]
+            assert outcomes(gateway, path) == {"cancelled": 1}
+            return freed_s
+
+    await in_time(once)
+
+
+@pytest.mark.engine
+@every_path
+async def test_who_waits_in_the_engine_leaves_it(engine: LiveEngine, path: str) -> None:
+    """Two others hold 64 of its 127 blocks and more with each token: there is no room for this one, which has been sent."""
+    engine.lengths({"waits-and-leaves": 5, "fills": 900})
+    fills = {"model": "tiny", "stream": True, "max_tokens": 1000, "vllm_xargs": {"forced_length_key": "fills"}}
+    long = "Q" * 2025  # as many tokens
+    fields: dict[str, Any] = {"stream": True, "vllm_xargs": {"forced_length_key": "waits-and-leaves"}}
+    fields |= {"input": long} if path == "/v1/responses" else {"messages": [{"role": "user", "content": long}]}
+    if path == "/v1/messages":
+        fields["max_tokens"] = 6
+
+    async def once() -> float:
+        async with real_gateway(engine, max_engine_waiting=10, beta=10) as gateway:
+            view = gateway.parts.engine
+            fillers = [
+                await Leaver.ask(gateway.url, "/v1/completions", {**fills, "prompt": [token] * 1000}, f"fills-{token}")
+                for token in (100, 101)
+            ]
+            for filler in fillers:
+                await filler.hear(b"text")
+            leaver = await ask(gateway, path, **fields)
+            await gateway.until(lambda: view.waiting == 1)
+            leaver.leave()
+            freed_s = await time_until(lambda: gateway.parts.queue.in_flight == 2 and view.waiting == 0)
+            assert view.running == 2
+            held = gateway.parts.queue.agents[ID].arrived  # type: ignore[index]
+            assert held == 0, "it waited"
+            for filler in fillers:
+                filler.leave()
+            await gateway.until(lambda: gateway.is_empty() and view.held_tokens == 0)
+            return freed_s
+
+    await in_time(once)
+
+
+@asynccontextmanager
+async def real_gateway(engine: LiveEngine, **settings: Any) -> AsyncIterator[GatewayUnderTest]:
+    engine.wait_ready()
+    async with running_gateway(engine=engine.url, link=engine.link_address, **settings) as gateway:
+        await gateway.until(lambda: gateway.parts.engine.up and gateway.parts.engine.reporting)
+        yield gateway
