@@ -44,7 +44,7 @@ def agent_routes(parts: Parts) -> APIRouter:
         (view,) = _views(parts, [_find(parts, parts.tenants.authenticate(request.headers), name, tenant)])
         return view
 
-    @router.delete("/v1/agents/{name:path}")
+    @router.delete("/v1/agents/{name:path}", responses={202: {"description": "Some of its tasks have not ended yet."}})
     async def end_agent(request: Request, name: str, tenant: str | None = None) -> JSONResponse:
         """Its tasks are broken off, waiting and in flight, and are charged what they held. 202 if they take their time. A task
         that comes later begins a new agent."""

@@ -43,7 +43,7 @@ def usage_routes(
     """flush: returns when what was used until now is in the store. wall: seconds since 1970."""
     router = APIRouter()
 
-    @router.get("/v1/usage")
+    @router.get("/v1/usage", responses={200: {"content": {"text/csv": {}}}, NoState.status: {}})
     async def usage(
         request: Request,
         since: str | None = None,

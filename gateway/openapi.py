@@ -253,12 +253,13 @@ def _operation(method: str, path: str, operation: Json, errors: _Errors) -> Json
     operation |= {"operationId": _name(method, path), "tags": ["operations"]}
     if path in OPEN:
         return {**operation, "security": []}
-    never = [status for status in errors.statuses if status not in (400, 401, 403, 404)]
-    if "parameters" not in operation:
-        never.append(InvalidRequest.status)
-    if "{" not in path:
-        never.append(NotFound.status)
-    return {**operation, "responses": {**errors.told(OPENAI, but=never), **responses}}
+    told = {401, 403} | {int(status) for status in responses}
+    if "parameters" in operation:
+        told.add(InvalidRequest.status)
+    if "{" in path:
+        told.add(NotFound.status)
+    never = [status for status in errors.statuses if status not in told]
+    return {**operation, "responses": {**responses, **errors.told(OPENAI, but=never)}}
 
 
 def _others(dialect: Dialect) -> Json:

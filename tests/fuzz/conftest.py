@@ -6,10 +6,13 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from pathlib import Path
 
 import httpx
 import pytest
 
+from gateway.keys import add_key
 from gateway.parts import Parts
 from tests.conftest import LoopThread
 from tests.fuzz.strict_engine import StrictEngine
@@ -31,11 +34,12 @@ class _Complaints(logging.Handler):
 
 
 class Fuzzed:
-    """A gateway before a strict engine, both in a thread of their own."""
+    """A gateway before a strict engine, both in a thread of their own. key: that it wants, if it wants one."""
 
-    def __init__(self, loop: LoopThread, url: str, parts: Parts, engine: StrictEngine) -> None:
+    def __init__(self, loop: LoopThread, url: str, parts: Parts, engine: StrictEngine, key: str | None) -> None:
         self.url = url
         self.engine = engine
+        self.key = key
         self.complaints = _Complaints()
         self._loop, self._parts = loop, parts
 
@@ -52,7 +56,7 @@ class Fuzzed:
         assert self.complaints.texts == []
         assert self.engine.wrong == []
         body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
-        headers = {"X-Agent-ID": "good", "X-Agent-Final": "true"}
+        headers = {"X-Agent-ID": "good", "X-Agent-Final": "true", "X-API-Key": self.key or ""}
         answer = httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=headers)
         assert answer.status_code == 200
         self._loop.call(self._empty())
@@ -71,16 +75,17 @@ class Fuzzed:
         return not (parts.queue.waiting or parts.queue.in_flight or parts.background._tasks)
 
 
-@pytest.fixture(scope="package")
-def running() -> Iterator[Fuzzed]:
+def _running(keys: Path | None = None) -> Iterator[Fuzzed]:
     thread = LoopThread()
     stack = AsyncExitStack()
+    key = None if keys is None else add_key(keys, "red", "", datetime.now(UTC))[1]
 
     async def begin() -> Fuzzed:
         engine = await stack.enter_async_context(StrictEngine().serving())
-        gateway = await stack.enter_async_context(running_gateway(engine=engine.url, max_body_mib=16))
+        settings = {} if keys is None else {"keys": keys}
+        gateway = await stack.enter_async_context(running_gateway(engine=engine.url, max_body_mib=16, **settings))
         await gateway.until(lambda: gateway.parts.engine.up and gateway.parts.engine.reporting)
-        return Fuzzed(thread, gateway.url, gateway.parts, engine)
+        return Fuzzed(thread, gateway.url, gateway.parts, engine, key)
 
     fuzzed = thread.call(begin())
     yield fuzzed
@@ -88,9 +93,17 @@ def running() -> Iterator[Fuzzed]:
     thread.close()
 
 
-@pytest.fixture
-def fuzzed(running: Fuzzed) -> Iterator[Fuzzed]:
-    """Checked after the test."""
+@pytest.fixture(scope="package")
+def running() -> Iterator[Fuzzed]:
+    yield from _running()
+
+
+@pytest.fixture(scope="package")
+def running_with_keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzed]:
+    yield from _running(tmp_path_factory.mktemp("keys") / "keys.json")
+
+
+def _checked(running: Fuzzed) -> Iterator[Fuzzed]:
     root = logging.getLogger()
     root.addHandler(running.complaints)
     running.complaints.texts.clear()
@@ -100,3 +113,15 @@ def fuzzed(running: Fuzzed) -> Iterator[Fuzzed]:
         running.check()
     finally:
         root.removeHandler(running.complaints)
+
+
+@pytest.fixture
+def fuzzed(running: Fuzzed) -> Iterator[Fuzzed]:
+    """Checked after the test."""
+    yield from _checked(running)
+
+
+@pytest.fixture
+def locked(running_with_keys: Fuzzed) -> Iterator[Fuzzed]:
+    """One that wants a key, checked after the test."""
+    yield from _checked(running_with_keys)

@@ -172,3 +172,28 @@ def test_every_endpoint_sends_what_it_was_sent(fuzzed: Fuzzed, path: str, body: 
         assert {name: value for name, value in came.items() if name not in ours} == {
             name: value for name, value in left.items() if name not in ours
         }
+
+
+@given(st.data(), st.sampled_from((*PATHS, "/v1/models", "/v1/agents", "/v1/agents/a", "/v1/usage")), any_body)
+@bounded(250)
+def test_without_its_key_nothing_is_served(locked: Fuzzed, data: st.DataObject, path: str, body: bytes) -> None:
+    assert locked.key is not None
+    key = locked.key.encode()
+    place = data.draw(st.integers(0, len(key) - 1))
+    other = data.draw(st.binary(max_size=2).filter(lambda put: put != key[place : place + 1]))
+    changed = key[:place] + other + key[place + 1 :]
+    value = data.draw(st.sampled_from((b"", b"Bearer", b"Bearer ", b"bearer  ", b"Basic "))) + data.draw(
+        st.sampled_from((changed, b"jk_", b"", key[:-1], key + b"0", key.upper())) | st.binary(max_size=30)
+    )
+    value = bytes(c for c in value if c >= 0x20 and c != 0x7F)
+    name = data.draw(st.sampled_from((b"authorization", b"x-api-key", b"api-key")))
+    method = "POST" if path in PATHS else "GET"
+    served = locked.engine.served
+    answer = ask(locked, request(method, path.encode(), [(name, value)], body if method == "POST" else b""), method)
+    if answer is not None and answer.status != 401:
+        assert key in value.split() or value.strip() == key
+        return
+    assert answer is not None
+    assert_documented(path, answer.status, answer.headers, answer.body)
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert locked.engine.served is served
