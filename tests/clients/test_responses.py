@@ -29,7 +29,13 @@ CASES: dict[str, dict[str, Any]] = {
         "tool_choice": "none",
     },
 }
-LONG = {"input": "Hello", "max_output_tokens": 1900, "extra_body": {"vllm_xargs": {"forced_length_key": "response"}}}
+
+
+def of_length(engine: LiveEngine, length: int) -> dict[str, Any]:
+    """A request whose answer has so many tokens."""
+    key = f"response-{length}"  # the engine reads no key twice
+    engine.lengths({key: length})
+    return {"input": "Hello", "max_output_tokens": 1900, "extra_body": {"vllm_xargs": {"forced_length_key": key}}}
 
 
 def usage_of(response: Response) -> tuple[int, int, int]:
@@ -123,9 +129,8 @@ async def test_one_that_is_not_kept_any_more(openai_sdk: Sdks) -> None:
 async def test_one_in_the_background_holds_its_turn_until_it_is_done(
     openai_sdk: Sdks, real: GatewayUnderTest, engine: LiveEngine
 ) -> None:
-    engine.lengths({"response": 60})
     sdk = openai_sdk.through
-    started = await create(sdk, **LONG, background=True)
+    started = await create(sdk, **of_length(engine, 60), background=True)
     assert started.status == "queued"
     assert real.parts.queue.in_flight == 1, "its client has been answered, and it is at the engine all the same"
     done = await ended(sdk, started)
@@ -139,10 +144,9 @@ async def test_one_in_the_background_holds_its_turn_until_it_is_done(
 async def test_one_in_the_background_can_be_watched_and_left(
     openai_sdk: Sdks, real: GatewayUnderTest, engine: LiveEngine
 ) -> None:
-    engine.lengths({"response": 700})
     sdk = openai_sdk.through
     async with openai_client(real.url, default_headers={"X-Agent-ID": RUN}) as leaves:
-        stream = events_of(leaves, **LONG, background=True)
+        stream = events_of(leaves, **of_length(engine, 700), background=True)
         first = await anext(stream)
         assert first.type == "response.created"
         await anext(stream)
@@ -159,9 +163,8 @@ async def test_one_in_the_background_can_be_watched_and_left(
 async def test_one_that_is_cancelled_frees_its_turn_and_is_charged_what_it_held(
     openai_sdk: Sdks, real: GatewayUnderTest, engine: LiveEngine
 ) -> None:
-    engine.lengths({"response": 1800})
     sdk = openai_sdk.through
-    started = await create(sdk, **LONG, background=True)
+    started = await create(sdk, **of_length(engine, 1800), background=True)
     await real.until(lambda: real.parts.engine.held_tokens > 0)
     cancelled = await sdk.responses.cancel(started.id)
     assert cancelled.status == "cancelled"
@@ -176,9 +179,8 @@ async def test_one_that_is_cancelled_while_it_is_watched(
     openai_sdk: Sdks, real: GatewayUnderTest, engine: LiveEngine
 ) -> None:
     """vLLM's stream of it does not end then, and whoever watches it goes on waiting. The turn is free all the same."""
-    engine.lengths({"response": 1800})
     sdk = openai_sdk.through
-    stream = events_of(sdk, **LONG, background=True)
+    stream = events_of(sdk, **of_length(engine, 1800), background=True)
     first = await anext(stream)
     assert first.type == "response.created"
     await anext(stream)

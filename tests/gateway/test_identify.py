@@ -85,6 +85,12 @@ def test_class_and_final() -> None:
     assert identified({"X-Agent-ID": "a", "X-Dynamo-Session-Final": "true"}).final is False
 
 
+def test_a_part_of_claude_codes_does_not_end_the_whole() -> None:
+    session = {"x-claude-code-session-id": "c", "X-Agent-Final": "true"}
+    assert identified(session).final
+    assert not identified({**session, "x-claude-code-agent-id": "sub"}).final
+
+
 def test_how_many_tasks_the_client_expects() -> None:
     assert identified({"X-Agent-Tasks": "17"}).expected_tasks == 17
     assert identified().expected_tasks is None
@@ -138,6 +144,10 @@ def test_any_text_of_others_names_an_agent(key: str) -> None:
         ({"X-Agent-ID": "c", "X-Agent-Parent": "p"}, "p"),
         ({"X-Dynamo-Session-ID": "c", "X-Dynamo-Parent-Session-ID": "p"}, "p"),
         ({"thread-id": "c", "x-codex-parent-thread-id": "p"}, "p"),
+        ({"thread-id": "c", "session-id": "root", "x-codex-parent-thread-id": "p"}, "root"),
+        ({"thread-id": "c", "session-id": "c", "x-codex-parent-thread-id": "p"}, "p"),
+        ({"thread-id": "c", "session-id": "c"}, None),
+        ({"session_id": "c", "x-codex-parent-thread-id": "p"}, "p"),
         ({"x-session-affinity": "c", "X-Session-Id": "c", "x-parent-session-id": "p"}, "p"),
         ({"X-Session-Id": "c", "x-parent-session-id": "p"}, "p"),
         ({"thread-id": "c", "x-codex-parent-thread-id": "p", "X-Agent-Parent": "ours"}, "ours"),

@@ -74,6 +74,36 @@ def test_a_stream_that_is_cut_off_is_not_done(dialect: Dialect, stream: bytes) -
     assert not events.done
 
 
+@pytest.mark.parametrize(
+    ("dialect", "end", "failed"),
+    [
+        (ANTHROPIC, b"event: message_stop\n", False),
+        (ANTHROPIC, b"event: error\n", True),
+        (RESPONSES, b"event: response.completed\n", False),
+        (RESPONSES, b"event: response.failed\n", True),
+        (RESPONSES, b"event: error\n", True),
+    ],
+)
+def test_an_error_ends_a_stream_too(dialect: Dialect, end: bytes, failed: bool) -> None:
+    events = UsageFilter(dialect, show=False)
+    events.feed(b'event: ping\ndata: {"text":"\\nevent: error\\n"}\n\n')
+    assert not events.done
+    events.feed(end + b"data: {}\n\n")
+    assert (events.done, events.failed) == (True, failed)
+
+
+def test_events_without_a_token_are_not_counted() -> None:
+    """A stream of Anthropic's or of responses says a lot before, between and after."""
+    for dialect, name, others in (
+        (ANTHROPIC, "content_block_delta", ("message_start", "content_block_start", "ping")),
+        (RESPONSES, "response.output_text.delta", ("response.created", "response.in_progress")),
+    ):
+        events = UsageFilter(dialect, show=False)
+        for event in (*others, name, name):
+            events.feed(f"event: {event}\ndata: {{}}\n\n".encode())
+        assert events.events == 2
+
+
 def test_usage_beside_choices_is_seen_and_stays() -> None:
     """`continuous_usage_stats`: the client asked for it in every chunk."""
     continuous = b'data: {"choices":[{"index":0}],"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n'
@@ -90,6 +120,8 @@ def test_usage_beside_choices_is_seen_and_stays() -> None:
         ({"usage": {"prompt_tokens": 7, "completion_tokens": 1, "prompt_tokens_details": None}}, Usage(7, 1, 0)),
         ({"usage": {"input_tokens": 7, "output_tokens": 2, "cache_creation_input_tokens": 1}}, Usage(8, 2, 0)),
         ({"usage": {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 9}}}, Usage(3, 0, 3)),
+        ({"meta": {"billed_units": {"input_tokens": 4, "image_tokens": 2}}}, Usage(6, 0, 0)),
+        ({"meta": {"api_version": {"version": "2"}}}, None),
         ({"usage": {"prompt_tokens": -3}}, None),
         ({"usage": {"prompt_tokens": "3"}}, None),
         ({"usage": None, "message": "not an object"}, None),
