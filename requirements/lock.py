@@ -19,6 +19,9 @@ EXTRAS = {"cpu": "cpu,otel,demo", "gpu": "gpu,otel,demo", "gateway": "", "dev": 
 # torch, and serve images, sound and video, which text models do not need.
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 
+# Those that have builds for some machines only, and are done without elsewhere.
+ONLY_ON = {"atheris": "; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.14'"}
+
 
 def resolve(kind: str) -> list[str]:
     """`name==version` of all that the project and its extras for this kind need."""
@@ -34,7 +37,7 @@ def resolve(kind: str) -> list[str]:
     pins = {entry["metadata"]["name"]: entry["metadata"]["version"] for entry in installs}
     left_out = {"justitia"} | (set() if kind == "gpu" else LEFT_OUT)
     return [
-        f"{name}=={version}"
+        f"{name}=={version}{ONLY_ON.get(name, '')}"
         for name, version in sorted(pins.items(), key=lambda pin: pin[0].lower())
         if name not in left_out
     ]

@@ -71,6 +71,10 @@ def _leaves_as_it_came(body: Body, came: Mapping[str, msgspec.Raw], request_id: 
     for name, raw in came.items():
         if name not in OURS:
             assert bytes(left[name]) == bytes(raw)
+    for name in came.keys() & left.keys() & {"vllm_xargs", "stream_options"}:
+        inner, sent_inner = _inner(came[name]), _inner(left[name])
+        for key in inner.keys() - {"justitia_agent", "justitia_task", "justitia_tag", "include_usage"}:
+            assert bytes(sent_inner[key]) == bytes(inner[key])
     endpoint = body.endpoint
     if endpoint.priority:
         assert told["priority"] == HINTS.tag
@@ -82,6 +86,10 @@ def _leaves_as_it_came(body: Body, came: Mapping[str, msgspec.Raw], request_id: 
         assert told["stream_options"]["include_usage"] is True
     if request_id is not None:
         assert told["request_id"] == request_id
+
+
+def _inner(raw: msgspec.Raw) -> Mapping[str, msgspec.Raw]:
+    return {} if bytes(raw) == b"null" else _raw(raw)
 
 
 def _can_be_predicted(body: Body) -> None:

@@ -29,6 +29,7 @@ ABSURD_STRINGS = (
     '"\\u0000"',
     '"a\\r\\nb"',
     '"\u202e\u0663"',
+    '"\ud800"',  # as no UTF-8
     '"a/b"',
     '"red/a"',
     '""',
@@ -66,7 +67,7 @@ _RIGHT: dict[str, Any] = {
     "n": 2,
     "stream": True,
     "stream_options": {"include_usage": True, "continuous_usage_stats": False},
-    "background": False,
+    "background": True,
     "vllm_xargs": {"mine": 1.50, "justitia_tag": -9},
     "max_tokens": 5,
     "max_completion_tokens": 5,
@@ -81,6 +82,9 @@ _RIGHT: dict[str, Any] = {
     **{name: "someone" for name in ID_FIELDS if name != "metadata"},
 }
 
+# Those that are checked.
+_NARROW = ("n", "max_tokens", "max_completion_tokens", "stream", "stream_options", "vllm_xargs", "agent_id", "metadata")
+
 
 @st.composite
 def bodies(draw: st.DrawFn) -> bytes:
@@ -88,8 +92,9 @@ def bodies(draw: st.DrawFn) -> bytes:
     names = draw(st.lists(st.sampled_from(sorted(_RIGHT)), unique=True, max_size=8))
     fields = [(json.dumps(name), json.dumps(_RIGHT[name])) for name in names]
     for _ in range(draw(st.integers(0, 3))):
-        name = draw(st.sampled_from(sorted(_RIGHT)) | st.text(max_size=5))
-        fields.insert(draw(st.integers(0, len(fields))), (json.dumps(name), draw(json_text)))
+        name = draw(st.sampled_from(_NARROW) | st.sampled_from(sorted(_RIGHT)) | st.text(max_size=5))
+        values = st.sampled_from(ABSURD_NUMBERS) | json_text if type(_RIGHT.get(name)) is int else json_text
+        fields.insert(draw(st.integers(0, len(fields))), (json.dumps(name), draw(values)))
     space = draw(st.sampled_from(("", " ", "\n\t")))
     text = "{" + ",".join(f"{space}{name}{space}:{space}{value}" for name, value in fields) + "}"
     return text.encode("utf-8", "surrogatepass")
@@ -113,7 +118,9 @@ any_body: st.SearchStrategy[bytes] = st.one_of(
     json_text.map(lambda text: text.encode("utf-8", "surrogatepass")),
     st.binary(max_size=64),
 )
-endpoints: st.SearchStrategy[Endpoint] = st.sampled_from(ENDPOINTS)
+endpoints: st.SearchStrategy[Endpoint] = st.sampled_from([e for e in ENDPOINTS if e.decodes]) | st.sampled_from(
+    ENDPOINTS
+)
 
 # By lower-case name: all that `identify` looks at, and some that it must not.
 HEADERS = (

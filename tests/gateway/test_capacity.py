@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import msgspec
 import pytest
@@ -108,6 +109,20 @@ def test_odd_metrics_are_refused_and_change_nothing(odd: str) -> None:
         view.read_metrics(odd, 0)
     view.read_metrics(METRICS.format(iterations=41), 0)
     assert (view.now, view.restarts) == (1, 0)
+
+
+@pytest.mark.parametrize("value", ["NaN", "-100", "1e300", "1e17", "1.0.0"])
+@pytest.mark.parametrize(
+    "name", ["iteration_tokens_total_count", "num_requests_running", "kv_cache_usage_perc", "num_preemptions_total"]
+)
+def test_values_that_none_can_have_are_refused_and_change_nothing(name: str, value: str) -> None:
+    view = EngineView()
+    view.read_metrics(METRICS.format(iterations=40), 0)
+    before = deepcopy(view)
+    odd = f'vllm:cache_config_info{{num_gpu_blocks="9",block_size="9"}} 1\nvllm:{name} {value}\n'
+    with pytest.raises(ValueError, match=r".+"):
+        view.read_metrics(f"{odd}vllm:iteration_tokens_total_count 41", 1)
+    assert view == before
 
 
 def test_a_link_that_falls_silent_is_said_to_be_and_its_last_word_does_not_hold() -> None:

@@ -127,6 +127,12 @@ def test_our_fields_are_checked_too(value: object) -> None:
         identified(agent_id=value)
 
 
+@pytest.mark.parametrize("fields", [{"agent_id": 5}, {"program_id": ""}, {"agent_id": "ok", "program_id": "two words"}])
+def test_our_fields_are_checked_also_where_another_goes_before_them(fields: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequest, match=r"agent_id|program_id"):
+        identified({"X-Agent-ID": "a"}, **fields)
+
+
 @pytest.mark.parametrize("key", ["support bot / user 42", "é", "x" * 256])
 def test_any_text_of_others_names_an_agent(key: str) -> None:
     for found, again, other in (
@@ -181,6 +187,15 @@ def test_circles_are_cut() -> None:
     assert roots.fold("t", "b", "c") == "c"
     assert roots.fold("t", "c", "a") == "c"
     assert {roots.fold("t", name, None) for name in "abc"} == {"c"}
+
+
+def test_a_long_chain_is_gone_through_once() -> None:
+    roots = Roots()
+    for number in range(20_000):  # each is told to be below the next, whose own parent comes later
+        roots.fold("t", str(number), str(number + 1))
+    for _ in range(2000):
+        assert roots.fold("t", "0", None) == "20000"
+    assert roots.fold("t", "10000", None) == "20000"
 
 
 def test_of_sub_agents_so_many_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway import sse
 from gateway.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
+from gateway.errors import EngineLost
 from gateway.sse import UsageFilter
 from gateway.usage import Usage, parse_usage
 from tests.wire.scripted_engine import DONE, chunk, usage_chunk
@@ -124,9 +126,41 @@ def test_usage_beside_choices_is_seen_and_stays() -> None:
         ({"meta": {"api_version": {"version": "2"}}}, None),
         ({"usage": {"prompt_tokens": -3}}, None),
         ({"usage": {"prompt_tokens": "3"}}, None),
+        ({"usage": {"prompt_tokens": 10**200, "completion_tokens": 1}}, None),
+        ({"usage": {"prompt_tokens": 1, "completion_tokens": 2**40}}, None),
+        ({"usage": {"input_tokens": 1, "cache_read_input_tokens": -5, "output_tokens": 1}}, None),
         ({"usage": None, "message": "not an object"}, None),
         ({}, None),
     ],
 )
 def test_what_answers_say_was_used(answer: dict[str, Any], usage: Usage | None) -> None:
     assert parse_usage(json.dumps(answer).encode()) == usage
+
+
+@pytest.mark.parametrize("cut", range(8))
+def test_a_newline_too_many_is_lost_nowhere(cut: int) -> None:
+    stream = b"data: [DONE]\n\n\n" + usage_chunk(5, 3) + b"\n" * 5
+    events = UsageFilter(OPENAI, show=True)
+    out = events.feed(stream[: 12 + cut]) + events.feed(stream[12 + cut :])
+    assert out == stream[:-1]
+    assert events.done
+
+
+def test_an_event_that_does_not_end_is_the_engines_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "MAX_EVENT_BYTES", 100)
+    events = UsageFilter(OPENAI, show=False)
+    for _ in range(2):
+        assert events.feed(b"data: " + b"x" * 80) == b""
+        assert events.feed(b"\n\n") != b""
+    for _ in range(100):
+        events.feed(b"x")
+    with pytest.raises(EngineLost, match="does not end"):
+        events.feed(b"x")
+
+
+def test_a_long_event_in_many_pieces_takes_no_longer_than_in_one() -> None:
+    """Once it was put together anew with each piece: 200 MB were copied for this one, each time 64 KiB more."""
+    events = UsageFilter(OPENAI, show=False)
+    pieces = [b"data: ", *[b"x" * 10] * 200_000]
+    assert not any(events.feed(piece) for piece in pieces)
+    assert events.feed(b"\n\n") == b"".join(pieces) + b"\n\n"
