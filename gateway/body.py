@@ -5,7 +5,9 @@ Only the top level is taken apart. The values stay the bytes that the client sen
 
 from __future__ import annotations
 
+import codecs
 import re
+from bisect import bisect
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,7 +33,18 @@ _OWN_FIELDS = ("agent_id", "program_id")
 MAX_VALUE_BYTES = 2**16
 _BATCH = re.compile(rb"\s*\[\s*[\"\[{]")
 
+# A list of so many things that are not looked into. One more is refused when it is reached, not when all have been read.
+_Batch = msgspec.defstruct(
+    "_Batch",
+    [(f"prompt_{place}", msgspec.Raw, msgspec.Raw()) for place in range(MAX_SEQUENCES)],
+    array_like=True,
+    forbid_unknown_fields=True,
+)
+
+_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 _decode_fields = msgspec.json.Decoder(Fields).decode
+_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_batch = msgspec.json.Decoder(_Batch).decode
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _Value = TypeVar("_Value")
 
@@ -83,7 +96,7 @@ def parse_body(data: bytes, endpoint: Endpoint = CHAT) -> Body:
     """Raises `InvalidRequest` for what is not an object, or where a field that we read has the wrong type. The rest is for
     the engine to judge."""
     try:
-        data.decode()  # values that are passed over are not looked into
+        _check_utf8(data)  # values that are passed over are not looked into
         fields = _decode_object(data)
     except _UNREADABLE as error:
         raise InvalidRequest(f"the body is not a JSON object: {error}") from error
@@ -106,17 +119,20 @@ def parse_body(data: bytes, endpoint: Endpoint = CHAT) -> Body:
     )
 
 
+def _check_utf8(data: bytes) -> None:
+    """Raises `UnicodeDecodeError`."""
+    if data.isascii():
+        return
+    decode = _utf8_decoder().decode
+    for begin in range(0, len(data), MAX_VALUE_BYTES):
+        decode(data[begin : begin + MAX_VALUE_BYTES])
+    decode(b"", final=True)
+
+
 class _Key(str):
     """Of an object with too many to take them in before they are counted."""
 
     __slots__ = ()
-
-
-class _Prompt:
-    """One of a batch, of which nothing is wanted but that it is there."""
-
-
-_A_PROMPT = _Prompt()
 
 
 def _decode_object(data: bytes | msgspec.Raw) -> Fields:
@@ -145,20 +161,25 @@ def _too_many_fields() -> InvalidRequest:
 
 
 def _value(fields: Fields, name: str, kind: type[_Value]) -> _Value | None:
-    raw = fields.get(name)
+    raw = _small(fields, name)
     if raw is None:
         return None
-    if len(memoryview(raw)) > MAX_VALUE_BYTES:
-        raise InvalidRequest(f"{name} must be at most {MAX_VALUE_BYTES} bytes", param=name)
     try:
         return msgspec.json.decode(raw, type=kind | None)
     except _UNREADABLE as error:
         raise InvalidRequest(f"{name}: {error}", param=name) from error
 
 
+def _small(fields: Fields, name: str) -> msgspec.Raw | None:
+    raw = fields.get(name)
+    if raw is not None and len(memoryview(raw)) > MAX_VALUE_BYTES:
+        raise InvalidRequest(f"{name} must be at most {MAX_VALUE_BYTES} bytes", param=name)
+    return raw
+
+
 def _mapping(fields: Fields, name: str) -> Fields:
     """A new one, its values as they came."""
-    raw = fields.get(name)
+    raw = _small(fields, name)
     if raw is None or bytes(raw) == b"null":
         return {}
     try:
@@ -206,16 +227,17 @@ def _prompts(fields: Fields, endpoint: Endpoint) -> int:
 
 
 def _count(batch: msgspec.Raw, name: str) -> int:
-    found = 0
-
-    def one(kind: type, prompt: object) -> _Prompt:
-        nonlocal found
-        found += 1
-        if found > MAX_SEQUENCES:
-            raise InvalidRequest(f"at most {MAX_SEQUENCES} sequences per request", param=name)
-        return _A_PROMPT
-
+    """Prompts are passed over, not taken in."""
     try:
-        return len(msgspec.json.decode(batch, type=list[_Prompt], dec_hook=one))
+        if len(memoryview(batch)) <= MAX_VALUE_BYTES:
+            count = len(_decode_list(batch))
+        else:
+            taken = _decode_batch(batch)
+            count = bisect(_Batch.__struct_fields__, 0, key=lambda place: not memoryview(getattr(taken, place)))
+    except msgspec.ValidationError:
+        count = MAX_SEQUENCES + 1
     except _UNREADABLE as error:
         raise InvalidRequest(f"{name}: {error}", param=name) from error
+    if count > MAX_SEQUENCES:
+        raise InvalidRequest(f"at most {MAX_SEQUENCES} sequences per request", param=name)
+    return count

@@ -43,7 +43,7 @@ class UsageFilter:
         self._hold(data[end:])
         whole = data[:end]
         self.events += whole.count(self._counts)
-        if (ends := self._ends(whole)) is not None:
+        if not self.done and (ends := self._ends(whole)) is not None:
             self.done, self.failed = True, ends.lastgroup == "error"
         return whole if not _USAGE.search(whole) else self._filter(whole)
 

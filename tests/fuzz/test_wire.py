@@ -69,7 +69,10 @@ def assert_answered(path: str, answer: Answer | None) -> None:
 # What a header may hold by RFC 9110, and a client's library lets through.
 fields = st.dictionaries(
     st.sampled_from(
-        [name.encode() for name in (*HEADERS, "x-request-id", "traceparent", "content-type", "authorization")]
+        [
+            name.encode()
+            for name in (*HEADERS, "x-request-id", "traceparent", "tracestate", "content-type", "authorization")
+        ]
     ),
     header_values.map(
         lambda value: "".join(c for c in value if c == "\t" or (c >= " " and c != "\x7f")).encode("latin-1")

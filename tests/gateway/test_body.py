@@ -72,9 +72,13 @@ def test_what_cannot_be_is_refused(data: bytes, param: str | None) -> None:
     assert refused.value.param == param
 
 
-def test_prompts_are_counted_up_to_what_an_engine_takes() -> None:
-    body = parse_body(b'{"prompt": [%s"a"]}' % (b'"a",' * (MAX_SEQUENCES - 1)), COMPLETIONS)
-    assert body.prompts == body.sequences == MAX_SEQUENCES
+@pytest.mark.parametrize("prompt", [b'"a"', b"[1, 2]", b'{"text": "%s"}' % (b"x" * 50)])
+def test_prompts_are_counted_up_to_what_an_engine_takes(prompt: bytes) -> None:
+    for count in (1, 2, 1000, MAX_SEQUENCES):
+        body = parse_body(b'{"prompt": [%s]}' % b",".join([prompt] * count), COMPLETIONS)
+        assert body.prompts == body.sequences == count
+    with pytest.raises(InvalidRequest, match="sequences"):
+        parse_body(b'{"prompt": [%s]}' % b",".join([prompt] * (MAX_SEQUENCES + 1)), COMPLETIONS)
 
 
 @pytest.mark.parametrize("value", [b"0", b'"%s"' % (b"x" * 30)])

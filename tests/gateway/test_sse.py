@@ -164,3 +164,12 @@ def test_a_long_event_in_many_pieces_takes_no_longer_than_in_one() -> None:
     pieces = [b"data: ", *[b"x" * 10] * 200_000]
     assert not any(events.feed(piece) for piece in pieces)
     assert events.feed(b"\n\n") == b"".join(pieces) + b"\n\n"
+
+
+@pytest.mark.parametrize("cut", [0, 60])
+def test_what_comes_after_the_end_changes_nothing(cut: int) -> None:
+    stream = event("message_stop") + event("error", error={"type": "api_error", "message": "late"})
+    events = UsageFilter(ANTHROPIC, show=False)
+    assert events.feed(stream[:cut]) + events.feed(stream[cut:]) == stream
+    assert events.done
+    assert not events.failed
