@@ -111,15 +111,16 @@ class Passing:
         held = HeldBody(self._parts.bodies)
         try:
             body = await read_body(receive, headers, self._parts.settings.max_body_bytes, held)
-            return await self._relay_for(Client(receive, send), path, body, headers, span)
+            return await self._relay_until_left(path, body, headers, receive, send, span)
         finally:
             held.release()
 
-    async def _relay_for(
-        self, client: Client, path: str, body: bytes, headers: dict[str, str], span: RequestSpan
+    async def _relay_until_left(
+        self, path: str, body: bytes, headers: dict[str, str], receive: Receive, send: Send, span: RequestSpan
     ) -> Outcome:
+        client = Client(receive)
         try:
-            return await self._relay(path, body, headers, client, span)
+            return await self._relay(path, body, headers, send, span)
         except asyncio.CancelledError:
             if not client.cancelled():
                 raise
@@ -127,9 +128,7 @@ class Passing:
         finally:
             client.done()
 
-    async def _relay(
-        self, path: str, body: bytes, headers: dict[str, str], client: Client, span: RequestSpan
-    ) -> Outcome:
+    async def _relay(self, path: str, body: bytes, headers: dict[str, str], send: Send, span: RequestSpan) -> Outcome:
         span.asks_engine(headers)
         try:
             answer = await self._parts.client.ask(self._passed.method, path, body, headers)
@@ -137,10 +136,10 @@ class Passing:
             raise NoEngine(error.message, retry_after_s=5) from error
         try:
             span.answered(answer.status)
-            await client.send(answers.start(answer.status, answer.content_type, [span.header, *answer.headers]))
+            await send(answers.start(answer.status, answer.content_type, [span.header, *answer.headers]))
             while chunk := await answer.read_some():
-                await client.send(answers.body(chunk, more=True))
-            await client.send(answers.body(b"", more=False))
+                await send(answers.body(chunk, more=True))
+            await send(answers.body(b"", more=False))
         except EngineLost:
             return Outcome.FAILED  # the connection is closed in the middle of the answer, which says it all
         finally:

@@ -83,9 +83,9 @@ class Relay:
         self._engine_s = 0.0  # spent waiting for the engine
 
     async def serve(self, receive: Receive, send: Send) -> None:
-        client = Client(receive, send)
+        client = Client(receive)
         try:
-            await self._serve(client.send)
+            await self._serve(send)
         except asyncio.CancelledError:
             if not client.left:  # the gateway ends
                 await self._send_error(ShuttingDown("the gateway is shutting down", retry_after_s=RESTART_S), send)

@@ -32,6 +32,8 @@ from gateway.bench.speed.client import Stream, Wire, request
 from gateway.bench.speed.relays import BARE, DIRECT, GATEWAY, Relay
 
 LONG_WORDS = 1500  # in tokens: about 2,000
+# Of an agent, one after the other; then the connection is the next one's.
+TASKS = 8
 # What a client that leaves is given to be noticed.
 NOTICED_S = 1.0
 THOUGHT_S = 0.02  # that a request is at the engine before its client leaves
@@ -54,7 +56,8 @@ async def _added(bench: Bench, asked: Sequence[bytes], *, first: bool) -> Figure
         wires = {way.name: await stack.enter_async_context(open_wire(way.url)) for way in bench.ways.values()}
 
         async def ask(way: Relay, count: int) -> float:
-            timed = await wires[way.name].ask(request(way.url, asked[count % len(asked)]))
+            body = asked[count % len(asked)]
+            timed = await wires[way.name].ask(request(way.url, body, _agent(0, count)))
             return timed.first_s if first else timed.last_s
 
         for way in bench.ways.values():
@@ -76,13 +79,16 @@ async def _added(bench: Bench, asked: Sequence[bytes], *, first: bool) -> Figure
     return figures
 
 
+def _agent(connection: int, count: int) -> dict[str, str]:
+    return {"X-Agent-ID": f"agent-{connection}-{count // TASKS}"}
+
+
 async def throughput(bench: Bench) -> Figures:
     """Requests a second, with so many connections that each carry one after the other."""
     asked = bodies("whole", SHORT_WORDS)
     spent = Spent()
 
     async def measure(way: Relay) -> float:
-        requests = [request(way.url, body) for body in asked]
         async with contextlib.AsyncExitStack() as stack:
             # New ones: a server closes what has been idle during the other measurements.
             count = bench.settings.concurrency
@@ -90,15 +96,15 @@ async def throughput(bench: Bench) -> Figures:
             begin = time.perf_counter()
             end = begin + bench.settings.throughput_s
 
-            async def ask_on(wire: Wire) -> int:
+            async def ask_on(number: int, wire: Wire) -> int:
                 for count in itertools.count():
                     if time.perf_counter() >= end:
                         return count
-                    await wire.ask(requests[count % len(requests)])
+                    await wire.ask(request(way.url, asked[count % len(asked)], _agent(number, count)))
                 raise AssertionError
 
             with spent.by(way) as on:
-                on.count = sum(await asyncio.gather(*map(ask_on, wires)))
+                on.count = sum(await asyncio.gather(*(ask_on(*each) for each in enumerate(wires))))
             return on.count / (time.perf_counter() - begin)
 
     return _rates(await bench.in_turns(measure)) | spent.figures()
