@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.mark.parametrize(("harness", "runs"), [("bodies", 20_000), ("answers", 20_000), ("metrics", 20_000)])
-def test_nothing_is_found(harness: str, runs: int) -> None:
+def test_nothing_is_found(harness: str, runs: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", f"tests.fuzz.atheris_{harness}", f"-runs={runs * TIMES}", "-max_len=1000"]
     command += ["-seed=1"] if TIMES == 1 else []
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"Done {runs * TIMES} runs" in run.stderr
