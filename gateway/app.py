@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.accuracy import Accuracy
 from gateway.agents import agent_routes
 from gateway.background import Background
-from gateway.billing import DAY_S, usage_routes
+from gateway.billing import usage_routes
 from gateway.capacity import EngineView
 from gateway.dialects import OPENAI
 from gateway.engine_client import EngineClient
@@ -35,6 +35,7 @@ from gateway.intake import BodyBudget
 from gateway.keys import Keys
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
+from gateway.limits import DAY_S
 from gateway.metrics import Metrics
 from gateway.observer import REQUEST_ID, UNKNOWN, Observer, open_tracing
 from gateway.openapi import describe

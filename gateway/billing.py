@@ -17,11 +17,11 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from gateway.errors import Forbidden, InvalidRequest, NoState
+from gateway.limits import DAY_S
 from gateway.state import StateError
 from gateway.state.types import HOUR_S, UsageRow
 from gateway.tenants import Tenants
 
-DAY_S = 24 * HOUR_S
 # Rows of one answer. What is more would keep the event loop, and is better asked for by month.
 MAX_ROWS = 50_000
 # The store is asked for so much at once.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Callable
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -181,7 +180,6 @@ class Pool:
 
     def __init__(self, url: str) -> None:
         self._loop = asyncio.get_running_loop()
-        self._connect: Callable[[], asyncio.Future[object]]
         self._idle: deque[Connection] = deque()
         if url.startswith("unix:"):
             self._path, self.host = url.removeprefix("unix:"), "engine"
