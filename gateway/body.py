@@ -8,7 +8,6 @@ from __future__ import annotations
 import codecs
 import re
 from bisect import bisect
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -49,8 +48,7 @@ _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _Value = TypeVar("_Value")
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
+class Body(msgspec.Struct, frozen=True):
     """fields: the top level, undecoded. size: bytes that it came in. stream: whether the answer is to be one of events.
     wants_usage: whether the client asked for the usage event of a stream. background: whether the answer is to be fetched
     later. prompt_bytes: size of the text. prompts: how many it carries. sequences: how many the engine will run for it

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+
+import msgspec
 
 from gateway.accuracy import NOBODY
 from gateway.body import Body
@@ -16,8 +17,7 @@ from predictor.types import AgentPrediction, AgentProgress, Arrival, Predictor, 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(msgspec.Struct, frozen=True):
     """Of one task: ĉ in token·iterations, p + d̂ in tokens, and the prompt's tokens. agent: Ĉ of its agent. sketch, row: for
     what comes after, see `predictor.types.Arrival`; no row, if it is not kept."""
 

@@ -11,7 +11,6 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -75,8 +74,7 @@ _METADATA = _Metadata.__struct_fields__
 _decode_metadata = msgspec.json.Decoder(_Metadata).decode
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(msgspec.Struct, frozen=True):
     """name: what the client calls its agent; None when it names none, and the request is an agent of its own. parent: whose
     part it is, if it says so. source: where the name was found. weight: the share that is asked for."""
 

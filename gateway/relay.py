@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 
 import msgspec
 from starlette.types import Receive, Send
@@ -42,8 +41,7 @@ logger = logging.getLogger(__name__)
 _EVENTS = "text/event-stream"
 
 
-@dataclass(frozen=True, slots=True)
-class TaskRequest:
+class TaskRequest(msgspec.Struct, frozen=True):
     """One task as it came. headers: by lower-case name. weight: of its agent. arrived_s: on the monotonic clock. final: the
     client says that it is its agent's last. span: told of what becomes of it. answer_id: by which the engine is to keep its
     answer, where it keeps any."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 
 from gateway.body import Body
@@ -56,8 +54,7 @@ _decode = msgspec.json.Decoder(_Answer).decode
 _MOST = 2**32
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """Tokens, summed over all sequences of the request."""
 
     prompt_tokens: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -13,8 +12,7 @@ if TYPE_CHECKING:
     from predictor.features import Sketch
 
 
-@dataclass(frozen=True, slots=True)
-class TaskContent:
+class TaskContent(msgspec.Struct, frozen=True):
     """What a request says of itself. Never what only the future knows.
 
     prompt_bytes: of all text of one prompt, tools included. system, text: what instructs the model, and what it is asked; their
@@ -33,8 +31,7 @@ class TaskContent:
     structured: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class AgentProgress:
+class AgentProgress(msgspec.Struct, frozen=True):
     """How far an agent has come. Costs in token·iterations: of all that has arrived, true where known; and of what has ended.
 
     returns: how often it came back after it had nothing left to do. expected_tasks: how many the client says there will be, a
@@ -68,8 +65,7 @@ class AgentProgress:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class TaskPrediction:
+class TaskPrediction(msgspec.Struct, frozen=True):
     """Expected prompt and decode length of one sequence, in tokens."""
 
     prompt_tokens: float
@@ -86,8 +82,7 @@ class TaskPrediction:
         return self.prompt_tokens + self.decode_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class AgentPrediction:
+class AgentPrediction(msgspec.Struct, frozen=True):
     """cost: Ĉ, in token·iterations. p90: nine of ten such agents cost at most that. source: who says so."""
 
     cost: float
@@ -95,8 +90,7 @@ class AgentPrediction:
     source: str
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(msgspec.Struct, frozen=True):
     """What is predicted when a task arrives: of it, and of its agent. row: all that it follows from, for training."""
 
     task: TaskPrediction

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import NamedTuple, NewType
 
 from gateway.fairness.order import Order
 
@@ -22,8 +22,7 @@ class QueueError(ValueError):
     """A call that the queue does not allow in its present state. Nothing has changed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """One inference request, as predicted at its arrival."""
 
     id: TaskId
@@ -34,8 +33,7 @@ class Task:
     sequences: int = 1  # that decode side by side
 
 
-@dataclass(frozen=True, slots=True)
-class Spent:
+class Spent(NamedTuple):
     """What a task really took. The tokens are None where nobody knows more than the engine has told so far."""
 
     cost: KvTokenIterations
@@ -43,8 +41,7 @@ class Spent:
     output_tokens: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(NamedTuple):
     """A task to be sent to the engine now, with the rank that the engine is to honour: the smallest first."""
 
     task: Task
@@ -154,8 +151,7 @@ class Standing:
     forming: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
+class Reservation(NamedTuple):
     """The KV of an agent that waits for its tool, kept for it."""
 
     agent: Agent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from random import Random
 from statistics import fmean
@@ -283,7 +283,7 @@ class Blind(Learned):
 
     def arrive(self, content: TaskContent, progress: AgentProgress) -> Arrival:
         if self._to == "text":
-            content = replace(content, system=b"", text=b"")
+            content = msgspec.structs.replace(content, system=b"", text=b"")
         return super().arrive(content, self._hidden(progress))
 
     def predict_agent(self, progress: AgentProgress) -> AgentPrediction:
@@ -291,9 +291,9 @@ class Blind(Learned):
 
     def _hidden(self, progress: AgentProgress) -> AgentProgress:
         if self._to == "class":
-            return replace(progress, agent_class=None)
+            return msgspec.structs.replace(progress, agent_class=None)
         if self._to == "growth":  # as if each task were the first
-            return replace(
+            return msgspec.structs.replace(
                 progress, tasks_arrived=0, tasks_ended=0, cost_arrived=0.0, cost_ended=0.0, returns=0, opening=None
             )
         return progress
