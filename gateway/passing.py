@@ -111,14 +111,14 @@ class Passing:
         held = HeldBody(self._parts.bodies)
         try:
             body = await read_body(receive, headers, self._parts.settings.max_body_bytes, held)
-            return await self._relay_until_left(path, body, headers, receive, send, span)
+            return await self._relay_until_left(path, body, headers, scope, send, span)
         finally:
             held.release()
 
     async def _relay_until_left(
-        self, path: str, body: bytes, headers: dict[str, str], receive: Receive, send: Send, span: RequestSpan
+        self, path: str, body: bytes, headers: dict[str, str], scope: Scope, send: Send, span: RequestSpan
     ) -> Outcome:
-        client = Client(receive)
+        client = Client(scope)
         try:
             return await self._relay(path, body, headers, send, span)
         except asyncio.CancelledError:

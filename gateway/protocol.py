@@ -38,6 +38,7 @@ from gateway.errors import (
     TooManyConnections,
     UrlTooLong,
 )
+from gateway.leaving import LEAVING, Leaving
 from gateway.metrics import CutOff
 
 logger = logging.getLogger(__name__)
@@ -212,7 +213,6 @@ class ClientConnection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
-        self._unset_keepalive_if_required()
         try:
             if len(data) <= MAX_HEAD_BYTES:
                 self._feed(data)
@@ -230,9 +230,7 @@ class ClientConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.closed(self)
         for cycle in self._unanswered:  # uvicorn tells the last one alone
-            cycle.disconnected = True
-            cycle.message_event.set()
-        self._unset_keepalive_if_required()
+            _gone(cycle)
         super().connection_lost(exc)
 
     # What the parser calls
@@ -262,6 +260,7 @@ class ClientConnection(HttpToolsProtocol):
         self._body_mark = self._body_bytes
         self.headers = []  # trailers may come, which are none
         cycle = self.cycle
+        cycle.scope["state"][LEAVING] = Leaving(self.loop)
         self._unanswered.append(cycle)
         if len(self._unanswered) > 1:
             self.flow.resume_reading()  # else we would not hear that the client leaves
@@ -295,7 +294,13 @@ class ClientConnection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self._unanswered.popleft()
         self.since = self.loop.time()
-        super().on_response_complete()
+        # As uvicorn does, but for a timer for what is idle too long: the sweep sees to that.
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
 
     def shutdown(self) -> None:
         """The server ends: what is idle or only half there goes, an answer may still go out."""
@@ -391,8 +396,7 @@ class ClientConnection(HttpToolsProtocol):
             broken = self._unanswered.pop()
             if self._unanswered:
                 self.pipeline.popleft()
-            broken.disconnected = True
-            broken.message_event.set()
+            _gone(broken)
             if broken.response_started:
                 self.transport.close()
                 return
@@ -418,6 +422,13 @@ class _Early:
 
     def close(self) -> None:
         self._connection.linger()
+
+
+def _gone(cycle: RequestResponseCycle) -> None:
+    """The client of this request."""
+    cycle.disconnected = True
+    cycle.message_event.set()
+    cycle.scope["state"][LEAVING].left()
 
 
 def _unread_by_peer(transport: asyncio.Transport) -> int:

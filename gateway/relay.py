@@ -11,7 +11,7 @@ import logging
 import time
 
 import msgspec
-from starlette.types import Receive, Send
+from starlette.types import Scope, Send
 
 from engine.hints import PRIORITY_HEADER, Hints, to_tag
 from gateway import answers
@@ -80,8 +80,8 @@ class Relay:
         self._cost: float | None = None  # in token·iterations, once it is charged
         self._engine_s = 0.0  # spent waiting for the engine
 
-    async def serve(self, receive: Receive, send: Send) -> None:
-        client = Client(receive)
+    async def serve(self, scope: Scope, send: Send) -> None:
+        client = Client(scope)
         try:
             await self._serve(send)
         except asyncio.CancelledError:

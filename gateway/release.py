@@ -79,7 +79,7 @@ class Turn:
     def at_engine(self) -> Iterator[None]:
         """Around what its owner awaits of the engine: `abort` breaks it off, and then this raises the error."""
         self._check()
-        owner = self._owner = asyncio.current_task()
+        owner = self._owner = asyncio.current_task(self._dispatcher.loop)
         assert owner is not None
         cancelling = owner.cancelling()
         try:

@@ -61,7 +61,7 @@ class TaskRoute:
             logger.exception("a request failed")
             await self._refuse(GatewayError("internal error"), span, send)
         else:
-            await Relay(self._parts, request).serve(receive, send)
+            await Relay(self._parts, request).serve(scope, send)
 
     async def _request(
         self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import math
 import os
 import resource
 import signal
@@ -170,7 +169,6 @@ async def start_gateway(settings: GatewaySettings) -> RunningGateway:
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=LEAVE_S,
-        timeout_keep_alive=math.ceil(settings.keep_alive_s),
     )
     server = GatewayServer(config, connections)
     url = f"http://{settings.host}:{listening.getsockname()[1]}"
