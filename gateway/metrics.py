@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info
 
 from gateway.accuracy import WINDOW
 from gateway.errors import Outcome, Reason
 from gateway.state.types import UsageRow
+from gateway.tally import Counts, Distributions
 from predictor.types import FinishedTask
 
 # Classes are the clients' words: after this many different ones, `other`.
@@ -47,18 +47,6 @@ class TrainingOutcome(StrEnum):
     KILLED = "killed"
 
 
-class _Children(dict[tuple[str, ...], Any]):
-    """A metric's children by their labels, kept: to look one up costs the client library more than to count."""
-
-    def __init__(self, metric: Any) -> None:
-        super().__init__()
-        self._metric = metric
-
-    def __missing__(self, labels: tuple[str, ...]) -> Any:
-        child = self[labels] = self._metric.labels(*labels)
-        return child
-
-
 class CutOff(StrEnum):
     """of a client's connection. invalid: no HTTP, or too much of it. slow: a head or a body did not come. unread: nor was an
     answer read. crowded: it was idle, and gave way to a new one. refused: there were too many, and none was idle."""
@@ -90,19 +78,21 @@ class Metrics:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"justitia_{name}", text, labels, registry=registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"justitia_{name}", text, labels, registry=registry, buckets=buckets)
+        # Of what happens at every request.
+        def counts(name: str, text: str, *labels: str) -> Counts:
+            return Counts(registry, f"justitia_{name}", text, labels)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Distributions:
+            return Distributions(registry, f"justitia_{name}", text, buckets, labels)
 
         self._version = version
         self._build = Info("justitia_build", "Version and policy.", registry=registry)
         self.policy_is(policy)
-        self._requests = _Children(
-            counter("requests_total", "Requests by endpoint and outcome.", "endpoint", "outcome")
+        self._requests = counts("requests_total", "Requests by endpoint and outcome.", "endpoint", "outcome")
+        self._request_s = histogram(
+            "request_seconds", "From a request's arrival to its end.", _SECONDS, "endpoint", "outcome"
         )
-        self._request_s = _Children(
-            histogram("request_seconds", "From a request's arrival to its end.", _SECONDS, "endpoint", "outcome")
-        )
-        self._queue_s = _Children(histogram("queue_seconds", "Time waiting in the fair queue.", _SECONDS, "outcome"))
+        self._queue_s = histogram("queue_seconds", "Time waiting in the fair queue.", _SECONDS, "outcome")
         self._overhead_s = histogram(
             "gateway_overhead_seconds",
             "Time of a request spent neither in the queue nor waiting for the engine.",
@@ -111,10 +101,8 @@ class Metrics:
         self._first_token_s = histogram(
             "time_to_first_token_seconds", "From arrival to the answer's first bytes.", _SECONDS
         )
-        self._agent_jct_s = _Children(
-            histogram(
-                "agent_jct_seconds", "An agent's completion time: first arrival to last end.", _SECONDS, "agent_class"
-            )
+        self._agent_jct_s = histogram(
+            "agent_jct_seconds", "An agent's completion time: first arrival to last end.", _SECONDS, "agent_class"
         )
         self._cost_ratio = histogram(
             "agent_cost_ratio",
@@ -127,26 +115,22 @@ class Metrics:
             "Agents that cost at most the predicted ninth decile: calibrated, 0.9 of all.",
             "source",
         )
-        self._agents_finished = _Children(counter("agents_finished_total", "Agents that have ended.", "agent_class"))
-        self._prompt_tokens = _Children(
-            counter("prompt_tokens_total", "Prompt tokens, cached ones included.", "agent_class")
-        )
-        self._completion_tokens = _Children(counter("completion_tokens_total", "Tokens decoded.", "agent_class"))
-        self._observed_cost = _Children(
-            counter("observed_cost_token_iterations_total", "True cost of tasks, KV token·iterations.", "agent_class")
+        self._agents_finished = counts("agents_finished_total", "Agents that have ended.", "agent_class")
+        self._prompt_tokens = counts("prompt_tokens_total", "Prompt tokens, cached ones included.", "agent_class")
+        self._completion_tokens = counts("completion_tokens_total", "Tokens decoded.", "agent_class")
+        self._observed_cost = counts(
+            "observed_cost_token_iterations_total", "True cost of tasks, KV token·iterations.", "agent_class"
         )
         self._rejected = counter("rejected_total", "Tasks handed back before they reached the engine.", "reason")
         for reason in Reason:
             self._rejected.labels(reason)
         self._tenant_rejected = counter("tenant_rejected_total", "The same, by tenant.", "tenant")
-        self._tenant_requests = _Children(counter("tenant_requests_total", "Tasks that were charged.", "tenant"))
-        self._tenant_tokens = _Children(
-            counter(
-                "tenant_tokens_total", "Tokens by kind: prompt, cached (of the prompts'), completion.", "tenant", "kind"
-            )
+        self._tenant_requests = counts("tenant_requests_total", "Tasks that were charged.", "tenant")
+        self._tenant_tokens = counts(
+            "tenant_tokens_total", "Tokens by kind: prompt, cached (of the prompts'), completion.", "tenant", "kind"
         )
-        self._tenant_cost = _Children(
-            counter("tenant_kv_token_iterations_total", "What tenants were charged, KV token·iterations.", "tenant")
+        self._tenant_cost = counts(
+            "tenant_kv_token_iterations_total", "What tenants were charged, KV token·iterations.", "tenant"
         )
         self._agents = gauge("agents", "Agents by state: waiting, running (nothing waits), idle.", "state")
         self._tasks = gauge("tasks", "Tasks by state.", "state")
@@ -261,9 +245,9 @@ class Metrics:
             "spans_dropped_total", "Spans that were lost: no collector took them, or not in time."
         )
 
-        def standard(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> _Children:
+        def standard(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Distributions:
             labels = ("gen_ai_operation_name", "gen_ai_request_model", *labels)
-            return _Children(Histogram(f"gen_ai_server_{name}", text, labels, registry=registry, buckets=buckets))
+            return Distributions(registry, f"gen_ai_server_{name}", text, buckets, labels)
 
         self._operation_s = standard(
             "request_duration_seconds",
@@ -310,10 +294,10 @@ class Metrics:
         self._queue_s[outcome,].observe(seconds)
 
     def overhead(self, seconds: float) -> None:
-        self._overhead_s.observe(max(0.0, seconds))
+        self._overhead_s[()].observe(max(0.0, seconds))
 
     def first_token(self, seconds: float) -> None:
-        self._first_token_s.observe(seconds)
+        self._first_token_s[()].observe(seconds)
 
     def operation_ended(
         self,
@@ -349,7 +333,7 @@ class Metrics:
         """Once for each task, when nothing more will be known of it."""
         self._observed_cost[self._class(agent_class),].inc(task.cost)
         if task.held is not None and task.net_cost > 0:
-            self._held_ratio.observe(task.held / task.net_cost)
+            self._held_ratio[()].observe(task.held / task.net_cost)
 
     def agent_finished(self, agent_class: str | None, jct_s: float) -> None:
         label = self._class(agent_class)
@@ -358,11 +342,11 @@ class Metrics:
 
     def agent_judged(self, source: str, ratio: float, *, below_p90: bool) -> None:
         """source: see `accuracy.kind`. ratio: observed cost over predicted."""
-        self._cost_ratio.labels(source).observe(ratio)
+        self._cost_ratio[source,].observe(ratio)
         self._below_p90.labels(source).inc(below_p90)
 
     def predicted(self, seconds: float, *, failed: bool) -> None:
-        self._prediction_s.observe(seconds)
+        self._prediction_s[()].observe(seconds)
         if failed:
             self._predictor_failures.labels("predictor").inc()
 
