@@ -5,6 +5,7 @@ Foreign exceptions end here: what leaves is `EngineUnreachable` (the task never 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from enum import Enum
 
@@ -91,6 +92,15 @@ class EngineClient:
                 raise EngineLost("the engine broke off before its answer") from error
             raise
         return Answer(self._pool, connection)
+
+    async def read(self, path: str) -> tuple[int, bytes]:
+        """Status and body, of what is asked for so often that httpx would be felt. Raises `EngineLost` and `TimeoutError`."""
+        async with asyncio.timeout(CONTROL_S):
+            answer = await self.ask("GET", path, b"", {})
+            try:
+                return answer.status, await answer.read()
+            finally:
+                answer.close()
 
     async def get(self, path: str, headers: Mapping[str, str] | None = None) -> httpx.Response:
         """A control call. Raises `EngineUnreachable`."""

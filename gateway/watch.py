@@ -7,9 +7,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from http import HTTPStatus
 
 from engine.link import Ended, GatewayLink, Hello
-from gateway.engine_client import EngineUnreachable, Health
+from gateway.engine_client import Health
+from gateway.errors import EngineLost
 from gateway.fairness import TaskId
 from gateway.keys import Keys, KeysError, stamp_of
 from gateway.parts import Parts
@@ -105,11 +107,11 @@ async def follow_link(parts: Parts, address: str) -> None:
 async def poll_metrics(parts: Parts) -> None:
     """A stock engine has no link: read its `/metrics`. Raises `ValueError` for what is not vLLM's."""
     while True:
-        with contextlib.suppress(EngineUnreachable):
-            answer = await parts.client.get("/metrics")
-            if answer.is_success:
+        with contextlib.suppress(EngineLost, TimeoutError):
+            status, exposition = await parts.client.read("/metrics")
+            if status == HTTPStatus.OK:
                 with _hearing(parts):
-                    parts.engine.read_metrics(answer.text, time.monotonic())
+                    parts.engine.read_metrics(exposition.decode("utf-8", "replace"), time.monotonic())
         await asyncio.sleep(METRICS_S)
 
 
