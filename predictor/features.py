@@ -19,6 +19,7 @@ import math
 import re
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TypeAlias
@@ -27,13 +28,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from predictor.types import AgentProgress, TaskContent, TaskPrediction
-from predictor.wording import edges, instructions, said, words
+from predictor.wording import EDGE_BYTES, edges, instructions, said, words
 
 Sketch: TypeAlias = NDArray[np.float32]
 Row: TypeAlias = NDArray[np.float32]
 
 TEXT_BUCKETS, SYSTEM_BUCKETS = 128, 32
 CLASS_BITS = 12
+# Of words that are remembered: crc32 takes longer than to look one up.
+MOST_HASHES = 2**13
 VERSION = 2
 
 _LENGTHS = (
@@ -110,23 +113,24 @@ def sketch(content: TaskContent) -> Sketch:
     """Of one task. Shape (len(SKETCH_COLUMNS),)."""
     text, instructing = edges(content.text), instructions(content.text)
     asked, (brief, thorough, system_words) = said(instructing), _of_system(instructions(content.system))
-    kinds = text.translate(_KINDS)
+    kinds, log1p = text.translate(_KINDS), math.log1p
+    digits = kinds.count(b"0")
     plain = (
-        _log(content.prompt_bytes),
-        _log(len(content.system)),
-        _log(content.tool_bytes),
+        log1p(content.prompt_bytes),
+        log1p(len(content.system)),
+        log1p(content.tool_bytes),
         min(content.tools, 1e6),
-        _log(content.messages),
-        math.nan if content.max_tokens is None else _log(content.max_tokens),
-        _log(content.sequences),
+        log1p(content.messages),
+        math.nan if content.max_tokens is None else log1p(content.max_tokens),
+        log1p(content.sequences),
         content.structured,
-        _log(text.count(b"\n")),
-        _log(len(_ITEM.findall(text))),
-        _log(text.count(b"?")),
-        _log(text.count(b" ")),
-        kinds.count(b"0") / max(1, len(text)),
+        log1p(text.count(b"\n")),
+        log1p(len(_ITEM.findall(text))),
+        log1p(text.count(b"?")),
+        log1p(text.count(b" ")),
+        digits / max(1, len(text)),
         kinds.count(b"#") / max(1, len(text)),
-        _log_of_largest([int(number) for number in _NUMBER.findall(instructing)]),
+        _log_of_largest([int(number) for number in _NUMBER.findall(instructing)]) if digits else math.nan,
         _log_of_largest(asked.counted),
         _log_of_largest(asked.parts),
         max(asked.vague, default=math.nan),
@@ -136,7 +140,10 @@ def sketch(content: TaskContent) -> Sketch:
         brief,
         thorough,
     )
-    return _floats((*plain, *_hashed(instructing, TEXT_BUCKETS), *system_words))
+    made = array("f", plain)
+    made += _hashed(instructing, TEXT_BUCKETS)
+    made += system_words
+    return np.frombuffer(made, np.float32)
 
 
 def row(progress: AgentProgress, history: tuple[float, ...], agent_guess: float, task_guess: TaskPrediction) -> Row:
@@ -193,20 +200,34 @@ def _log_of_largest(values: Sequence[int]) -> float:
 
 
 @lru_cache(1024)
-def _of_system(instructing: bytes) -> tuple[int, int, tuple[float, ...]]:
+def _of_system(instructing: bytes) -> tuple[int, int, array[float]]:
     """brief, thorough, and its words, hashed. Agents of a class have one system prompt, so it is remembered."""
     always = said(instructing)
-    return always.brief, always.thorough, tuple(_hashed(instructing, SYSTEM_BUCKETS))
+    return always.brief, always.thorough, _hashed(instructing, SYSTEM_BUCKETS)
 
 
-def _hashed(text: bytes, buckets: int) -> list[float]:
+class _Hashes(dict[bytes, int]):
+    """Of words, those that were asked for lately."""
+
+    def __missing__(self, word: bytes) -> int:
+        if len(self) >= MOST_HASHES:
+            self.clear()
+        made = self[word] = zlib.crc32(word) * 0x85EBCA6B & 0xFFFFFFFF
+        return made
+
+
+_hash = _Hashes()
+_LOGS = tuple(math.log1p(count) for count in range(2 * EDGE_BYTES))
+
+
+def _hashed(text: bytes, buckets: int) -> array[float]:
     """log(1 + how often) its words fall into each bucket."""
-    often = [0] * buckets
+    often = array("f", bytes(4 * buckets))
     shift = 32 - (buckets - 1).bit_length()
-    for word in words(text):
-        # The upper bits of a product: the best mixed ones.
-        often[(zlib.crc32(word) * 0x85EBCA6B & 0xFFFFFFFF) >> shift] += 1
-    return [math.log1p(count) if count else 0.0 for count in often]
+    # The upper bits of a product: the best mixed ones.
+    for place, count in Counter([_hash[word] >> shift for word in words(text)]).items():
+        often[place] = _LOGS[count]
+    return often
 
 
 def _floats(values: Iterable[float]) -> NDArray[np.float32]:

@@ -75,6 +75,7 @@ _THOROUGH = frozenset(
     )
 )
 _DIGITS = frozenset(b"0123456789")
+_DIGIT = re.compile(rb"[0-9]")
 _TELLING = _BRIEF | _THOROUGH | _VAGUE.keys() | _NUMBERS.keys() | _LOOSE.keys()
 
 
@@ -125,11 +126,14 @@ def _short(lines: Iterable[bytes]) -> list[int]:
 
 def said(text: bytes) -> Said:
     """text: of `instructions`."""
-    found = Said([], [int(part) for part in _PART_OF.findall(text)], [], [], 0, 0)
+    has_digits = _DIGIT.search(text) is not None
+    found = Said([], [int(part) for part in _PART_OF.findall(text)] if has_digits else [], [], [], 0, 0)
     brief = thorough = 0
     for line in text.split(b"\n"):
         for sentence in line.split(b". ") if len(line) > COUNTING_BYTES else (line,):
             spoken = words(sentence)
+            if not has_digits and _TELLING.isdisjoint(spoken):
+                continue
             counting = len(sentence) <= COUNTING_BYTES
             for place, word in enumerate(spoken):
                 if word not in _TELLING and word[0] not in _DIGITS:
