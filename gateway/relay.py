@@ -16,7 +16,7 @@ from starlette.types import Scope, Send
 from engine.hints import PRIORITY_HEADER, Hints, to_tag
 from gateway import answers
 from gateway.accuracy import NOBODY
-from gateway.answers import Headers, ascii_headers
+from gateway.answers import Headers
 from gateway.background import outcome_of_response, unfinished, until_finished
 from gateway.body import Body
 from gateway.content import texts_of
@@ -69,9 +69,10 @@ class Relay:
         self._turn: Turn | None = None
         self._estimate: Estimate | None = None
         self._usage: Usage | None = None
-        self._own_headers: Headers = ascii_headers(
-            {"x-agent-id": request.record.name, "x-agent-source": request.record.source}
-        )
+        self._own_headers: Headers = [
+            (b"x-agent-id", request.record.name.encode("ascii")),
+            (b"x-agent-source", request.record.source.encode("ascii")),
+        ]
         self._events = 0
         self._released_at: float | None = None  # on the service clock
         self._started = False  # bytes have left for the client
@@ -158,15 +159,11 @@ class Relay:
         self._released_at = self._parts.engine.iterations
         self._parts.feedback.released(self._request.record, agent.predicted)
         self._request.span.released(agent.finish_tag)
-        self._own_headers = ascii_headers(
-            {
-                "x-agent-id": self._request.record.name,
-                "x-agent-source": self._request.record.source,
-                "x-justitia-queue-ms": f"{turn.queued_s * 1000:.1f}",
-                "x-justitia-predicted-cost": f"{agent.predicted:.0f}",
-                "x-justitia-finish-tag": f"{agent.finish_tag:.0f}",
-            }
-        )
+        self._own_headers[2:] = [
+            (b"x-justitia-queue-ms", b"%.1f" % (turn.queued_s * 1000)),
+            (b"x-justitia-predicted-cost", b"%.0f" % agent.predicted),
+            (b"x-justitia-finish-tag", b"%.0f" % agent.finish_tag),
+        ]
 
     async def _exchange(self, release: Release, send: Send) -> None:
         """Raises `EngineLost` if the engine breaks off; nothing may have been sent by then."""

@@ -172,6 +172,7 @@ class Dispatcher:
         self._all_ended = asyncio.Event()
         self._all_ended.set()
         self._drained_by_s = 0.0
+        self._pump_is_due = False
 
     def submit(
         self, task: Task, agent_cost: float, tenant: Tenant, *, weight: float = 1.0, body_bytes: int = 0
@@ -323,8 +324,15 @@ class Dispatcher:
         turn.ended()
         if not self._turns:
             self._all_ended.set()
-        # Not at once: whoever settles the task may reserve the memory that it leaves for its agent's next one.
-        self.loop.call_soon(self.pump)
+        # Not at once: whoever settles the task may reserve the memory that it leaves for its agent's next one. And once for
+        # all that end together.
+        if not self._pump_is_due:
+            self._pump_is_due = True
+            self.loop.call_soon(self._pump_soon)
+
+    def _pump_soon(self) -> None:
+        self._pump_is_due = False
+        self.pump()
 
 
 def _shutting_down(retry_after_s: int) -> ShuttingDown:

@@ -132,8 +132,11 @@ class FairQueue:
         agent is new, `tenant_weight` from now on."""
         if task.id in self._tasks:
             raise QueueError(f"task {task.id} is in the queue already")
-        if not all(
-            0 <= amount < math.inf for amount in (task.cost, task.memory_tokens, task.prompt_tokens, agent_cost)
+        if not (
+            0 <= task.cost < math.inf
+            and 0 <= task.memory_tokens < math.inf
+            and 0 <= task.prompt_tokens < math.inf
+            and 0 <= agent_cost < math.inf
         ):
             raise QueueError(f"costs and memory must be at least 0, and finite: {task}, agent {agent_cost}")
         if task.sequences < 1:
@@ -470,4 +473,9 @@ def _restorable(standing: Standing) -> bool:
 
 
 def _sound(spent: Spent) -> bool:
-    return all(0 <= a < math.inf for a in (spent.cost, spent.prompt_tokens or 0.0, spent.output_tokens or 0.0))
+    cost, prompt_tokens, output_tokens = spent
+    return (
+        0 <= cost < math.inf
+        and (prompt_tokens is None or 0 <= prompt_tokens < math.inf)
+        and (output_tokens is None or 0 <= output_tokens < math.inf)
+    )

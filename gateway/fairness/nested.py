@@ -88,12 +88,15 @@ class NestedReference:
     def _agents(self, tenant_id: TenantId) -> Reference[AgentId]:
         """Those of a tenant, brought up to date."""
         share = self._shares[tenant_id]
+        is_backlogged = self._tenants.is_backlogged(tenant_id)
+        if is_backlogged and share.counted == self._tenants.virtual_time:
+            return share.agents  # it is
         reached = VirtualTime(min(self._tenants.virtual_time, self._tenants.backlog_tag(tenant_id)))
         if reached > share.counted:
             agents = share.agents
             agents.advance(Iterations(agents.now + (reached - share.counted) * share.weight))
             share.counted = reached
-        if not self._tenants.is_backlogged(tenant_id):
+        if not is_backlogged:
             share.agents.end_busy_period()  # whatever rounding has left
         return share.agents
 
