@@ -41,6 +41,8 @@ class Answer:
         headers = connection.headers
         self.status = connection.status
         self.content_type = headers.get(b"content-type", b"application/json").decode("latin-1")
+        length = headers.get(b"content-length", b"")
+        self.length = int(length) if length.isdigit() else None
         self.metadata = headers.get(b"metadata", b"")  # of embeddings in bytes: where each is, and what they used
         self.headers: Headers = [(name, headers[name]) for name in _RELAYED_BACK if name in headers]
 

@@ -33,12 +33,14 @@ from gateway.release import Turn
 from gateway.sse import UsageFilter
 from gateway.state import TenantUsage
 from gateway.tenants import Tenant
-from gateway.usage import Usage, finished_task, parse_usage
+from gateway.usage import Usage, UsageSearch, finished_task, parse_usage
 from predictor.cost import task_cost
 
 logger = logging.getLogger(__name__)
 
 _EVENTS = "text/event-stream"
+# Of an answer that is no stream: a larger one is passed on as it comes, and not tried again when the engine is lost.
+GATHERED_BYTES = 2**18
 
 
 class TaskRequest(msgspec.Struct, frozen=True):
@@ -76,6 +78,7 @@ class Relay:
         self._events = 0
         self._released_at: float | None = None  # on the service clock
         self._started = False  # bytes have left for the client
+        self._streams = False  # and they are events
         self._goes_on = False  # at the engine, whatever becomes of the client
         self._charged = self._settled = False
         self._cost: float | None = None  # in token·iterations, once it is charged
@@ -187,9 +190,13 @@ class Relay:
             answer.close()
 
     async def _relay_whole(self, answer: Answer, send: Send) -> None:
-        asked_s = time.monotonic()
-        data = await answer.read()
-        self._engine_s += time.monotonic() - asked_s
+        chunks, size = [], 0
+        while chunk := await self._read(answer):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > GATHERED_BYTES and not self._request.body.background:
+                return await self._relay_large(answer, b"".join(chunks), send)
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._usage = parse_usage(answer.metadata or data) if answer.status == 200 else None
         self._outcome = outcome_of(answer.status)
         if self._request.body.background and answer.status == 200 and unfinished(data):
@@ -197,7 +204,30 @@ class Relay:
         else:
             self._charge()
         await self._start(answer, send, length=len(data))
+        return await send(answers.body(data, more=False))
+
+    async def _relay_large(self, answer: Answer, data: bytes, send: Send) -> None:
+        """As it comes, so that an engine does not outrun who reads slowly. data: what has come already."""
+        search = UsageSearch()
+        await self._start(answer, send, length=answer.length)
+        while True:
+            search.feed(data)
+            chunk = await self._read(answer)
+            if not chunk:
+                break
+            await send(answers.body(data, more=True))
+            data = chunk
+        if answer.status == 200:
+            self._usage = parse_usage(answer.metadata) if answer.metadata else search.usage
+        self._outcome = outcome_of(answer.status)
+        self._charge()
         await send(answers.body(data, more=False))
+
+    async def _read(self, answer: Answer) -> bytes:
+        asked_s = time.monotonic()
+        data = await answer.read_some()
+        self._engine_s += time.monotonic() - asked_s
+        return data
 
     async def _relay_events(self, answer: Answer, send: Send) -> None:
         body = self._request.body
@@ -215,6 +245,7 @@ class Relay:
                         if body.background:
                             self._go_on()
                         await self._start(answer, send)
+                        self._streams = True
                         self._request.span.first_token()
                     if events.done:
                         self._note_end(events)
@@ -242,9 +273,9 @@ class Relay:
     async def _send_error(self, error: GatewayError, send: Send) -> None:
         dialect, span = self._request.body.endpoint.dialect, self._request.span
         span.failed(error)
-        if self._started:
+        if self._streams:
             await send(answers.body(dialect.error_event(error), more=False))
-        else:
+        elif not self._started:  # else the connection is closed in the middle of the answer, which says it all
             await answers.send_error(error, dialect, send, [span.header, *self._own_headers])
 
     def _go_on(self) -> None:

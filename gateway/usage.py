@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from gateway.body import Body
@@ -50,6 +52,9 @@ class _Answer(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Answer).decode
+# With an object in it, such as the details. Inside a text its quotes would have backslashes before them.
+MOST_TOLD_BYTES = 4096
+_TOLD = re.compile(rb'"(usage|meta)"\s*:\s*(\{[^{}]{0,999}(?:\{[^{}]{0,999}\}[^{}]{0,999}){0,2}\})')
 # More are no tokens of any engine.
 _MOST = 2**32
 
@@ -78,6 +83,20 @@ def parse_usage(answer: bytes) -> Usage | None:
     if not (0 <= prompt <= _MOST and 0 <= completion <= _MOST):
         return None
     return Usage(prompt, completion, max(0, min(cached, prompt)))
+
+
+class UsageSearch:
+    """The same, for an answer that goes by in parts."""
+
+    def __init__(self) -> None:
+        self.usage: Usage | None = None
+        self._rest = b""
+
+    def feed(self, part: bytes) -> None:
+        data = self._rest + part
+        for name, told in _TOLD.findall(data):
+            self.usage = parse_usage(b'{"%b":%b}' % (name, told)) or self.usage
+        self._rest = data[-MOST_TOLD_BYTES:]
 
 
 def _of_openai(usage: _Usage) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from gateway import sse
 from gateway.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
 from gateway.errors import EngineLost
 from gateway.sse import UsageFilter
-from gateway.usage import Usage, parse_usage
+from gateway.usage import Usage, UsageSearch, parse_usage
 from tests.wire.scripted_engine import DONE, chunk, usage_chunk
 
 STREAM = chunk("a\\n\\n") + chunk('"usage":{ in the text') + chunk("ü") + usage_chunk(5, 3, cached=2) + DONE
@@ -134,7 +134,13 @@ def test_usage_beside_choices_is_seen_and_stays() -> None:
     ],
 )
 def test_what_answers_say_was_used(answer: dict[str, Any], usage: Usage | None) -> None:
-    assert parse_usage(json.dumps(answer).encode()) == usage
+    told = json.dumps(answer).encode()
+    assert parse_usage(told) == usage
+    for size in (1, 7, len(told)):
+        search = UsageSearch()
+        for place in range(0, len(told), size):
+            search.feed(told[place : place + size])
+        assert search.usage == usage, "the same, when it goes by in parts"
 
 
 @pytest.mark.parametrize("cut", range(8))

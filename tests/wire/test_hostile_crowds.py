@@ -134,7 +134,6 @@ def test_whole_answers_that_nobody_reads_are_given_up(gateway: GatewayProcess, s
         assert gateway.memory_mib() < gateway.calm_mib + 50, "the memory is there again"
 
 
-@pytest.mark.xfail(strict=True, reason="answers that are not streamed are gathered before they are passed on")
 def test_whole_answers_that_nobody_reads_stop_the_engine(gateway: GatewayProcess, scripted: ScriptedEngine) -> None:
     scripted.answers = [Large(50) for _ in range(2)]
     with gateway.memory_bounded(32), gateway.crowd(2, receive_buffer=4096) as clients:

@@ -7,6 +7,8 @@ import json
 import httpx
 import pytest
 
+from gateway.fairness import AgentId
+from gateway.relay import GATHERED_BYTES
 from tests.wire.conftest import GatewayUnderTest, StartGateway
 from tests.wire.scripted_engine import DONE, ScriptedEngine, chunk, push, start, usage_chunk
 
@@ -56,6 +58,49 @@ async def test_a_stream_cut_anywhere_comes_out_whole(gateway: GatewayUnderTest, 
     scripted.answers.append(byte_by_byte)
     answer = await gateway.chat(stream=True)
     assert answer.content == chunk("a") + chunk("b") + DONE
+
+
+def large_answer(size: int) -> bytes:
+    """Its usage is in the middle, and its text has what looks like one."""
+    said = {"text": 'x "usage": {"prompt_tokens": 9, "completion_tokens": 9} ' + "y" * size}
+    usage = {"prompt_tokens": 30, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 10}}
+    return json.dumps({"choices": [said], "usage": usage, "prompt_logprobs": ["z" * size]}).encode()
+
+
+@pytest.mark.parametrize("length", [True, False])
+async def test_a_large_answer_goes_through_as_it_comes_and_is_charged(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine, length: bool
+) -> None:
+    whole = large_answer(GATHERED_BYTES)
+
+    async def in_parts(body, send, engine) -> None:  # type: ignore[no-untyped-def]
+        headers = [(b"content-type", b"application/json"), *([(b"content-length", b"%d" % len(whole))] * length)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for place in range(0, len(whole), 10_007):
+            await push(send, whole[place : place + 10_007])
+        await push(send, b"", more=False)
+
+    scripted.answers.append(in_parts)
+    answer = await gateway.chat("a1")
+    assert answer.content == whole
+    assert ("content-length" in answer.headers) == length
+    (task,) = gateway.parts.feedback.records[AgentId("default/a1")].tasks
+    assert (task.prompt_tokens, task.cached_tokens, task.decode_tokens) == (30, 10, 7)
+
+
+async def test_a_large_answer_that_breaks_off_breaks_off_for_the_client_too(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine
+) -> None:
+    async def break_off(body, send, engine) -> None:  # type: ignore[no-untyped-def]
+        await start(send, b"application/json")
+        await push(send, large_answer(GATHERED_BYTES)[: 2 * GATHERED_BYTES])
+        send.__self__.transport.close()
+
+    scripted.answers.append(break_off)
+    with pytest.raises(httpx.RemoteProtocolError):
+        await gateway.chat("a1")
+    await gateway.until(gateway.is_empty)
+    assert len(scripted.bodies) == 1, "it is not asked again for what has been given already"
 
 
 async def test_headers_tell_the_agent_and_its_place(gateway: GatewayUnderTest) -> None:
