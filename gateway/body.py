@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import re
 from bisect import bisect
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -43,9 +43,10 @@ _Batch = msgspec.defstruct(
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
 _decode_fields = msgspec.json.Decoder(Fields).decode
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_flag = msgspec.json.Decoder(bool | None).decode
+_decode_number = msgspec.json.Decoder(float | None).decode
 _decode_batch = msgspec.json.Decoder(_Batch).decode
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_Value = TypeVar("_Value")
 
 
 class Body(msgspec.Struct, frozen=True):
@@ -107,9 +108,9 @@ def parse_body(data: bytes, endpoint: Endpoint = CHAT) -> Body:
         endpoint=endpoint,
         fields=fields,
         size=len(data),
-        stream=_value(fields, "stream", bool) or False,
+        stream=_flag(fields, "stream"),
         wants_usage=_is_true(_mapping(fields, "stream_options").get("include_usage")),
-        background=bool(_value(fields, "background", bool)) and endpoint.dialect is RESPONSES,
+        background=_flag(fields, "background") and endpoint.dialect is RESPONSES,
         prompt_bytes=sum(len(memoryview(fields[name])) for name in endpoint.texts if name in fields),
         prompts=prompts,
         sequences=sequences,
@@ -158,12 +159,12 @@ def _too_many_fields() -> InvalidRequest:
     return InvalidRequest(f"at most {MAX_FIELDS} fields per object")
 
 
-def _value(fields: Fields, name: str, kind: type[_Value]) -> _Value | None:
+def _flag(fields: Fields, name: str) -> bool:
     raw = _small(fields, name)
     if raw is None:
-        return None
+        return False
     try:
-        return msgspec.json.decode(raw, type=kind | None)
+        return bool(_decode_flag(raw))
     except _UNREADABLE as error:
         raise InvalidRequest(f"{name}: {error}", param=name) from error
 
@@ -196,7 +197,7 @@ def _limit(fields: Fields, name: str, at_least: int) -> int | None:
     if raw is None:
         return None
     try:
-        number = msgspec.json.decode(raw, type=float | None)
+        number = _decode_number(raw)
     except _UNREADABLE:
         number = -1.0
     if number is None:

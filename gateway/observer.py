@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from random import getrandbits
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -37,6 +38,7 @@ UNKNOWN = "unknown"
 MAX_MODEL_CHARS = 255
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_decode_text = msgspec.json.Decoder(str).decode
 _OTLP_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 # What a task is, by path, in the words of OpenTelemetry's conventions where they have one.
 _OPERATIONS = {
@@ -103,7 +105,7 @@ class RequestSpan:
         self._observer, self._arrived_s = observer, arrived_s
         request_id = headers.get(REQUEST_ID)
         if request_id is None or not _SANE_ID.fullmatch(request_id):
-            request_id = headers[REQUEST_ID] = os.urandom(16).hex()
+            request_id = headers[REQUEST_ID] = f"{getrandbits(128):032x}"
         self.header = (b"x-request-id", request_id.encode("ascii"))
         self._line = Line(request_id=request_id, endpoint=endpoint)
         parent = take_trace_context(headers, raw)
@@ -267,7 +269,7 @@ def _model_of(body: Body) -> str | None:
     if raw is None or len(memoryview(raw)) > 4 * MAX_MODEL_CHARS:
         return None
     try:
-        model = msgspec.json.decode(raw, type=str)[:MAX_MODEL_CHARS]
+        model = _decode_text(raw)[:MAX_MODEL_CHARS]
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     return model if model.isprintable() else ascii(model)[1:-1]

@@ -9,8 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-import msgspec
-
 from gateway.errors import BodyTooLarge, Forbidden, QueueFull, QuotaSpent, Reason, Unauthorized
 from gateway.identify import DEFAULT_TENANT
 from gateway.keys import Keys, KeysError
@@ -138,7 +136,8 @@ class Tenants:
         computed = max(0, used.prompt_tokens - used.cached_tokens) + used.completion_tokens
         tenant.tokens.spend(self._clock_ns(), computed)
         tenant.kv_today.add(now_s, used.kv_cost)
-        return UsageRow(tenant.name, hour_of(now_s), **msgspec.structs.asdict(used))
+        tokens = used.prompt_tokens, used.cached_tokens, used.completion_tokens
+        return UsageRow(tenant.name, hour_of(now_s), used.requests, *tokens, used.kv_cost)
 
     def restore(self, rows: Iterable[UsageRow]) -> None:
         """After a start, once: what was used before it. Only today's counts, and only for the quota of a day: a minute's begin
