@@ -20,12 +20,12 @@ from engine import tiny_model
 from engine.launcher import on_cpu
 from gateway.bench.engine_check import engines, models, without_engines
 from gateway.bench.engine_check.answers import Answer, CheckFailed, Token, tokens_of
-from gateway.bench.engine_check.comparison import TIE, Comparison, Tally, moved
+from gateway.bench.engine_check.comparison import TIE, TIE_GPU, Comparison, Tally, moved
 from gateway.bench.engine_check.engines import OURS, STOCK
 from gateway.bench.engine_check.equality import equality_failures
 from gateway.bench.engine_check.requests import ADAPTED, BATCHED_TOKENS, EVERYDAY, Case, altered, crowd
 from gateway.bench.engine_check.settings import CheckSettings, parse, settings_of
-from gateway.bench.engine_check.throughput import spread, verdict
+from gateway.bench.engine_check.throughput import spread, token_bytes, verdict
 
 KINDS = (*EVERYDAY, "n > 1, sampled", "few tokens allowed", *ADAPTED)
 
@@ -111,6 +111,17 @@ def test_a_tie_is_one_on_both_sides_or_none() -> None:
     tied = tally(text(1, 2, 3, gap=TIE / 2), text(1, 9, 9, gap=TIE / 2))
     assert (tied.tokens, tied.ties, tied.differing, tied.tokens_after_ties) == (1, 1, 0, 2)
     assert tally(text(1, 2, gap=TIE / 2), text(1, 9, gap=0.5)).differing == 1
+
+
+def test_what_counts_as_a_tie_can_be_said() -> None:
+    one, other = Answer([text(1, 2, gap=0.01)]), Answer([text(1, 9, gap=0.01)])
+    for tie, ties in ((0.02, 1), (TIE, 0)):
+        comparison = Comparison(tie)
+        comparison.add([Case("plain", {})], [one], [other])
+        assert (comparison.ties, comparison.differing) == (ties, 1 - ties)
+        assert "tie" not in comparison.figures()["kinds"]["plain"]
+    assert moved(one, other, 0.02)
+    assert not moved(Answer([[Token(1, -1.0, 1.0)]]), Answer([[Token(1, -1.01, 1.0)]]), 0.02)
 
 
 def test_rounding_and_the_smallest_gap_are_told() -> None:
@@ -239,6 +250,46 @@ def test_a_size_has_a_configuration_and_no_weights(tmp_path: Path) -> None:
     assert not (large / models.WEIGHTS).exists()
 
 
+def test_what_a_token_takes(tmp_path: Path) -> None:
+    tiny = tiny_model.make(tmp_path / "tiny")
+    large = models.of_size(tmp_path / "large", tiny, models.SIZE_7B)
+    assert token_bytes(tiny) == 2 * 2 * 64 * 4  # keys and values, layers, hidden size, float32
+    assert token_bytes(large) == 2 * 32 * 4096 * 2
+
+
+# The setups
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> list[engines.Setup]:
+    monkeypatch.setattr(engines, "on_cpu", lambda: not gpu)
+    return engines.setups(Path("one"), Path("another"))
+
+
+def test_a_gpu_compares_what_a_cpu_does_to_the_last_bit_and_once_as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu, (shipped, *exact) = on_a_gpu(monkeypatch, False), on_a_gpu(monkeypatch, True)
+    assert [setup.name for setup in exact] == [setup.name for setup in on_cpu]
+    assert all(setup.batch_invariant and setup.tie == TIE for setup in exact)
+    assert not any(setup.batch_invariant for setup in on_cpu)
+    assert (shipped.args, shipped.batch_invariant, shipped.tie) == (on_cpu[0].args, False, TIE_GPU)
+
+
+def test_adapters_are_compared_in_16_bits_on_a_gpu_and_with_requests_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = on_a_gpu(monkeypatch, False)[-1], on_a_gpu(monkeypatch, True)[-1]
+    assert (cpu.name, cpu.dtype, cpu.kinds) == ("LoRA", "float32", ADAPTED)
+    assert (gpu.name, gpu.dtype, gpu.kinds) == ("LoRA", "bfloat16", (*ADAPTED, "plain", "streaming"))
+
+
+def test_a_variable_is_there_while_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(engines.BATCH_INVARIANT, raising=False)
+    with engines.environment(engines.BATCH_INVARIANT, "1"):
+        assert os.environ[engines.BATCH_INVARIANT] == "1"
+    assert engines.BATCH_INVARIANT not in os.environ
+    monkeypatch.setenv(engines.BATCH_INVARIANT, "0")
+    with engines.environment(engines.BATCH_INVARIANT, "1"):
+        pass
+    assert os.environ[engines.BATCH_INVARIANT] == "0"
+
+
 # The command
 
 
@@ -251,6 +302,9 @@ def test_the_gpu_check_asks_for_more_and_the_rehearsal_for_less() -> None:
     assert settings("--gpu", "--requests", "64").requests == 64
     assert settings("--gpu", "--rehearse").size == "rehearsal"
     assert settings("--gpu", "--rehearse").rounds < CheckSettings().rounds
+    told = settings("--gpu", "--no-tests", "--no-step-cost")
+    assert not told.tests
+    assert not told.step_cost
     assert settings("--no-speed", "--seed", "5") == CheckSettings(speed=False, seed=5)
 
 

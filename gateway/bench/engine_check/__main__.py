@@ -33,6 +33,9 @@ NO_GPU = (
     "installed. `--rehearse` runs all of it on the CPU, at a tiny size"
 )
 
+# What ends one setup, and not the run.
+LOST = (EngineFailed, CheckFailed, LinkError, aiohttp.ClientError, TimeoutError)
+
 
 def main() -> None:
     options = parse()
@@ -48,7 +51,7 @@ def main() -> None:
         del os.environ[variable]
     try:
         record = asyncio.run(check(settings_of(options), console, gpu=options.gpu, rehearsal=options.rehearse))
-    except (EngineFailed, CheckFailed, ServerFailed, LinkError, aiohttp.ClientError, TimeoutError) as error:
+    except (*LOST, ServerFailed) as error:
         sys.exit(f"{name}: {error}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("ab") as file:
@@ -64,10 +67,10 @@ def main() -> None:
 async def check(settings: CheckSettings, console: Console, *, gpu: bool, rehearsal: bool) -> dict[str, Any]:
     """One run, as the record that is written. Raises `EngineFailed`, `CheckFailed`, `ServerFailed` and `LinkError`."""
     failures: list[str] = []
-    tests = run_tests(console) if gpu else None
+    tests = run_tests(console) if gpu and settings.tests else None
     if tests is not None and tests["exit_code"]:
         failures.append(f"the tests without an engine: {tests['summary']}")
-    step = step_cost(console) if gpu else None
+    step = step_cost(console) if gpu and settings.step_cost else None
     if step is not None and "error" in step:
         failures.append(f"the cost of a step: {step['error']}")
     equality: list[dict[str, Any]] = []
@@ -81,8 +84,8 @@ async def check(settings: CheckSettings, console: Console, *, gpu: bool, rehears
             for setup in setups(stage.models["adapter"], stage.models["another adapter"]):
                 try:
                     figures = await compare(stage, setup)
-                except EngineFailed as error:
-                    unexercised[setup.name] = error.reason
+                except LOST as error:  # the other setups are compared all the same
+                    unexercised[setup.name] = str(error).partition("\n")[0] or type(error).__name__
                     failures.append(f"{setup.name}: {error}")
                     continue
                 equality.append(figures)
@@ -94,10 +97,15 @@ async def check(settings: CheckSettings, console: Console, *, gpu: bool, rehears
             unexercised["requests with and without an adapter in one step"] = mixed
             unexercised["CUDA graphs, bfloat16, attention on a GPU"] = "there is no GPU"
         if settings.speed:
-            speed = await throughput(stage)
-            console.print(speed_table(speed))
-            if speed["verdict"] == "missed":
-                failures.append(f"throughput is {speed['ratio']['median']:.3f} of the stock engine's")
+            try:
+                speed = await throughput(stage)
+            except LOST as error:
+                unexercised["throughput"] = str(error).partition("\n")[0] or type(error).__name__
+                failures.append(f"throughput: {error}")
+            else:
+                console.print(speed_table(speed))
+                if speed["verdict"] == "missed":
+                    failures.append(f"throughput is {speed['ratio']['median']:.3f} of the stock engine's")
     return {
         "benchmark": "gpu-check" if gpu else "engine-check",
         "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -27,6 +27,8 @@ class CheckSettings:
     target: float = 0.02  # of throughput that may be lost
     control: bool = True  # a second stock engine
     size: str = "tiny"  # of the model whose throughput is measured: one of `SIZES`
+    tests: bool = True  # with `--gpu`: run the tests that need no engine
+    step_cost: bool = True  # with `--gpu`: measure what a step costs
     tokens: bool = True  # compare tokens
     speed: bool = True  # measure throughput
 
@@ -53,6 +55,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, help="requests that an engine runs at once")
     parser.add_argument("--size", choices=SIZES, help="of the model whose throughput is measured")
     parser.add_argument("--no-control", dest="control", action="store_false", help="without a second stock engine")
+    parser.add_argument("--no-tests", dest="tests", action="store_false", help="with --gpu: without the tests")
+    parser.add_argument(
+        "--no-step-cost", dest="step_cost", action="store_false", help="with --gpu: without the cost of a step"
+    )
     parser.add_argument("--no-tokens", dest="tokens", action="store_false", help="measure throughput only")
     parser.add_argument("--no-speed", dest="speed", action="store_false", help="compare tokens only")
     return parser.parse_args(arguments)
