@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -18,6 +20,7 @@ from rich.console import Console
 
 from engine import tiny_model
 from engine.launcher import on_cpu
+from gateway.bench.engine_check import __main__ as checking
 from gateway.bench.engine_check import engines, models, without_engines
 from gateway.bench.engine_check.answers import Answer, CheckFailed, Token, tokens_of
 from gateway.bench.engine_check.comparison import TIE, TIE_GPU, Comparison, Tally, moved
@@ -300,6 +303,7 @@ def test_the_gpu_check_asks_for_more_and_the_rehearsal_for_less() -> None:
     assert settings() == CheckSettings()
     assert settings("--gpu").size == "7b"
     assert settings("--gpu", "--requests", "64").requests == 64
+    assert settings("--gpu", "--requests", "128").requests == 128  # asked for, though it is the default elsewhere
     assert settings("--gpu", "--rehearse").size == "rehearsal"
     assert settings("--gpu", "--rehearse").rounds < CheckSettings().rounds
     told = settings("--gpu", "--no-tests", "--no-step-cost")
@@ -333,6 +337,43 @@ def test_the_cost_of_a_step_is_its_last_line(
 
     monkeypatch.setattr(subprocess, "run", run)
     assert without_engines.step_cost(Console(file=io.StringIO())) == told
+
+
+@pytest.fixture
+def first_then_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first setup and two rounds are measured; then somebody ends the run."""
+
+    async def nothing(_: Path) -> dict[str, Path]:
+        return {"adapter": Path(), "another adapter": Path()}
+
+    async def compare(_: engines.Stage, setup: engines.Setup) -> dict[str, Any]:
+        if setup.name == "lost":
+            raise CheckFailed("the engine is gone\nand so on")
+        return {"setup": setup.name, "failures": []}
+
+    async def throughput(_: engines.Stage, rounds: list[dict[str, float]]) -> dict[str, Any]:
+        rounds += [{STOCK: 100.0, OURS: 99.0}, {STOCK: 100.0, OURS: 101.0}]
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+        return {}
+
+    monkeypatch.setattr(checking, "make_all", nothing)
+    monkeypatch.setattr(checking, "setups", lambda *_: [engines.Setup(name, (), ()) for name in ("kept", "lost")])
+    monkeypatch.setattr(checking, "compare", compare)
+    monkeypatch.setattr(checking, "throughput", throughput)
+    monkeypatch.setattr(checking, "equality_table", str)
+
+
+@pytest.mark.usefixtures("first_then_ended")
+def test_what_was_found_is_told_when_the_run_is_ended() -> None:
+    console = Console(file=io.StringIO())
+    record = asyncio.run(checking.check(CheckSettings(), console, gpu=False, rehearsal=False))
+    assert [figures["setup"] for figures in record["equality"]] == ["kept"]
+    assert record["not_exercised"]["lost"] == "the engine is gone"
+    assert record["throughput"]["ratio"]["median"] == 1.0
+    assert not record["passed"]
+    assert record["failures"][-1] == "the run was ended from outside, before its end"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_plugin_is_found_while_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
