@@ -11,7 +11,7 @@ from gateway.bench.engine_check.requests import Case
 
 # In log probability. Ten times what rounding in float32 was seen to do, and a hundredth of what most gaps are.
 TIE = 1e-4
-# The same on a GPU, where a row is not computed alike in every step: there attention multiplies float32 as TF32, of ten bits.
+# The same on a GPU, where rounding was seen to do 2e-4.
 TIE_GPU = 1e-3
 # vLLM's log probability of a token that is not allowed is -9999.
 NO_OTHER = 1000.0
