@@ -309,6 +309,7 @@ def test_the_gpu_check_asks_for_more_and_the_rehearsal_for_less() -> None:
     told = settings("--gpu", "--no-tests", "--no-step-cost")
     assert not told.tests
     assert not told.step_cost
+    assert settings("--only", "LoRA", "--only", "another").only == ("LoRA", "another")
     assert settings("--no-speed", "--seed", "5") == CheckSettings(speed=False, seed=5)
 
 
@@ -374,6 +375,14 @@ def test_what_was_found_is_told_when_the_run_is_ended() -> None:
     assert not record["passed"]
     assert record["failures"][-1] == "the run was ended from outside, before its end"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("first_then_ended")
+def test_setups_can_be_chosen_by_name() -> None:
+    settings = CheckSettings(only=("kept", "none such"), speed=False)
+    record = asyncio.run(checking.check(settings, Console(file=io.StringIO()), gpu=False, rehearsal=False))
+    assert [figures["setup"] for figures in record["equality"]] == ["kept"]
+    assert record["failures"] == ["there is no setup of this name: none such"]
 
 
 def test_the_plugin_is_found_while_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,12 @@ async def _work(
         directory = Path(temporary)
         stage = Stage(settings, directory, await make_all(directory), console)
         if settings.tokens:
-            for setup in setups(stage.models["adapter"], stage.models["another adapter"]):
+            there = setups(stage.models["adapter"], stage.models["another adapter"])
+            unknown = set(settings.only) - {setup.name for setup in there}
+            failures += [f"there is no setup of this name: {name}" for name in sorted(unknown)]
+            for setup in there:
+                if settings.only and setup.name not in settings.only:
+                    continue
                 try:
                     figures = await compare(stage, setup)
                 except LOST as error:  # the other setups are compared all the same

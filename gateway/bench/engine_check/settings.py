@@ -30,6 +30,7 @@ class CheckSettings:
     tests: bool = True  # with `--gpu`: run the tests that need no engine
     step_cost: bool = True  # with `--gpu`: measure what a step costs
     tokens: bool = True  # compare tokens
+    only: tuple[str, ...] = ()  # of the setups whose tokens are compared, by name; none: all
     speed: bool = True  # measure throughput
 
 
@@ -62,6 +63,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-tokens", type=int, help="of each of those")
     parser.add_argument("--max-num-seqs", type=int, help="requests that an engine runs at once")
     parser.add_argument("--size", choices=SIZES, help="of the model whose throughput is measured")
+    parser.add_argument(
+        "--only", action="append", metavar="SETUP", help="compare tokens in this setup, such as LoRA; can be repeated"
+    )
     parser.add_argument("--no-control", dest="control", action="store_false", help="without a second stock engine")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="with --gpu: without the tests")
     parser.add_argument(
@@ -80,5 +84,5 @@ def settings_of(options: argparse.Namespace) -> CheckSettings:
     elif options.gpu:
         chosen |= {"size": "rehearsal", "waves": 1, "rounds": 6, "requests": 64}
     known = CheckSettings.__dataclass_fields__
-    asked = {key: value for key, value in vars(options).items() if key in known}
+    asked = {key: tuple(value) if key == "only" else value for key, value in vars(options).items() if key in known}
     return CheckSettings(**chosen | asked)
