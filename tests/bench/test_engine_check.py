@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -18,14 +20,15 @@ from rich.console import Console
 
 from engine import tiny_model
 from engine.launcher import on_cpu
+from gateway.bench.engine_check import __main__ as checking
 from gateway.bench.engine_check import engines, models, without_engines
 from gateway.bench.engine_check.answers import Answer, CheckFailed, Token, tokens_of
-from gateway.bench.engine_check.comparison import TIE, Comparison, Tally, moved
+from gateway.bench.engine_check.comparison import TIE, TIE_GPU, Comparison, Tally, moved
 from gateway.bench.engine_check.engines import OURS, STOCK
 from gateway.bench.engine_check.equality import equality_failures
 from gateway.bench.engine_check.requests import ADAPTED, BATCHED_TOKENS, EVERYDAY, Case, altered, crowd
 from gateway.bench.engine_check.settings import CheckSettings, parse, settings_of
-from gateway.bench.engine_check.throughput import spread, verdict
+from gateway.bench.engine_check.throughput import spread, token_bytes, verdict
 
 KINDS = (*EVERYDAY, "n > 1, sampled", "few tokens allowed", *ADAPTED)
 
@@ -111,6 +114,17 @@ def test_a_tie_is_one_on_both_sides_or_none() -> None:
     tied = tally(text(1, 2, 3, gap=TIE / 2), text(1, 9, 9, gap=TIE / 2))
     assert (tied.tokens, tied.ties, tied.differing, tied.tokens_after_ties) == (1, 1, 0, 2)
     assert tally(text(1, 2, gap=TIE / 2), text(1, 9, gap=0.5)).differing == 1
+
+
+def test_what_counts_as_a_tie_can_be_said() -> None:
+    one, other = Answer([text(1, 2, gap=0.01)]), Answer([text(1, 9, gap=0.01)])
+    for tie, ties in ((0.02, 1), (TIE, 0)):
+        comparison = Comparison(tie)
+        comparison.add([Case("plain", {})], [one], [other])
+        assert (comparison.ties, comparison.differing) == (ties, 1 - ties)
+        assert "tie" not in comparison.figures()["kinds"]["plain"]
+    assert moved(one, other, 0.02)
+    assert not moved(Answer([[Token(1, -1.0, 1.0)]]), Answer([[Token(1, -1.01, 1.0)]]), 0.02)
 
 
 def test_rounding_and_the_smallest_gap_are_told() -> None:
@@ -239,6 +253,46 @@ def test_a_size_has_a_configuration_and_no_weights(tmp_path: Path) -> None:
     assert not (large / models.WEIGHTS).exists()
 
 
+def test_what_a_token_takes(tmp_path: Path) -> None:
+    tiny = tiny_model.make(tmp_path / "tiny")
+    large = models.of_size(tmp_path / "large", tiny, models.SIZE_7B)
+    assert token_bytes(tiny) == 2 * 2 * 64 * 4  # keys and values, layers, hidden size, float32
+    assert token_bytes(large) == 2 * 32 * 4096 * 2
+
+
+# The setups
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> list[engines.Setup]:
+    monkeypatch.setattr(engines, "on_cpu", lambda: not gpu)
+    return engines.setups(Path("one"), Path("another"))
+
+
+def test_a_gpu_compares_what_a_cpu_does_and_async_scheduling_once_as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu, (shipped, *invariant) = on_a_gpu(monkeypatch, False), on_a_gpu(monkeypatch, True)
+    assert [setup.name for setup in invariant] == [setup.name for setup in on_cpu]
+    assert all(setup.batch_invariant and setup.tie == TIE_GPU for setup in invariant)
+    assert not any(setup.batch_invariant or setup.tie != TIE for setup in on_cpu)
+    assert (shipped.args, shipped.batch_invariant, shipped.tie) == (on_cpu[0].args, False, TIE_GPU)
+
+
+def test_adapters_are_compared_in_16_bits_on_a_gpu_and_with_requests_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = on_a_gpu(monkeypatch, False)[-1], on_a_gpu(monkeypatch, True)[-1]
+    assert (cpu.name, cpu.dtype, cpu.kinds) == ("LoRA", "float32", ADAPTED)
+    assert (gpu.name, gpu.dtype, gpu.kinds) == ("LoRA", "bfloat16", (*ADAPTED, "plain", "streaming"))
+
+
+def test_a_variable_is_there_while_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(engines.BATCH_INVARIANT, raising=False)
+    with engines.environment(engines.BATCH_INVARIANT, "1"):
+        assert os.environ[engines.BATCH_INVARIANT] == "1"
+    assert engines.BATCH_INVARIANT not in os.environ
+    monkeypatch.setenv(engines.BATCH_INVARIANT, "0")
+    with engines.environment(engines.BATCH_INVARIANT, "1"):
+        pass
+    assert os.environ[engines.BATCH_INVARIANT] == "0"
+
+
 # The command
 
 
@@ -249,8 +303,13 @@ def test_the_gpu_check_asks_for_more_and_the_rehearsal_for_less() -> None:
     assert settings() == CheckSettings()
     assert settings("--gpu").size == "7b"
     assert settings("--gpu", "--requests", "64").requests == 64
+    assert settings("--gpu", "--requests", "128").requests == 128  # asked for, though it is the default elsewhere
     assert settings("--gpu", "--rehearse").size == "rehearsal"
     assert settings("--gpu", "--rehearse").rounds < CheckSettings().rounds
+    told = settings("--gpu", "--no-tests", "--no-step-cost")
+    assert not told.tests
+    assert not told.step_cost
+    assert settings("--only", "LoRA", "--only", "another").only == ("LoRA", "another")
     assert settings("--no-speed", "--seed", "5") == CheckSettings(speed=False, seed=5)
 
 
@@ -279,6 +338,51 @@ def test_the_cost_of_a_step_is_its_last_line(
 
     monkeypatch.setattr(subprocess, "run", run)
     assert without_engines.step_cost(Console(file=io.StringIO())) == told
+
+
+@pytest.fixture
+def first_then_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first setup and two rounds are measured; then somebody ends the run."""
+
+    async def nothing(_: Path) -> dict[str, Path]:
+        return {"adapter": Path(), "another adapter": Path()}
+
+    async def compare(_: engines.Stage, setup: engines.Setup) -> dict[str, Any]:
+        if setup.name == "lost":
+            raise CheckFailed("the engine is gone\nand so on")
+        return {"setup": setup.name, "failures": []}
+
+    async def throughput(_: engines.Stage, rounds: list[dict[str, float]]) -> dict[str, Any]:
+        rounds += [{STOCK: 100.0, OURS: 99.0}, {STOCK: 100.0, OURS: 101.0}]
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+        return {}
+
+    monkeypatch.setattr(checking, "make_all", nothing)
+    monkeypatch.setattr(checking, "setups", lambda *_: [engines.Setup(name, (), ()) for name in ("kept", "lost")])
+    monkeypatch.setattr(checking, "compare", compare)
+    monkeypatch.setattr(checking, "throughput", throughput)
+    monkeypatch.setattr(checking, "equality_table", str)
+
+
+@pytest.mark.usefixtures("first_then_ended")
+def test_what_was_found_is_told_when_the_run_is_ended() -> None:
+    console = Console(file=io.StringIO())
+    record = asyncio.run(checking.check(CheckSettings(), console, gpu=False, rehearsal=False))
+    assert [figures["setup"] for figures in record["equality"]] == ["kept"]
+    assert record["not_exercised"]["lost"] == "the engine is gone"
+    assert record["throughput"]["ratio"]["median"] == 1.0
+    assert not record["passed"]
+    assert record["failures"][-1] == "the run was ended from outside, before its end"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("first_then_ended")
+def test_setups_can_be_chosen_by_name() -> None:
+    settings = CheckSettings(only=("kept", "none such"), speed=False)
+    record = asyncio.run(checking.check(settings, Console(file=io.StringIO()), gpu=False, rehearsal=False))
+    assert [figures["setup"] for figures in record["equality"]] == ["kept"]
+    assert record["failures"] == ["there is no setup of this name: none such"]
 
 
 def test_the_plugin_is_found_while_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

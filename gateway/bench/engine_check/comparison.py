@@ -11,6 +11,8 @@ from gateway.bench.engine_check.requests import Case
 
 # In log probability. Ten times what rounding in float32 was seen to do, and a hundredth of what most gaps are.
 TIE = 1e-4
+# The same on a GPU, where rounding was seen to do 2e-4.
+TIE_GPU = 1e-3
 # vLLM's log probability of a token that is not allowed is -9999.
 NO_OTHER = 1000.0
 
@@ -19,6 +21,7 @@ NO_OTHER = 1000.0
 class Tally:
     """Of one kind. `differing`: choices that part where it was no tie, or of which one is longer."""
 
+    tie: float = TIE  # the largest gap that rounding may have closed
     requests: int = 0
     choices: int = 0
     tokens: int = 0  # compared and found equal
@@ -39,7 +42,7 @@ class Tally:
     def _add_choice(self, one: list[Token], other: list[Token], *, whole: bool) -> None:
         for position, (mine, yours) in enumerate(zip(one, other, strict=False)):
             if mine.id != yours.id:
-                if max(mine.gap, yours.gap) <= TIE:
+                if max(mine.gap, yours.gap) <= self.tie:
                     self.ties += 1
                     self.tokens_after_ties += len(one) - position
                 else:
@@ -54,6 +57,7 @@ class Tally:
 
     def figures(self) -> dict[str, Any]:
         figures = asdict(self)
+        del figures["tie"]
         figures["rounding"] = float(f"{self.rounding:.2g}")
         # Where one token alone was allowed there is no other.
         figures["smallest_gap"] = float(f"{self.smallest_gap:.2g}") if self.smallest_gap < NO_OTHER else None
@@ -62,11 +66,12 @@ class Tally:
 
 @dataclass(slots=True)
 class Comparison:
+    tie: float = TIE
     kinds: dict[str, Tally] = field(default_factory=dict)
 
     def add(self, cases: Sequence[Case], one: Sequence[Answer], other: Sequence[Answer]) -> None:
         for case, mine, yours in zip(cases, one, other, strict=True):
-            self.kinds.setdefault(case.kind, Tally()).add(case, mine, yours)
+            self.kinds.setdefault(case.kind, Tally(self.tie)).add(case, mine, yours)
 
     @property
     def choices(self) -> int:
@@ -89,11 +94,11 @@ class Comparison:
         return {"tokens": self.tokens, "ties": self.ties, "differing": self.differing, "kinds": kinds}
 
 
-def moved(one: Answer, other: Answer) -> bool:
+def moved(one: Answer, other: Answer, tie: float = TIE) -> bool:
     """Whether any token, or its log probability by more than rounding, is another one."""
     pairs = [
         (a, b)
         for mine, yours in zip(one.choices, other.choices, strict=True)
         for a, b in zip(mine, yours, strict=False)
     ]
-    return any(a.id != b.id or abs(a.logprob - b.logprob) > TIE for a, b in pairs)
+    return any(a.id != b.id or abs(a.logprob - b.logprob) > tie for a, b in pairs)

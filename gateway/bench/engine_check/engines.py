@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from engine.launcher import EngineProcess, EngineSpec, on_cpu
 from gateway.bench.engine_check.answers import CheckFailed, Engine
+from gateway.bench.engine_check.comparison import TIE, TIE_GPU
 from gateway.bench.engine_check.models import LORA_RANK
 from gateway.bench.engine_check.requests import ADAPTED, ADAPTER, ANOTHER, EVERYDAY, MODEL
 from gateway.bench.engine_check.settings import CheckSettings
@@ -24,6 +26,8 @@ STOCK, AGAIN, OURS = "stock", "stock-again", "justitia"
 # Tokens in blocks: the least that vLLM's attention takes on a CPU, and its default on a GPU.
 BLOCK_SIZE_CPU, BLOCK_SIZE_GPU = 32, 16
 MAX_MODEL_LEN = 2048
+# Of all engines of a setup: they compile for themselves, at once.
+READY_S = 1800.0
 
 # vLLM's CPU platform turns async scheduling off. As a plugin of vLLM's this turns it on again, for the comparison only.
 PLUGIN = """
@@ -45,6 +49,14 @@ def register():
 PLUGIN_SAYS = "async scheduling is on, on a CPU"
 PLUGIN_NAME = "justitia_async_on_cpu"
 
+# vLLM's own mode in which a row is computed alike whatever else is in the step. It is for GPUs.
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
+# What of an engine's log goes into the record: which code computed, as far as vLLM says so.
+SAYS = re.compile(
+    r"Using \w+ attention backend|Using FlashAttention version \d|Using V\d Model Runner|Starting torch\.compile"
+    r"|Graph capturing finished|FlashInfer top-p/top-k sampling disabled"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -59,6 +71,9 @@ class Setup:
     kinds: tuple[str, ...]
     quiet: tuple[str, ...] = ()
     overlapped: bool = False  # a step is scheduled before the last one's tokens are back
+    dtype: str = "float32"
+    batch_invariant: bool = False
+    tie: float = TIE
 
 
 def setups(adapter: Path, another: Path) -> list[Setup]:
@@ -68,7 +83,7 @@ def setups(adapter: Path, another: Path) -> list[Setup]:
     # On a CPU vLLM 0.32 computes requests without an adapter with one, in steps that they share with requests that have
     # one (its index -1 takes the last): two stock engines then differ as well.
     adapted = ADAPTED if on_cpu() else (*ADAPTED, "plain", "streaming")
-    return [
+    compared = [
         Setup("async scheduling", ("--async-scheduling",), EVERYDAY, overlapped=True),
         Setup("one step at a time", ("--no-async-scheduling",), EVERYDAY, quiet=("n > 1, sampled",)),
         Setup(
@@ -76,8 +91,30 @@ def setups(adapter: Path, another: Path) -> list[Setup]:
             ("--speculative-config", json.dumps(drafts)),
             ("plain", "chunked prefill", "few tokens allowed", "structured output", "streaming"),
         ),
-        Setup("LoRA", lora, adapted),
+        # On a GPU vLLM's kernels for adapters take 16 bits only.
+        Setup("LoRA", lora, adapted, dtype="float32" if on_cpu() else "bfloat16"),
     ]
+    if on_cpu():
+        return compared
+    # A GPU's results depend on what else is in the step. So all is compared where vLLM turns that off, and the first once
+    # more as it is shipped. Rounding was seen in the former too: see docs/benchmarks/engine.md.
+    compared = [replace(setup, tie=TIE_GPU) for setup in compared]
+    shipped = replace(compared[0], name=f"{compared[0].name}, as shipped")
+    return [shipped, *(replace(setup, batch_invariant=True) for setup in compared)]
+
+
+@contextlib.contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """Processes that are started meanwhile have this variable."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager
@@ -88,15 +125,9 @@ def async_on_cpu(directory: Path) -> Iterator[None]:
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PLUGIN_NAME}\nVersion: 0\n")
     (metadata / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{PLUGIN_NAME} = {PLUGIN_NAME}:register\n")
     (directory / f"{PLUGIN_NAME}.py").write_text(PLUGIN)
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(directory), before)))
-    try:
+    path = os.pathsep.join(filter(None, (str(directory), os.environ.get("PYTHONPATH"))))
+    with environment("PYTHONPATH", path):
         yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
 
 
 class Stage:
@@ -106,6 +137,7 @@ class Stage:
         self.settings = settings
         self.models = models
         self.console = console
+        self.said: dict[str, list[str]] = {}  # by what was started: see `SAYS`
         self._directory = directory
         self._started = 0
 
@@ -115,23 +147,33 @@ class Stage:
 
     @contextlib.asynccontextmanager
     async def engines(
-        self, what: str, model: Path, *args: str, overlapped: bool = False
+        self,
+        what: str,
+        model: Path,
+        *args: str,
+        overlapped: bool = False,
+        batch_invariant: bool = False,
+        kv_cache_gib: float = 1.0,
     ) -> AsyncIterator[dict[str, Engine]]:
-        """One of each name, serving; somebody listens to the link of ours. Raises `EngineFailed` and `CheckFailed`."""
+        """One of each name, serving; somebody listens to the link of ours. Raises `EngineFailed` and `CheckFailed`.
+
+        kv_cache_gib: of each. Said beforehand, for an engine that measured the GPU's memory would take the others'
+        starting for a mistake.
+        """
         self.console.print(f"{what}: starting {len(self.names)} engines")
         async with contextlib.AsyncExitStack() as stack:
             processes: dict[str, EngineProcess] = {}
             if overlapped and on_cpu():
                 stack.enter_context(async_on_cpu(self._directory / "plugin"))
+            if batch_invariant:
+                stack.enter_context(environment(BATCH_INVARIANT, "1"))
             for name in self.names:
-                process = EngineProcess(self._spec(name, model, args))
+                process = EngineProcess(self._spec(name, model, args, kv_cache_gib))
                 stack.push_async_callback(process.stop, 5.0)
                 processes[name] = process
                 await process.start()
-                if not on_cpu():
-                    # vLLM measures how much of the GPU's memory is free, and takes others' starting for a mistake.
-                    await process.wait_ready(1800)
-            await asyncio.gather(*(process.wait_ready(600) for process in processes.values()))
+            await asyncio.gather(*(process.wait_ready(READY_S) for process in processes.values()))
+            self.said[what] = sorted(set(SAYS.findall(processes[OURS].spec.log.read_text(errors="replace"))))
             if overlapped and on_cpu():
                 for process in processes.values():
                     if PLUGIN_SAYS not in process.spec.log.read_text(errors="replace"):
@@ -146,10 +188,11 @@ class Stage:
             if watch.figures() is None:
                 raise CheckFailed("nothing was heard on the link")
 
-    def _spec(self, name: str, model: Path, args: tuple[str, ...]) -> EngineSpec:
+    def _spec(self, name: str, model: Path, args: tuple[str, ...], kv_cache_gib: float) -> EngineSpec:
         self._started += 1
         machine: tuple[str, ...] = ()
         if not on_cpu():
+            # That much has to be free when an engine starts; no more follows from it.
             machine = ("--gpu-memory-utilization", f"{0.9 / len(self.names):.3f}")
         return EngineSpec(
             model=str(model),
@@ -157,6 +200,7 @@ class Stage:
             max_num_seqs=self.settings.max_num_seqs,
             max_model_len=MAX_MODEL_LEN,
             block_size=block_size(),
+            kv_cache_gib=kv_cache_gib,
             scheduler="justitia" if name == OURS else "stock",
             extra_args=("--served-model-name", MODEL, "--seed", "0", *machine, *args),
         )

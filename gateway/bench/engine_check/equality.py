@@ -13,13 +13,20 @@ from gateway.bench.engine_check.requests import BATCHED_TOKENS, altered, crowd, 
 async def compare(stage: Stage, setup: Setup) -> dict[str, Any]:
     """The record of one setup. Raises `EngineFailed` and `CheckFailed`."""
     settings = stage.settings
-    ours, control, other_prompts = Comparison(), Comparison(), Comparison()
+    ours, control, other_prompts = (Comparison(setup.tie) for _ in range(3))
     moved_choices = 0
     cached = dict.fromkeys(stage.names, 0)
     args: tuple[str, ...] = ("--num-gpu-blocks-override", str(settings.kv_tokens // block_size()))
-    args += ("--dtype", "float32")
+    args += ("--dtype", setup.dtype)
     args += ("--max-num-batched-tokens", str(BATCHED_TOKENS), "--logprobs-mode", "processed_logprobs", *setup.args)
-    async with stage.engines(setup.name, stage.models["lively"], *args, overlapped=setup.overlapped) as engines:
+    stands = stage.engines(
+        setup.name,
+        stage.models["lively"],
+        *args,
+        overlapped=setup.overlapped,
+        batch_invariant=setup.batch_invariant,
+    )
+    async with stands as engines:
         before = {name: await engine.counters() for name, engine in engines.items()}
         for wave in range(settings.waves):
             cases = crowd(settings.seed + wave, setup.kinds, settings.crowd)
@@ -36,12 +43,17 @@ async def compare(stage: Stage, setup: Setup) -> dict[str, Any]:
                 chosen = [(case, answer) for case, answer in zip(cases, answers[STOCK], strict=False) if free(case)]
                 again = await engines[STOCK].ask_all(altered([case for case, _ in chosen]))
                 other_prompts.add([case for case, _ in chosen], [answer for _, answer in chosen], again)
-                moved_choices = sum(moved(answer, other) for (_, answer), other in zip(chosen, again, strict=True))
+                moved_choices = sum(
+                    moved(answer, other, setup.tie) for (_, answer), other in zip(chosen, again, strict=True)
+                )
         after = {name: await engine.counters() for name, engine in engines.items()}
     counted = {name: {key: after[name][key] - before[name].get(key, 0.0) for key in after[name]} for name in engines}
     figures = {
         "setup": setup.name,
         "args": list(args),
+        "batch_invariant": setup.batch_invariant,
+        "tie": setup.tie,
+        "engine_says": stage.said[setup.name],
         "justitia": ours.figures(),
         "preemptions": {name: int(counted[name].get("num_preemptions", 0)) for name in engines},
         "cached_tokens": cached,

@@ -27,32 +27,50 @@ class CheckSettings:
     target: float = 0.02  # of throughput that may be lost
     control: bool = True  # a second stock engine
     size: str = "tiny"  # of the model whose throughput is measured: one of `SIZES`
+    tests: bool = True  # with `--gpu`: run the tests that need no engine
+    step_cost: bool = True  # with `--gpu`: measure what a step costs
     tokens: bool = True  # compare tokens
+    only: tuple[str, ...] = ()  # of the setups whose tokens are compared, by name; none: all
     speed: bool = True  # measure throughput
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    defaults = CheckSettings()
     parser = argparse.ArgumentParser(
         prog="python -m gateway.bench.engine_check",
         description="Tokens and throughput of the engine with our scheduler, against vLLM's own.",
+        argument_default=argparse.SUPPRESS,  # so that what was asked for can be told from what was not
     )
     parser.add_argument(
-        "--out", type=Path, help="file that one JSON line is appended to; default: bench-results/engine-check.jsonl"
+        "--out",
+        type=Path,
+        default=None,
+        help="file that one JSON line is appended to; default: bench-results/engine-check.jsonl",
     )
     parser.add_argument(
-        "--gpu", action="store_true", help="on an NVIDIA GPU; with tests, step cost, and throughput at 7B"
+        "--gpu",
+        action="store_true",
+        default=False,
+        help="on an NVIDIA GPU; with tests, step cost, and throughput at 7B",
     )
-    parser.add_argument("--rehearse", action="store_true", help="with --gpu: all of it on the CPU, at a tiny size")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--waves", type=int, default=defaults.waves, help="crowds whose tokens are compared")
-    parser.add_argument("--crowd", type=int, default=defaults.crowd, help="requests of each kind in a crowd")
-    parser.add_argument("--rounds", type=int, default=defaults.rounds, help="of throughput")
+    parser.add_argument(
+        "--rehearse", action="store_true", default=False, help="with --gpu: all of it on the CPU, at a tiny size"
+    )
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--waves", type=int, help="crowds whose tokens are compared")
+    parser.add_argument("--crowd", type=int, help="requests of each kind in a crowd")
+    parser.add_argument("--rounds", type=int, help="of throughput")
     parser.add_argument("--requests", type=int, help="of each engine in a round of throughput")
     parser.add_argument("--output-tokens", type=int, help="of each of those")
     parser.add_argument("--max-num-seqs", type=int, help="requests that an engine runs at once")
     parser.add_argument("--size", choices=SIZES, help="of the model whose throughput is measured")
+    parser.add_argument(
+        "--only", action="append", metavar="SETUP", help="compare tokens in this setup, such as LoRA; can be repeated"
+    )
     parser.add_argument("--no-control", dest="control", action="store_false", help="without a second stock engine")
+    parser.add_argument("--no-tests", dest="tests", action="store_false", help="with --gpu: without the tests")
+    parser.add_argument(
+        "--no-step-cost", dest="step_cost", action="store_false", help="with --gpu: without the cost of a step"
+    )
     parser.add_argument("--no-tokens", dest="tokens", action="store_false", help="measure throughput only")
     parser.add_argument("--no-speed", dest="speed", action="store_false", help="compare tokens only")
     return parser.parse_args(arguments)
@@ -60,12 +78,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace) -> CheckSettings:
     """What was asked for; what was not, by what it runs on."""
-    given = {key: value for key, value in vars(options).items() if value is not None}
     chosen: dict[str, Any] = {}
     if options.gpu and not options.rehearse:
         chosen |= {"size": "7b", "max_num_seqs": 64, "requests": 256, "prompt_tokens": 128, "output_tokens": 128}
     elif options.gpu:
         chosen |= {"size": "rehearsal", "waves": 1, "rounds": 6, "requests": 64}
     known = CheckSettings.__dataclass_fields__
-    asked = {key: value for key, value in given.items() if key in known and value != known[key].default}
+    asked = {key: tuple(value) if key == "only" else value for key, value in vars(options).items() if key in known}
     return CheckSettings(**chosen | asked)

@@ -21,7 +21,9 @@ def equality_table(figures: dict[str, Any]) -> Table:
         drawn.add_row(kind, *(str(tally[key]) for key in keys))
     again, other = figures["control_stock_again"], figures["control_other_prompts"]
     if again is not None:
-        drawn.add_row("stock against stock", "", str(again["tokens"]), str(again["ties"]), str(again["differing"]))
+        rounding = max((tally["rounding"] for tally in again["kinds"].values()), default=0.0)
+        cells = (again["tokens"], again["ties"], again["differing"], rounding)
+        drawn.add_row("stock against stock", "", *map(str, cells))
     drawn.add_row("another first token", str(other["choices"]), "", "", str(other["differing"]))
     return drawn
 

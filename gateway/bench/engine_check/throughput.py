@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from engine.launcher import on_cpu
@@ -15,19 +17,22 @@ from gateway.bench.engine_check.requests import FIRST_ID, LAST_ID, Case, crowd
 from gateway.bench.engine_check.settings import CheckSettings
 
 
-async def throughput(stage: Stage) -> dict[str, Any]:
-    """Output tokens a second of each engine, in alternating rounds. Raises `EngineFailed` and `CheckFailed`."""
+async def throughput(stage: Stage, rounds: list[dict[str, float]]) -> dict[str, Any]:
+    """Output tokens a second of each engine, in alternating rounds. Raises `EngineFailed` and `CheckFailed`.
+
+    rounds: takes each round as it ends, for whoever is left with those only.
+    """
     settings = stage.settings
     bodies = [case.body for case in _work(settings)]
     args: tuple[str, ...] = ("--no-enable-prefix-caching",)
     if settings.size != "tiny":
         args += ("--load-format", "dummy", "--dtype", "float32" if on_cpu() else "bfloat16")
-    if on_cpu():
-        # All fit: then every step is the same one on all engines, and a ratio shows what a step costs.
-        tokens = settings.max_num_seqs * (settings.prompt_tokens + settings.output_tokens + block_size())
-        args += ("--num-gpu-blocks-override", str(tokens // block_size() + 1))
-    rounds: list[dict[str, float]] = []
-    async with stage.engines("throughput", stage.models[settings.size], *args) as engines:
+    # All fit: then every step is the same one on all engines, and a ratio shows what a step costs.
+    tokens = settings.max_num_seqs * (settings.prompt_tokens + settings.output_tokens + block_size())
+    args += ("--num-gpu-blocks-override", str(tokens // block_size() + 1))
+    model = stage.models[settings.size]
+    kv_cache_gib = max(1.0, (tokens + 2 * block_size()) * token_bytes(model) / 2**30)
+    async with stage.engines("throughput", model, *args, kv_cache_gib=kv_cache_gib) as engines:
         names = list(engines)
         for number in range(-settings.warm_up_rounds, settings.rounds):
             # Each engine comes first, second and last equally often.
@@ -36,18 +41,35 @@ async def throughput(stage: Stage) -> dict[str, Any]:
             if number >= 0:
                 rounds.append(rates)
         alike = await _same_tokens(settings, engines)
-    ratios = {name: spread([each[name] / each[STOCK] for each in rounds]) for name in names if name != STOCK}
     return {
         "model": settings.size,
         "args": list(args),
+        "engine_says": stage.said["throughput"],
+        **speed_figures(settings, rounds),
+        "same_tokens": alike,
+    }
+
+
+def speed_figures(settings: CheckSettings, rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """rounds: one at least."""
+    names = list(rounds[0])
+    ratios = {name: spread([each[name] / each[STOCK] for each in rounds]) for name in names if name != STOCK}
+    return {
         "tokens_per_s": {name: round(statistics.median(each[name] for each in rounds), 1) for name in names},
         "ratio": ratios[OURS],
         "control_ratio": ratios.get(AGAIN),
         "target": settings.target,
         "verdict": verdict(ratios[OURS], settings.target),
-        "same_tokens": alike,
         "rounds": [{name: round(rate, 1) for name, rate in each.items()} for each in rounds],
     }
+
+
+def token_bytes(model: Path) -> int:
+    """Of one token's keys and values, in the precision that its configuration names."""
+    config = json.loads((model / "config.json").read_text())
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    number = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
+    return int(2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head * number)
 
 
 def _work(settings: CheckSettings) -> list[Case]:
