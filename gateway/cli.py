@@ -24,7 +24,7 @@ from gateway.logs import LoggedText, set_up_logs
 from gateway.observer import NoOpenTelemetry
 from gateway.reload import Check
 from gateway.request_log import RequestLogError
-from gateway.server import PortTaken, start_gateway
+from gateway.server import PortTaken, RunningGateway, start_gateway
 from gateway.settings import GatewaySettings, ServeSettings, cache_home
 from gateway.sources import load, or_exit
 
@@ -165,7 +165,7 @@ async def _serve(begun: Checked[ServeSettings], check_again: Check) -> int:
         try:
             await engine.start()
             running = [asyncio.create_task(engine.run()), gateway.served]
-            ready = asyncio.create_task(_say_ready(engine, gateway.url, settings))
+            ready = asyncio.create_task(_say_ready(engine, gateway, settings))
             await asyncio.wait((*running, ready), return_when=asyncio.FIRST_COMPLETED)
             if ready.done() and ready.exception() is None:
                 await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -205,8 +205,10 @@ def _say_state(state: EngineState, detail: str) -> None:
     console.print(f"engine {state}: {detail}")
 
 
-async def _say_ready(engine: EngineProcess, url: str, settings: ServeSettings) -> None:
+async def _say_ready(engine: EngineProcess, gateway: RunningGateway, settings: ServeSettings) -> None:
     await engine.wait_ready(settings.engine_start_s)
+    await gateway.engine_is_seen()
+    url = gateway.url
     console.print(
         f"""
 [bold green]ready[/] at [bold]{url}[/] with the model {settings.model!r}, policy {settings.policy}. Try it:

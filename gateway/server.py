@@ -125,6 +125,12 @@ class RunningGateway:
 
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up)
 
+    async def engine_is_seen(self) -> None:
+        """Until the gateway knows that its engine serves: from then on it takes tasks."""
+        self.parts.suspect.set()  # it looks at once
+        while not self.parts.engine.up:  # noqa: ASYNC110  # nobody waits for that but who starts both
+            await asyncio.sleep(POLL_S)
+
     async def stop(self) -> None:
         """Returns when it has stopped."""
         self._server.stop()
