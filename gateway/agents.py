@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 
 from gateway.errors import AgentCancelled, NotFound
 from gateway.fairness import Agent, AgentId, TenantId
+from gateway.own_routes import caller, own_routes
 from gateway.parts import Parts
 from gateway.record import AgentRecord, agent_id_of
 from gateway.tenants import Tenant
@@ -24,31 +25,31 @@ END_S = 5.0
 
 
 def agent_routes(parts: Parts) -> APIRouter:
-    router = APIRouter()
+    router = own_routes(parts.observer)
 
     @router.get("/v1/agents")
     async def agents(request: Request) -> dict[str, Any]:
         """Waiting ones first, in the order in which they will be served."""
-        caller = parts.tenants.authenticate(request.headers)
-        sees_all = parts.tenants.sees_all(caller)
-        records = [r for r in parts.feedback.records.values() if sees_all or r.tenant == caller.name]
+        who = caller(request, parts.tenants)
+        sees_all = parts.tenants.sees_all(who)
+        records = [r for r in parts.feedback.records.values() if sees_all or r.tenant == who.name]
         return {
             "object": "list",
-            "virtual_time": parts.queue.virtual_time(TenantId(caller.name)),
+            "virtual_time": parts.queue.virtual_time(TenantId(who.name)),
             "data": _views(parts, records),
         }
 
     @router.get("/v1/agents/{name:path}")
     async def agent(request: Request, name: str, tenant: str | None = None) -> dict[str, Any]:
         """tenant: whose it is, for those who see all."""
-        (view,) = _views(parts, [_find(parts, parts.tenants.authenticate(request.headers), name, tenant)])
+        (view,) = _views(parts, [_find(parts, caller(request, parts.tenants), name, tenant)])
         return view
 
     @router.delete("/v1/agents/{name:path}", responses={202: {"description": "Some of its tasks have not ended yet."}})
     async def end_agent(request: Request, name: str, tenant: str | None = None) -> JSONResponse:
         """Its tasks are broken off, waiting and in flight, and are charged what they held. 202 if they take their time. A task
         that comes later begins a new agent."""
-        record = _find(parts, parts.tenants.authenticate(request.headers), name, tenant)
+        record = _find(parts, caller(request, parts.tenants), name, tenant)
         ends = parts.dispatcher.abort(record.id, AgentCancelled("the agent of this task was ended"))
         parts.feedback.dismissed(record)
         if ends:
@@ -98,10 +99,10 @@ def _to_come(agent: Agent) -> float:
     return max(0.0, agent.predicted - agent.released)
 
 
-def _find(parts: Parts, caller: Tenant, name: str, tenant: str | None) -> AgentRecord:
+def _find(parts: Parts, who: Tenant, name: str, tenant: str | None) -> AgentRecord:
     """Raises `NotFound`."""
-    whose = caller.name if tenant is None else tenant
-    if whose == caller.name or parts.tenants.sees_all(caller):
+    whose = who.name if tenant is None else tenant
+    if whose == who.name or parts.tenants.sees_all(who):
         record = parts.feedback.records.get(agent_id_of(whose, name))
         if record is not None:
             return record

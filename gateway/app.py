@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
@@ -25,9 +24,8 @@ from gateway.agents import agent_routes
 from gateway.background import Background
 from gateway.billing import usage_routes
 from gateway.capacity import EngineView
-from gateway.dialects import OPENAI
 from gateway.engine_client import EngineClient
-from gateway.errors import GatewayError, InvalidRequest, outcome_of
+from gateway.errors import outcome_of
 from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
 from gateway.feedback import Feedback
 from gateway.identify import Roots
@@ -149,7 +147,7 @@ async def create_app(
     app.state.parts = parts
     app.serve(task_routes(parts))
     app.include_router(agent_routes(parts))
-    app.include_router(usage_routes(tenants, store, parts.feedback.flush))
+    app.include_router(usage_routes(tenants, observer, store, parts.feedback.flush))
     app.include_router(operation_routes(parts, version=version))
     _answer_errors(app, observer)
     describe(app)
@@ -215,16 +213,7 @@ def _learning_watches(settings: GatewaySettings, parts: Parts, store: Store) -> 
 
 
 def _answer_errors(app: FastAPI, observer: Observer) -> None:
-    """Every error leaves in OpenAI's shape."""
-
-    @app.exception_handler(GatewayError)
-    async def gateway_error(request: Request, error: GatewayError) -> Response:
-        return Response(OPENAI.error(error), error.status, error.headers(), media_type="application/json")
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        return await gateway_error(request, InvalidRequest(first["msg"], param=str(first["loc"][-1])))
+    """What has no route, and what nobody has foreseen, in OpenAI's shape."""
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

@@ -18,6 +18,8 @@ from fastapi import APIRouter, Request, Response
 
 from gateway.errors import Forbidden, InvalidRequest, NoState
 from gateway.limits import DAY_S
+from gateway.observer import Observer
+from gateway.own_routes import caller, own_routes
 from gateway.state import StateError
 from gateway.state.types import HOUR_S, UsageRow
 from gateway.tenants import Tenants
@@ -38,10 +40,14 @@ class UsageStore(Protocol):
 
 
 def usage_routes(
-    tenants: Tenants, store: UsageStore, flush: Callable[[], Awaitable[None]], wall: Callable[[], float] = time.time
+    tenants: Tenants,
+    observer: Observer,
+    store: UsageStore,
+    flush: Callable[[], Awaitable[None]],
+    wall: Callable[[], float] = time.time,
 ) -> APIRouter:
     """flush: returns when what was used until now is in the store. wall: seconds since 1970."""
-    router = APIRouter()
+    router = own_routes(observer)
 
     @router.get("/v1/usage", responses={200: {"content": {"text/csv": {}}}, NoState.status: {}})
     async def usage(
@@ -54,11 +60,11 @@ def usage_routes(
     ) -> Response:
         """By hour or day, in UTC. since: from the beginning of its hour (or day) on; without it, since midnight. until: to the
         end of its hour (or day), if it is not its beginning; without it, now."""
-        caller = tenants.authenticate(request.headers)
-        if not tenants.sees_all(caller):
-            if tenant not in (None, caller.name):
+        who = caller(request, tenants)
+        if not tenants.sees_all(who):
+            if tenant not in (None, who.name):
                 raise Forbidden("a key sees the use of its own tenant", param="tenant")
-            tenant = caller.name
+            tenant = who.name
         step_s = {"hour": HOUR_S, "day": DAY_S}[_one_of("by", by, ("hour", "day"))]
         _one_of("format", format, ("json", "csv"))
         now_s = wall()

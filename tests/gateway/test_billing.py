@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry
 
 from gateway.billing import HEADER, MAX_ROWS, to_csv, usage_routes
-from gateway.dialects import OPENAI
-from gateway.errors import GatewayError
 from gateway.keys import Keys, add_key
+from gateway.metrics import Metrics
+from gateway.observer import Observer
 from gateway.settings import TenantSettings
 from gateway.state import StateError
 from gateway.state.types import TenantUsage, UsageRow
@@ -65,12 +66,9 @@ class Scene:
             max_waiting_bytes=1,
             wall=lambda: self.now,
         )
+        observer = Observer(Metrics(CollectorRegistry(), version="", policy=""))
         app = FastAPI()
-        app.include_router(usage_routes(self.tenants, self.books, self.books.flush, wall=lambda: self.now))
-
-        @app.exception_handler(GatewayError)
-        async def say(request: Request, error: GatewayError) -> Response:
-            return Response(OPENAI.error(error), error.status, error.headers(), media_type="application/json")
+        app.include_router(usage_routes(self.tenants, observer, self.books, self.books.flush, wall=lambda: self.now))
 
         self.client = TestClient(app)
 

@@ -212,17 +212,21 @@ async def test_what_passes_by_the_queue_and_what_is_not_there_but_no_scrapes(
     start: StartGateway, log: Path, lines: Lines
 ) -> None:
     gateway = await start(request_log=str(log))
-    for path in ("/health", "/ready", "/metrics", "/v1/agents"):
+    for path in ("/health", "/ready", "/metrics"):
         await gateway.client.get(path)
     passed = await gateway.client.get("/v1/models")
     missing = await gateway.client.get("/v1/responses/resp_1")
     unknown = await gateway.client.post("/chat/completions", json={})
-    models, response, path = await lines(3)
+    agent = await gateway.client.delete("/v1/agents/a")
+    usage = await gateway.client.get("/v1/usage", params={"by": "year"})
+    models, response, path, no_agent, no_usage = await lines(5)
+    holds(no_agent, endpoint="/v1/agents/{name}", status=404, outcome="invalid", error="not_found", tenant="default")
+    holds(no_usage, endpoint="/v1/usage", status=400, outcome="invalid", error="invalid_request", tenant="default")
     holds(models, endpoint="/v1/models", status=200, outcome="completed", agent=None, overhead_ms=None)
     holds(response, endpoint="/v1/responses/{id}", status=404, outcome="invalid", error="not_found")
     holds(path, endpoint="unknown", status=404, outcome="invalid")
-    told = [answer.headers["x-request-id"] for answer in (passed, missing, unknown)]
-    assert told == [models["request_id"], response["request_id"], path["request_id"]]
+    told = [answer.headers["x-request-id"] for answer in (passed, missing, unknown, agent, usage)]
+    assert told == [row["request_id"] for row in (models, response, path, no_agent, no_usage)]
     assert models["engine_ms"] > 0
 
 
