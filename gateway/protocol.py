@@ -27,7 +27,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from gateway.dialects import OPENAI
+from gateway.dialects import ANTHROPIC, OPENAI, Dialect
 from gateway.errors import (
     RESTART_S,
     GatewayError,
@@ -404,7 +404,8 @@ class ClientConnection(HttpToolsProtocol):
             self.end_after_answer()
             return
         logger.debug("%s: %s", self.client, error)
-        self.transport.write(_answer(error))
+        dialect = ANTHROPIC if self.url.startswith(b"/v1/messages") else OPENAI
+        self.transport.write(_answer(error, dialect))
         self.linger()
 
 
@@ -447,9 +448,9 @@ def _translated(error: httptools.HttpParserError) -> GatewayError:
     return cause if isinstance(cause, GatewayError) else InvalidRequest("the URL of the request cannot be read")
 
 
-def _answer(error: GatewayError) -> bytes:
+def _answer(error: GatewayError, dialect: Dialect) -> bytes:
     """As `app` would answer, for what never gets there."""
-    body = OPENAI.error(error)
+    body = dialect.error(error)
     headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
     lines = [f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}"]
     lines += [f"{name}: {value}" for name, value in (headers | error.headers()).items()]

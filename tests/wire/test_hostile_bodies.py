@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -218,6 +219,16 @@ def test_a_body_that_stops_coming_is_answered_408(gateway: GatewayProcess) -> No
             assert reply.status == 408
             assert reply.error["code"] == "request_timeout"
             assert client.rest() == b""
+
+
+def test_anthropics_clients_are_told_so_in_their_shape(gateway: GatewayProcess) -> None:
+    with gateway.connect() as client:
+        client.send(b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nContent-Length: ten\r\n\r\n")
+        reply = client.reply()
+        assert reply.status == 400
+        told = json.loads(reply.body)
+        assert (told["type"], told["error"]["type"]) == ("error", "invalid_request_error")
+        assert client.rest() == b""
 
 
 def test_a_body_longer_than_its_length_is_cut_there(gateway: GatewayProcess) -> None:
