@@ -287,12 +287,15 @@ class ClientConnection(HttpToolsProtocol):
         cycle = self.cycle
         cycle.transport = self.transport
         if not cycle.response_started:
+            cycle.transport = _HeadFirst(cycle)  # type: ignore[assignment]
             cycle.keep_alive = self._keep_alive and not self._connections.draining
 
     # What uvicorn calls
 
     def on_response_complete(self) -> None:
-        self._unanswered.popleft()
+        cycle = self._unanswered.popleft()
+        if isinstance(cycle.transport, _HeadFirst):
+            cycle.transport.flush()  # there was no body
         self.since = self.loop.time()
         # As uvicorn does, but for a timer for what is idle too long: the sweep sees to that.
         self.server_state.total_requests += 1
@@ -407,6 +410,34 @@ class ClientConnection(HttpToolsProtocol):
         dialect = ANTHROPIC if self.url.startswith(b"/v1/messages") else OPENAI
         self.transport.write(_answer(error, dialect))
         self.linger()
+
+
+class _HeadFirst:
+    """The transport of an answer until it has begun: its head waits for what comes next, so that both leave in one call to the
+    system, which takes as long for either."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle, self._transport = cycle, cycle.transport
+        self._head: bytes | None = None
+
+    def write(self, data: bytes) -> None:
+        if not self._cycle.response_started:  # 100 Continue
+            self._transport.write(data)
+        elif self._head is None:
+            self._head = data
+        else:
+            self.flush(data)
+
+    def flush(self, data: bytes = b"") -> None:
+        self._cycle.transport = self._transport
+        self._transport.write((self._head or b"") + data)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
 
 
 class _Early:
