@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.accuracy import Accuracy
 from gateway.agents import agent_routes
+from gateway.answers import Gathered
 from gateway.background import Background
 from gateway.billing import usage_routes
 from gateway.capacity import EngineView
@@ -139,6 +140,7 @@ async def create_app(
         learning=Learning(predictor, settings.models_directory, metrics),
         roots=roots,
         bodies=BodyBudget(settings.max_held_bytes),
+        gathered=Gathered(),
         background=Background(),
         suspect=asyncio.Event(),
         live=Live(settings),

@@ -16,6 +16,8 @@ from gateway.engine_http import BrokenOff, Connection, Pool, Unreachable
 from gateway.errors import EngineLost
 
 CONTROL_S = 5.0
+# The type of an answer that is a stream.
+EVENTS = "text/event-stream"
 
 _CREDENTIALS = ("authorization", "x-api-key")
 _RELAYED_HEADERS = ("content-type", "traceparent", "tracestate", "x-request-id")

@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from random import getrandbits
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -105,7 +104,7 @@ class RequestSpan:
         self._observer, self._arrived_s = observer, arrived_s
         request_id = headers.get(REQUEST_ID)
         if request_id is None or not _SANE_ID.fullmatch(request_id):
-            request_id = headers[REQUEST_ID] = f"{getrandbits(128):032x}"
+            request_id = headers[REQUEST_ID] = os.urandom(16).hex()
         self.header = (b"x-request-id", request_id.encode("ascii"))
         self._line = Line(request_id=request_id, endpoint=endpoint)
         parent = take_trace_context(headers, raw)

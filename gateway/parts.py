@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 
 from gateway.accuracy import Accuracy
+from gateway.answers import Gathered
 from gateway.background import Background
 from gateway.capacity import EngineView
 from gateway.engine_client import EngineClient
@@ -41,6 +42,7 @@ class Parts:
     learning: Learning
     roots: Roots
     bodies: BodyBudget
+    gathered: Gathered
     background: Background
     suspect: asyncio.Event
     live: Live

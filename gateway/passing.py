@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from gateway import answers
 from gateway.background import owns
 from gateway.dialects import ANTHROPIC, OPENAI, Dialect
-from gateway.engine_client import EngineUnreachable
+from gateway.engine_client import EVENTS, EngineUnreachable
 from gateway.errors import EngineLost, GatewayError, NoEngine, NotFound, Outcome, QueueFull, outcome_of
 from gateway.intake import ClientGone, HeldBody, headers_of, read_body
 from gateway.leaving import Client
@@ -137,6 +137,8 @@ class Passing:
         try:
             span.answered(answer.status)
             await send(answers.start(answer.status, answer.content_type, [span.header, *answer.headers]))
+            if answer.content_type.startswith(EVENTS):
+                await send(answers.body(b"", more=True))  # its first event may take its time
             while chunk := await answer.read_some():
                 await send(answers.body(chunk, more=True))
             await send(answers.body(b"", more=False))

@@ -284,6 +284,7 @@ class ClientConnection(HttpToolsProtocol):
         if self._upgrading:
             return  # it comes once more
         super().on_message_complete()
+        self.flow.resume_reading()  # it pauses at a large body: we would not hear that the client leaves
         cycle = self.cycle
         cycle.transport = self.transport
         if not cycle.response_started:

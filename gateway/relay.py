@@ -20,7 +20,7 @@ from gateway.answers import Headers
 from gateway.background import outcome_of_response, unfinished, until_finished
 from gateway.body import Body
 from gateway.content import texts_of
-from gateway.engine_client import Answer, EngineUnreachable, Health
+from gateway.engine_client import EVENTS, Answer, EngineUnreachable, Health
 from gateway.errors import RESTART_S, EngineLost, GatewayError, Outcome, ShuttingDown, outcome_of
 from gateway.estimate import Estimate, estimate_agent, estimate_arrival
 from gateway.fairness import KvTokenIterations, Release, Spent, Task, TaskId
@@ -38,9 +38,11 @@ from predictor.cost import task_cost
 
 logger = logging.getLogger(__name__)
 
-_EVENTS = "text/event-stream"
-# Of an answer that is no stream: a larger one is passed on as it comes, and not tried again when the engine is lost.
-GATHERED_BYTES = 2**18
+# Of an answer that is no stream. A larger one is gathered while there is room, else passed on as it comes; then it keeps its
+# turn for as long as its client takes, and is not tried again when the engine is lost.
+SMALL_BYTES = 2**18
+# Of all that are larger together.
+GATHERED_BYTES = 2**22
 
 
 class TaskRequest(msgspec.Struct, frozen=True):
@@ -79,6 +81,7 @@ class Relay:
         self._released_at: float | None = None  # on the service clock
         self._started = False  # bytes have left for the client
         self._streams = False  # and they are events
+        self._made = False  # the engine is done with it, though it has not all come
         self._goes_on = False  # at the engine, whatever becomes of the client
         self._charged = self._settled = False
         self._cost: float | None = None  # in token·iterations, once it is charged
@@ -182,7 +185,7 @@ class Relay:
             self._engine_s += time.monotonic() - asked_s
             if answer.status >= 500 and await client.health() is not Health.UP:
                 raise EngineLost("the engine died")
-            if answer.status == 200 and answer.content_type.startswith(_EVENTS):
+            if answer.status == 200 and answer.content_type.startswith(EVENTS):
                 await self._relay_events(answer, send)
             else:
                 await self._relay_whole(answer, send)
@@ -191,11 +194,20 @@ class Relay:
 
     async def _relay_whole(self, answer: Answer, send: Send) -> None:
         chunks, size = [], 0
-        while chunk := await self._read(answer):
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > GATHERED_BYTES and not self._request.body.background:
-                return await self._relay_large(answer, b"".join(chunks), send)
+        gathered, held = self._parts.gathered, 0
+        try:
+            while chunk := await self._read(answer):
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > SMALL_BYTES and not self._request.body.background:
+                    if gathered.bytes + size - held > GATHERED_BYTES:
+                        break
+                    gathered.bytes += size - held
+                    held = size
+        finally:
+            gathered.bytes -= held
+        if chunk:
+            return await self._relay_large(answer, b"".join(chunks), send)
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._usage = parse_usage(answer.metadata or data) if answer.status == 200 else None
         self._outcome = outcome_of(answer.status)
@@ -207,18 +219,22 @@ class Relay:
         return await send(answers.body(data, more=False))
 
     async def _relay_large(self, answer: Answer, data: bytes, send: Send) -> None:
-        """As it comes, so that an engine does not outrun who reads slowly. data: what has come already."""
+        """As it comes, so that an engine does not outrun who reads slowly. data: what has come already. If the client leaves,
+        it has been made all the same, and is charged: by its usage, if that has come by, else by what was predicted."""
         search = UsageSearch()
+        self._made = answer.status == 200
+        if answer.metadata and self._made:
+            self._usage = parse_usage(answer.metadata)
         await self._start(answer, send, length=answer.length)
         while True:
             search.feed(data)
+            if self._made and not answer.metadata:
+                self._usage = search.usage
             chunk = await self._read(answer)
             if not chunk:
                 break
             await send(answers.body(data, more=True))
             data = chunk
-        if answer.status == 200:
-            self._usage = parse_usage(answer.metadata) if answer.metadata else search.usage
         self._outcome = outcome_of(answer.status)
         self._charge()
         await send(answers.body(data, more=False))
@@ -351,7 +367,10 @@ class Relay:
             )  # does nothing, unless the queue has refused what came before
             self._cost = cost
             told_later = parts.engine.counts_held and request.body.endpoint.xargs
-            parts.feedback.ended(request.record, finished, request.id if told_later else None, _used(self._usage, cost))
+            usage = self._usage
+            if usage is None and self._made:
+                usage = Usage(round(self._estimate.prompt_tokens), 0, 0)
+            parts.feedback.ended(request.record, finished, request.id if told_later else None, _used(usage, cost))
 
     def _cost_held(self, estimate: Estimate) -> float:
         """Of a task that was broken off, in token·iterations: by its usage so far, if it was told; else by the engine's last
@@ -369,8 +388,8 @@ class Relay:
             return sequences * task_cost(max(0.0, holding.kv_tokens / sequences - decoded), decoded)
         if self._events:
             return sequences * task_cost(prompt_tokens, self._events / sequences)
-        if self._outcome is Outcome.COMPLETED:
-            return estimate.cost
+        if self._outcome is Outcome.COMPLETED or self._made:
+            return self._parts.engine.held_by(request.id) or estimate.cost
         if self._released_at is None or self._outcome is Outcome.INVALID or self._parts.engine.linked:
             return 0.0
         iterations = self._parts.engine.iterations - self._released_at

@@ -52,9 +52,11 @@ class _Answer(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Answer).decode
-# With an object in it, such as the details. Inside a text its quotes would have backslashes before them.
+# With objects in it, such as the details. Inside a text its quotes would have backslashes before them.
 MOST_TOLD_BYTES = 4096
-_TOLD = re.compile(rb'"(usage|meta)"\s*:\s*(\{[^{}]{0,999}(?:\{[^{}]{0,999}\}[^{}]{0,999}){0,2}\})')
+_FLAT = rb"\{[^{}]{0,999}\}"
+_DETAILS = rb"\{[^{}]{0,999}(?:" + _FLAT + rb"[^{}]{0,999}){0,4}\}"
+_TOLD = re.compile(rb'"(usage|meta)"\s*:\s*(\{[^{}]{0,999}(?:' + _DETAILS + rb"[^{}]{0,999}){0,4}\})")
 # More are no tokens of any engine.
 _MOST = 2**32
 
@@ -86,7 +88,7 @@ def parse_usage(answer: bytes) -> Usage | None:
 
 
 class UsageSearch:
-    """The same, for an answer that goes by in parts."""
+    """The same, for an answer that goes by in parts. Of several the largest: a client may have put one into its answer."""
 
     def __init__(self) -> None:
         self.usage: Usage | None = None
@@ -95,8 +97,14 @@ class UsageSearch:
     def feed(self, part: bytes) -> None:
         data = self._rest + part
         for name, told in _TOLD.findall(data):
-            self.usage = parse_usage(b'{"%b":%b}' % (name, told)) or self.usage
+            found = parse_usage(b'{"%b":%b}' % (name, told))
+            if found is not None and (self.usage is None or _tokens(found) > _tokens(self.usage)):
+                self.usage = found
         self._rest = data[-MOST_TOLD_BYTES:]
+
+
+def _tokens(usage: Usage) -> int:
+    return usage.prompt_tokens + usage.completion_tokens
 
 
 def _of_openai(usage: _Usage) -> tuple[int, int, int]:

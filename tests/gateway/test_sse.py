@@ -122,6 +122,7 @@ def test_usage_beside_choices_is_seen_and_stays() -> None:
         ({"usage": {"prompt_tokens": 7, "completion_tokens": 1, "prompt_tokens_details": None}}, Usage(7, 1, 0)),
         ({"usage": {"input_tokens": 7, "output_tokens": 2, "cache_creation_input_tokens": 1}}, Usage(8, 2, 0)),
         ({"usage": {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 9}}}, Usage(3, 0, 3)),
+        ({"usage": {"prompt_tokens": 9, "prompt_tokens_details": {"multimodal_tokens": {"image": 5}}}}, Usage(9, 0, 0)),
         ({"meta": {"billed_units": {"input_tokens": 4, "image_tokens": 2}}}, Usage(6, 0, 0)),
         ({"meta": {"api_version": {"version": "2"}}}, None),
         ({"usage": {"prompt_tokens": -3}}, None),
@@ -141,6 +142,13 @@ def test_what_answers_say_was_used(answer: dict[str, Any], usage: Usage | None) 
         for place in range(0, len(told), size):
             search.feed(told[place : place + size])
         assert search.usage == usage, "the same, when it goes by in parts"
+
+
+def test_a_usage_that_a_client_has_put_into_its_answer_makes_nothing_cheaper() -> None:
+    schema = b'"tools":[{"parameters":{"usage":{"input_tokens":0,"output_tokens":0}}}]'
+    search = UsageSearch()
+    search.feed(b'{"usage":{"input_tokens":5,"output_tokens":2},' + schema + b"}")
+    assert search.usage == Usage(5, 2, 0)
 
 
 @pytest.mark.parametrize("cut", range(8))

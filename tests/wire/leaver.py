@@ -16,15 +16,25 @@ class Leaver:
 
     @classmethod
     async def ask(
-        cls, url: str, path: str, body: dict[str, Any], agent: str | None = None, *, share: float = 1.0
+        cls,
+        url: str,
+        path: str,
+        body: dict[str, Any],
+        agent: str | None = None,
+        *,
+        share: float = 1.0,
+        pause_s: float = 0.0,
     ) -> Leaver:
-        """share: of the body that is sent at all."""
+        """share: of the body that is sent at all. pause_s: between the head and it."""
         address = urlsplit(url)
         one = cls(*await asyncio.open_connection(address.hostname, address.port))
         data = json.dumps(body).encode()
         named = f"x-agent-id: {agent}\r\n" if agent else ""
         head = f"POST {path} HTTP/1.1\r\nhost: gateway\r\n{named}content-length: {len(data)}\r\n\r\n"
-        one._writer.write(head.encode() + data[: int(share * len(data))])
+        one._writer.write(head.encode())
+        if pause_s:
+            await asyncio.sleep(pause_s)
+        one._writer.write(data[: int(share * len(data))])
         await one._writer.drain()
         return one
 

@@ -107,11 +107,21 @@ async def sent_again(gateway: GatewayUnderTest, engine: ScriptedEngine, path: st
     return [leaver]
 
 
+async def with_a_large_body(gateway: GatewayUnderTest, engine: ScriptedEngine, path: str) -> list[Leaver]:
+    """That comes in many parts, after its head: reading it pauses in between."""
+    engine.default = in_dialect_when_told
+    body = {**BODIES[path], "metadata": {"large": "x" * 3_000_000}}
+    leaver = await Leaver.ask(gateway.url, path, body, "leaver", pause_s=0.05)
+    await engine.until(lambda engine: len(engine.bodies) == 1)
+    return [leaver]
+
+
 NOT_AT_THE_ENGINE: tuple[Reach, ...] = (queued, queued_again)
 AT_THE_ENGINE: tuple[Reach, ...] = (
     sent_and_no_byte_yet,
     streaming,
     waiting_for_the_whole_answer,
+    with_a_large_body,
     sent_again,
 )
 

@@ -7,8 +7,9 @@ import json
 import httpx
 import pytest
 
+from gateway import relay
 from gateway.fairness import AgentId
-from gateway.relay import GATHERED_BYTES
+from gateway.relay import SMALL_BYTES
 from tests.wire.conftest import GatewayUnderTest, StartGateway
 from tests.wire.scripted_engine import DONE, ScriptedEngine, chunk, push, start, usage_chunk
 
@@ -67,11 +68,18 @@ def large_answer(size: int) -> bytes:
     return json.dumps({"choices": [said], "usage": usage, "prompt_logprobs": ["z" * size]}).encode()
 
 
+@pytest.fixture
+def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that is large is gathered."""
+    monkeypatch.setattr(relay, "GATHERED_BYTES", 0)
+
+
+@pytest.mark.usefixtures("no_room")
 @pytest.mark.parametrize("length", [True, False])
 async def test_a_large_answer_goes_through_as_it_comes_and_is_charged(
     gateway: GatewayUnderTest, scripted: ScriptedEngine, length: bool
 ) -> None:
-    whole = large_answer(GATHERED_BYTES)
+    whole = large_answer(SMALL_BYTES)
 
     async def in_parts(body, send, engine) -> None:  # type: ignore[no-untyped-def]
         headers = [(b"content-type", b"application/json"), *([(b"content-length", b"%d" % len(whole))] * length)]
@@ -88,12 +96,64 @@ async def test_a_large_answer_goes_through_as_it_comes_and_is_charged(
     assert (task.prompt_tokens, task.cached_tokens, task.decode_tokens) == (30, 10, 7)
 
 
+async def test_a_large_answer_is_gathered_while_there_is_room(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine
+) -> None:
+    whole, held = large_answer(SMALL_BYTES), []
+
+    async def in_parts(body, send, engine) -> None:  # type: ignore[no-untyped-def]
+        await start(send, b"application/json")
+        for place in range(0, len(whole), 100_000):
+            await push(send, whole[place : place + 100_000])
+        await gateway.until(lambda: gateway.parts.gathered.bytes > SMALL_BYTES)
+        held.append(gateway.parts.gathered.bytes)
+        await push(send, b"", more=False)
+
+    scripted.answers.append(in_parts)
+    answer = await gateway.chat("a1")
+    assert answer.content == whole
+    assert answer.headers["content-length"] == str(len(whole)), "it was known when the answer began"
+    assert held[0] <= len(whole)
+    assert gateway.parts.gathered.bytes == 0
+
+
+@pytest.mark.usefixtures("no_room")
+@pytest.mark.parametrize("told", [True, False])
+async def test_a_large_answer_is_charged_though_its_client_leaves_before_its_end(
+    gateway: GatewayUnderTest, scripted: ScriptedEngine, told: bool
+) -> None:
+    whole = large_answer(4 * SMALL_BYTES)
+    shown = whole if told else whole.partition(b', "usage"')[0]
+
+    async def all_but_the_end(body, send, engine) -> None:  # type: ignore[no-untyped-def]
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(whole))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await push(send, shown[:-10])
+        await engine.go.wait()
+
+    scripted.answers.append(all_but_the_end)
+    async with gateway.client.stream(
+        "POST", "/v1/chat/completions", json={"messages": []}, headers={"X-Agent-ID": "a1"}
+    ) as answer:
+        async for _ in answer.aiter_bytes():
+            if answer.num_bytes_downloaded > SMALL_BYTES:
+                break
+    await gateway.until(gateway.is_empty)
+    agent = gateway.parts.queue.agents[AgentId("default/a1")]
+    await gateway.parts.feedback.flush()
+    (row,) = await gateway.parts.journal.store.usage(0, 2**40)
+    assert row.kv_cost == pytest.approx(agent.arrived)
+    assert row.kv_cost > 100
+    assert (row.prompt_tokens, row.completion_tokens) == ((30, 7) if told else (1, 0))
+
+
+@pytest.mark.usefixtures("no_room")
 async def test_a_large_answer_that_breaks_off_breaks_off_for_the_client_too(
     gateway: GatewayUnderTest, scripted: ScriptedEngine
 ) -> None:
     async def break_off(body, send, engine) -> None:  # type: ignore[no-untyped-def]
         await start(send, b"application/json")
-        await push(send, large_answer(GATHERED_BYTES)[: 2 * GATHERED_BYTES])
+        await push(send, large_answer(SMALL_BYTES)[: 2 * SMALL_BYTES])
         send.__self__.transport.close()
 
     scripted.answers.append(break_off)
