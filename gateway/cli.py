@@ -44,6 +44,9 @@ usage: justitia COMMAND [OPTIONS]
 `justitia COMMAND --help` lists the options. Each can also be set as JUSTITIA_NAME in the environment, or in a file (--config).
 """
 
+# What commands need that those without an engine do not: their modules are imported when they are asked for.
+EXTRAS = {"demo": "demo, and cpu or gpu", "replay": "cpu or gpu"}
+
 STOP_GRACE_S = 20.0
 
 Settings = TypeVar("Settings", bound=GatewaySettings)
@@ -74,7 +77,13 @@ def main() -> None:
         print(f"justitia: no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         sys.exit(2)
     else:
-        sys.exit(commands[command](arguments))
+        try:
+            sys.exit(commands[command](arguments))
+        except ModuleNotFoundError as error:
+            if command not in EXTRAS:
+                raise
+            print(f"justitia {command} needs the extra {EXTRAS[command]}: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 def _checked(settings: type[Settings], arguments: list[str], program: str) -> tuple[Checked[Settings], Check]:
@@ -89,13 +98,13 @@ def _checked(settings: type[Settings], arguments: list[str], program: str) -> tu
 
 
 def _demo(arguments: list[str]) -> int:
-    from gateway.bench.demo import DemoSettings, run_demo  # needs the extra `demo`
+    from gateway.bench.demo import DemoSettings, run_demo
 
     return _run(run_demo(load(DemoSettings, arguments, program="justitia demo")))
 
 
 def _replay(arguments: list[str]) -> int:
-    from gateway.replay.command import ReplaySettings, run_replay  # needs an engine's extra, for vLLM
+    from gateway.replay.command import ReplaySettings, run_replay
 
     return run_replay(load(ReplaySettings, arguments, program="justitia replay"))
 
