@@ -17,15 +17,21 @@ from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import hypothesis
 import pytest
 
 from engine import compat, tiny_model
 from engine.launcher import EngineProcess, EngineSpec, EngineState, _group_runs
+from tests.fuzz.bounds import TIMES
 
 START_TIMEOUT_S = 240.0
 MODEL_NAME = "tiny"
 
 T = TypeVar("T")
+
+# The same examples each time, unless it is asked for more of them.
+hypothesis.settings.register_profile("seeded", derandomize=TIMES == 1)
+hypothesis.settings.load_profile("seeded")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

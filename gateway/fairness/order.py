@@ -28,13 +28,18 @@ class Order(Generic[Key]):
             return
         entry = self._entries[key] = (*place, key)
         heapq.heappush(self._heap, entry)
-        if len(self._heap) > 64 + 4 * len(self._entries):
-            self._heap = list(self._entries.values())
-            heapq.heapify(self._heap)
+        self._drop_old()
 
     def remove(self, key: Key) -> None:
         """Nothing happens if it is not there."""
-        self._entries.pop(key, None)
+        if self._entries.pop(key, None) is not None:
+            self._drop_old()
+
+    def _drop_old(self) -> None:
+        """When most entries are old ones."""
+        if len(self._heap) > 64 + 4 * len(self._entries):
+            self._heap = list(self._entries.values())
+            heapq.heapify(self._heap)
 
     def first(self) -> Key | None:
         """The key with the smallest place."""
