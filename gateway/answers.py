@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from starlette.types import Message, Send
 
 from gateway.dialects import Dialect
 from gateway.errors import GatewayError
 
 Headers = list[tuple[bytes, bytes]]
-
-
-@dataclass(slots=True)
-class Gathered:
-    """Bytes of large answers that are held until their ends are here, over all tasks."""
-
-    bytes: int = 0
 
 
 def ascii_headers(headers: dict[str, str]) -> Headers:

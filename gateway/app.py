@@ -21,7 +21,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.accuracy import Accuracy
 from gateway.agents import agent_routes
-from gateway.answers import Gathered
 from gateway.background import Background
 from gateway.billing import usage_routes
 from gateway.capacity import EngineView
@@ -40,6 +39,7 @@ from gateway.observer import REQUEST_ID, UNKNOWN, Observer, open_tracing
 from gateway.openapi import describe
 from gateway.operations import operation_routes
 from gateway.parts import Parts
+from gateway.relay import GATHERED_BYTES
 from gateway.release import Dispatcher
 from gateway.request_log import open_request_log
 from gateway.routes import task_routes
@@ -140,7 +140,7 @@ async def create_app(
         learning=Learning(predictor, settings.models_directory, metrics),
         roots=roots,
         bodies=BodyBudget(settings.max_held_bytes),
-        gathered=Gathered(),
+        gathered=BodyBudget(GATHERED_BYTES),
         background=Background(),
         suspect=asyncio.Event(),
         live=Live(settings),

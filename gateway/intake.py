@@ -16,7 +16,8 @@ class ClientGone(Exception):
 
 
 class BodyBudget:
-    """Bytes of bodies that are being sent, wait, or are kept until their task has ended, over all clients."""
+    """Bytes of bodies over all clients: of requests, that are being sent, wait, or are kept until their task has ended; or of
+    answers, until their ends are here."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
@@ -30,11 +31,15 @@ class HeldBody:
         self.size = 0
         self._budget = budget
 
+    def has_room(self, size: int) -> bool:
+        """For so many bytes more."""
+        return self._budget.held_bytes + size <= self._budget.limit_bytes
+
     def expect(self, size: int) -> None:
         """So many bytes are announced. They are not held yet: a client could announce and never send. Raises `QueueFull` when
         there is no room for them now."""
         budget = self._budget
-        if budget.held_bytes + size > budget.limit_bytes:
+        if not self.has_room(size):
             raise QueueFull(
                 f"bodies of {budget.held_bytes} bytes are held already, of at most {budget.limit_bytes} (max_held_mib)",
                 retry_after_s=RETRY_AFTER_S,

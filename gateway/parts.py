@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import dataclass
 
 from gateway.accuracy import Accuracy
-from gateway.answers import Gathered
 from gateway.background import Background
 from gateway.capacity import EngineView
 from gateway.engine_client import EngineClient
@@ -26,7 +25,8 @@ from predictor.types import Predictor
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """suspect: set by who lost a task, so that the watch asks the engine at once."""
+    """bodies, gathered: of requests, and of large answers. suspect: set by who lost a task, so that the watch asks the engine
+    at once."""
 
     queue: FairQueue
     dispatcher: Dispatcher
@@ -42,7 +42,7 @@ class Parts:
     learning: Learning
     roots: Roots
     bodies: BodyBudget
-    gathered: Gathered
+    gathered: BodyBudget
     background: Background
     suspect: asyncio.Event
     live: Live

@@ -194,20 +194,20 @@ class Relay:
 
     async def _relay_whole(self, answer: Answer, send: Send) -> None:
         chunks, size = [], 0
-        gathered, held = self._parts.gathered, 0
+        held = HeldBody(self._parts.gathered)
         try:
             while chunk := await self._read(answer):
                 chunks.append(chunk)
                 size += len(chunk)
                 if size > SMALL_BYTES and not self._request.body.background:
-                    if gathered.bytes + size - held > GATHERED_BYTES:
+                    if not held.has_room(size - held.size):
                         break
-                    gathered.bytes += size - held
-                    held = size
+                    held.grow(size - held.size)
         finally:
-            gathered.bytes -= held
+            held.release()
         if chunk:
-            return await self._relay_large(answer, b"".join(chunks), send)
+            await self._relay_large(answer, b"".join(chunks), send)
+            return
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         self._usage = parse_usage(answer.metadata or data) if answer.status == 200 else None
         self._outcome = outcome_of(answer.status)
@@ -216,7 +216,7 @@ class Relay:
         else:
             self._charge()
         await self._start(answer, send, length=len(data))
-        return await send(answers.body(data, more=False))
+        await send(answers.body(data, more=False))
 
     async def _relay_large(self, answer: Answer, data: bytes, send: Send) -> None:
         """As it comes, so that an engine does not outrun who reads slowly. data: what has come already. If the client leaves,
@@ -249,11 +249,8 @@ class Relay:
         body = self._request.body
         dialect = body.endpoint.dialect
         events = UsageFilter(dialect, show=body.wants_usage)
-        clock = time.monotonic
-        since_s = clock()
         try:
-            while chunk := await answer.read_some():
-                self._engine_s += clock() - since_s
+            while chunk := await self._read(answer):
                 if data := events.feed(chunk):
                     if not self._started:
                         if data.startswith(dialect.fails) and await self._parts.client.health() is not Health.UP:
@@ -266,7 +263,6 @@ class Relay:
                     if events.done:
                         self._note_end(events)
                     await send(answers.body(data, more=True))
-                since_s = clock()
         finally:
             self._usage, self._events = events.usage, events.events
         if not events.done:
@@ -375,8 +371,8 @@ class Relay:
     def _cost_held(self, estimate: Estimate) -> float:
         """Of a task that was broken off, in token·iterations: by its usage so far, if it was told; else by the engine's last
         word on it; else by the events that were relayed; else, since an engine without a link tells nothing before the
-        end, by the iterations since its release, up to what was predicted. Of a whole answer that does not tell its usage,
-        by what was predicted."""
+        end, by the iterations since its release, up to what was predicted. A whole answer that does not tell its usage, or
+        not in the part that was passed on, has been made: by what the engine says that it held, or by what was predicted."""
         request, usage, sequences = self._request, self._usage, self._request.body.sequences
         holding = self._parts.engine.held.get(request.id)
         # A stream of Anthropic's begins with a usage that knows the prompt only.

@@ -16,7 +16,6 @@ TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 def bounded(examples: int, **options: Any) -> settings:
     return settings(
         max_examples=examples * TIMES,
-        derandomize=TIMES == 1,
         database=None,
         deadline=None,
         print_blob=True,

@@ -7,7 +7,6 @@ import json
 import httpx
 import pytest
 
-from gateway import relay
 from gateway.fairness import AgentId
 from gateway.relay import SMALL_BYTES
 from tests.wire.conftest import GatewayUnderTest, StartGateway
@@ -69,9 +68,9 @@ def large_answer(size: int) -> bytes:
 
 
 @pytest.fixture
-def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_room(gateway: GatewayUnderTest) -> None:
     """Nothing that is large is gathered."""
-    monkeypatch.setattr(relay, "GATHERED_BYTES", 0)
+    gateway.parts.gathered.limit_bytes = 0
 
 
 @pytest.mark.usefixtures("no_room")
@@ -105,8 +104,8 @@ async def test_a_large_answer_is_gathered_while_there_is_room(
         await start(send, b"application/json")
         for place in range(0, len(whole), 100_000):
             await push(send, whole[place : place + 100_000])
-        await gateway.until(lambda: gateway.parts.gathered.bytes > SMALL_BYTES)
-        held.append(gateway.parts.gathered.bytes)
+        await gateway.until(lambda: gateway.parts.gathered.held_bytes > SMALL_BYTES)
+        held.append(gateway.parts.gathered.held_bytes)
         await push(send, b"", more=False)
 
     scripted.answers.append(in_parts)
@@ -114,7 +113,7 @@ async def test_a_large_answer_is_gathered_while_there_is_room(
     assert answer.content == whole
     assert answer.headers["content-length"] == str(len(whole)), "it was known when the answer began"
     assert held[0] <= len(whole)
-    assert gateway.parts.gathered.bytes == 0
+    assert gateway.parts.gathered.held_bytes == 0
 
 
 @pytest.mark.usefixtures("no_room")
