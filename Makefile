@@ -58,15 +58,15 @@ replay: $(READY)
 	@exec $(BIN)/justitia replay $(TRACE) $(ARGS)
 
 report: $(READY)
-	$(BIN)/python -m gateway.replay.report $(ARGS)
+	$(BIN)/python -m tests.benchmarks.replay_report $(ARGS)
 
 bench: $(READY)
-	$(BIN)/python -m gateway.bench.speed $(ARGS)
-	$(BIN)/python -m gateway.bench.queue_speed
+	$(BIN)/python -m tests.benchmarks.speed $(ARGS)
+	$(BIN)/python -m tests.benchmarks.queue_speed
 
 # On a machine with an NVIDIA GPU: our scheduler against vLLM's own, tokens, throughput and a step's cost, as one line of JSON.
 gpu-check: $(READY)
-	@exec $(BIN)/python -m gateway.bench.engine_check --gpu $(ARGS)
+	@exec $(BIN)/python -m tests.benchmarks.engine_check --gpu $(ARGS)
 
 lock:
 	$(BIN)/python requirements/lock.py cpu

@@ -152,7 +152,7 @@ FACTS: tuple[Fact, ...] = (
     Fields(_OUTPUT, "SchedulerOutput", "num_scheduled_tokens scheduled_new_reqs total_num_scheduled_tokens"),
     Fields(_OUTPUT, "NewRequestData", "req_id num_computed_tokens"),
     Call(_OUTPUT, "CachedRequestData.make_empty", ()),
-    # What the queues and the choice of the victim rest on: see `engine.scheduler`.
+    # What the queues and the choice of the victim rest on: see `engine.scheduler.scheduler`.
     Line(_SCHEDULER, "Scheduler.__init__", "self.waiting = create_request_queue(self.policy)"),
     Line(_SCHEDULER, "Scheduler.__init__", "self.skipped_waiting = create_request_queue(self.policy)", before=(0, 31)),
     Line(

@@ -101,7 +101,7 @@ class EngineSpec:
     max_num_seqs: int | None = None  # tasks that run at once
     max_model_len: int | None = None  # tokens
     kv_cache_gib: float | None = None
-    forced_lengths: Path | None = None  # the table of `engine.forced_length`
+    forced_lengths: Path | None = None  # the table of `engine.lab.forced_length`
     scheduler: Literal["justitia", "stock"] = "justitia"
     displace_margin: float | None = None  # of our scheduler, as is the next: see there
     link_interval_s: float | None = None
@@ -163,7 +163,7 @@ class EngineSpec:
                 if (value := getattr(self, name)) is not None:
                     justitia[name] = value
         if self.forced_lengths is not None:
-            command += ["--logits-processors", "engine.forced_length:ForcedLength"]
+            command += ["--logits-processors", "engine.lab.forced_length:ForcedLength"]
             justitia["forced_lengths"] = str(self.forced_lengths)
         if justitia:
             command += ["--additional-config", json.dumps({"justitia": justitia})]
@@ -196,7 +196,7 @@ class EngineSpec:
             # Whole GiB only. Without a word vLLM takes most of the machine's memory.
             environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(self.kv_cache_gib or 1)))
         if self.forced_lengths is not None:
-            # See `engine.forced_length`: for admission, and because it is written for the first model runner.
+            # See `engine.lab.forced_length`: for admission, and because it is written for the first model runner.
             environment["JUSTITIA_FORCED_LENGTHS"] = str(self.forced_lengths)
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         return environment

@@ -134,7 +134,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report", omit_defau
 
 class Ended(msgspec.Struct, frozen=True, tag="ended", forbid_unknown_fields=False):
     """Tasks have ended, with all of their sequences. costs: by task, KV tokens held, summed over the iterations; see
-    `engine.ledger`."""
+    `engine.scheduler.ledger`."""
 
     engine_id: str
     costs: dict[int, float]

@@ -19,36 +19,36 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.accuracy import Accuracy
-from gateway.agents import agent_routes
-from gateway.background import Background
-from gateway.billing import usage_routes
-from gateway.capacity import EngineView
-from gateway.engine_client import EngineClient
-from gateway.errors import outcome_of
-from gateway.fairness import POLICIES, FairQueue, ReleaseLimits
-from gateway.feedback import Feedback
-from gateway.identify import Roots
-from gateway.intake import BodyBudget
-from gateway.keys import Keys
+from gateway.api.agents import agent_routes
+from gateway.api.inference import task_routes
+from gateway.api.openapi import describe
+from gateway.api.operations import operation_routes
+from gateway.api.usage import usage_routes
+from gateway.config.settings import GatewaySettings, Live
+from gateway.flowcontrol.engine_state import EngineView
+from gateway.flowcontrol.fairqueue import POLICIES, FairQueue, ReleaseLimits
+from gateway.flowcontrol.feedback import Feedback
+from gateway.flowcontrol.quotas import DAY_S
+from gateway.flowcontrol.tool_waits import ToolWaits
+from gateway.http.reading import BodyBudget
+from gateway.learning.accuracy import Accuracy
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
-from gateway.limits import DAY_S
-from gateway.metrics import Metrics
-from gateway.observer import REQUEST_ID, UNKNOWN, Observer, open_tracing
-from gateway.openapi import describe
-from gateway.operations import operation_routes
 from gateway.parts import Parts
-from gateway.relay import GATHERED_BYTES
-from gateway.release import Dispatcher
-from gateway.request_log import open_request_log
-from gateway.routes import task_routes
-from gateway.settings import GatewaySettings, Live
+from gateway.protocol.errors import outcome_of
+from gateway.protocol.identify import Roots
+from gateway.relay.dispatcher import Dispatcher
+from gateway.relay.engine_client import EngineClient
+from gateway.relay.relay import GATHERED_BYTES
+from gateway.relay.responses import Background
 from gateway.state import Journal, Store, TenantUsage, UsageRow, open_store
 from gateway.state.types import HOUR_S
-from gateway.tenants import Tenants
-from gateway.tool_waits import ToolWaits
-from gateway.watch import follow_link, keep_running, poll_metrics, sweep_agents, watch_health, watch_keys
+from gateway.supervise import follow_link, keep_running, poll_metrics, sweep_agents, watch_health, watch_keys
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.request_log import open_request_log
+from gateway.telemetry.request_span import REQUEST_ID, UNKNOWN, Observer, open_tracing
+from gateway.tenancy.keys import Keys
+from gateway.tenancy.tenants import Tenants
 from predictor.learned import Learned
 from predictor.types import Predictor
 

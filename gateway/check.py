@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from gateway.keys import Keys, KeysError
-from gateway.problems import Problem, Wrong
-from gateway.settings import GatewaySettings, ServeSettings
-from gateway.sources import Reading, gather
+from gateway.config.problems import Problem, Wrong
+from gateway.config.settings import GatewaySettings, ServeSettings
+from gateway.config.sources import Reading, gather
+from gateway.tenancy.keys import Keys, KeysError
 
 Settings = TypeVar("Settings", bound=GatewaySettings)
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from gateway.accuracy import Accuracy
-from gateway.background import Background
-from gateway.capacity import EngineView
-from gateway.engine_client import EngineClient
-from gateway.fairness import FairQueue
-from gateway.feedback import Feedback
-from gateway.identify import Roots
-from gateway.intake import BodyBudget
+from gateway.config.settings import GatewaySettings, Live
+from gateway.flowcontrol.engine_state import EngineView
+from gateway.flowcontrol.fairqueue import FairQueue
+from gateway.flowcontrol.feedback import Feedback
+from gateway.http.reading import BodyBudget
+from gateway.learning.accuracy import Accuracy
 from gateway.learning.serving import Learning
-from gateway.metrics import Metrics
-from gateway.observer import Observer
-from gateway.release import Dispatcher
-from gateway.settings import GatewaySettings, Live
+from gateway.protocol.identify import Roots
+from gateway.relay.dispatcher import Dispatcher
+from gateway.relay.engine_client import EngineClient
+from gateway.relay.responses import Background
 from gateway.state import Journal
-from gateway.tenants import Tenants
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.request_span import Observer
+from gateway.tenancy.tenants import Tenants
 from predictor.types import Predictor
 
 

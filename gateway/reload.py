@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gateway.check import Checked
-from gateway.fairness import POLICIES
-from gateway.keys import KeysError
-from gateway.logs import set_log_level
-from gateway.metrics import ReloadOutcome
+from gateway.config.problems import Wrong
+from gateway.config.settings import GatewaySettings
+from gateway.flowcontrol.fairqueue import POLICIES
 from gateway.parts import Parts
-from gateway.problems import Wrong
-from gateway.settings import GatewaySettings
+from gateway.telemetry.logs import set_log_level
+from gateway.telemetry.metrics import ReloadOutcome
+from gateway.tenancy.keys import KeysError
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ import uvicorn
 
 from gateway.app import create_app
 from gateway.check import Checked
+from gateway.config.settings import GatewaySettings
+from gateway.http.connections import ConnectionLimits, Connections
 from gateway.parts import Parts
-from gateway.protocol import ConnectionLimits, Connections
 from gateway.reload import Check, Reloader
-from gateway.settings import GatewaySettings
-from gateway.watch import keep_running
+from gateway.supervise import keep_running
 
 logger = logging.getLogger(__name__)
 

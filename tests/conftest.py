@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import hypothesis
 import pytest
 
-from engine import compat, tiny_model
+from engine import compat
+from engine.lab import tiny_model
 from engine.launcher import EngineProcess, EngineSpec, EngineState, _group_runs
 from tests.fuzz.bounds import TIMES
 

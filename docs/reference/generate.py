@@ -12,10 +12,10 @@ from prometheus_client import CollectorRegistry
 
 from gateway.app import create_app
 from gateway.check import schema
-from gateway.errors import GatewayError, Outcome, Reason
-from gateway.metrics import MAX_CLASSES, MAX_MODELS, MAX_TENANTS, Metrics
+from gateway.config.settings import PREFIX, GatewaySettings, ServeSettings, TenantSettings
+from gateway.protocol.errors import GatewayError, Outcome, Reason
 from gateway.reload import reloadable
-from gateway.settings import PREFIX, GatewaySettings, ServeSettings, TenantSettings
+from gateway.telemetry.metrics import MAX_CLASSES, MAX_MODELS, MAX_TENANTS, Metrics
 
 HERE = Path(__file__).resolve().parent
 NOTE = "<!-- Made by generate.py from the code. -->"

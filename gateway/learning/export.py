@@ -1,4 +1,4 @@
-"""What a gateway served, as an agent trace (`gateway.trace`) that can be replayed.
+"""What a gateway served, as an agent trace (`gateway.agent_trace`) that can be replayed.
 
 What the engine's usage said of a request is of the whole request. One of several sequences (`n`, or a batch of prompts)
 becomes as many tasks, each with its share of the tokens: so they are in memory side by side, as they were.
@@ -17,7 +17,7 @@ from itertools import accumulate
 
 import msgspec
 
-from gateway.trace import MAX_TOKENS, AgentTrace, TaskTrace
+from gateway.agent_trace import MAX_TOKENS, AgentTrace, TaskTrace
 from predictor.types import FinishedAgent, FinishedTask
 
 # Of a wider wave only those that ended last are named, so that two waves of a thousand are not a million names.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from gateway.metrics import Metrics
+from gateway.telemetry.metrics import Metrics
 from predictor.learned import Learned
 from predictor.model import Told, load
 from predictor.registry import Registry, RegistryError

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from gateway.learning.kept import console, kept_store
+from gateway.config.settings import StateSettings
 from gateway.learning.serving import created_at
+from gateway.learning.store import console, kept_store
 from gateway.learning.training import BUSY, TOO_FEW_AGENTS, Note, threads, write_note
-from gateway.metrics import TrainingOutcome
-from gateway.settings import StateSettings
 from gateway.state import StateError, Store, without_texts
+from gateway.telemetry.metrics import TrainingOutcome
 from predictor.model import Boosted, ModelError, load
 from predictor.registry import Registry, RegistryError
 from predictor.types import FinishedAgent

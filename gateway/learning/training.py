@@ -21,11 +21,11 @@ from pathlib import Path
 
 import msgspec
 
-from gateway.accuracy import Accuracy
+from gateway.config.settings import GatewaySettings, Live
+from gateway.learning.accuracy import Accuracy
 from gateway.learning.serving import Learning
-from gateway.metrics import Metrics, TrainingOutcome
-from gateway.settings import GatewaySettings, Live
 from gateway.state import StateError, Store
+from gateway.telemetry.metrics import Metrics, TrainingOutcome
 
 logger = logging.getLogger(__name__)
 

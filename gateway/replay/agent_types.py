@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal, assert_never
 
-from gateway.trace import TaskTrace
+from gateway.agent_trace import TaskTrace
 
 Size = Literal["small", "medium", "large"]
 SIZES: tuple[Size, ...] = ("small", "medium", "large")

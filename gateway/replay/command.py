@@ -13,16 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from engine.collector import collector_at_rest
-from engine.profile import ProfileError, load_profile
-from gateway.bench.environment import versions
-from gateway.fairness import POLICIES
+from engine.lab.collector import collector_at_rest
+from engine.lab.profile import ProfileError, load_profile
+from gateway.agent_trace import AgentTrace, TraceError, read_trace
+from gateway.config.settings import command_config
+from gateway.flowcontrol.fairqueue import POLICIES
+from gateway.replay.environment import versions
 from gateway.replay.predictors import COSTS, LEARNED, Beliefs, UnknownPredictor, beliefs
 from gateway.replay.results import ReleaseName, Replay, Run, against_vtc, label, own_release, write
 from gateway.replay.simulation import Setup, simulate
 from gateway.replay.traces import BUILT_IN, built_in, describe
-from gateway.settings import command_config
-from gateway.trace import AgentTrace, TraceError, read_trace
 
 # A built-in trace is drawn from a seed; the ladder then learns from the same trace with other seeds.
 LEARN_FROM_SEEDS = (101, 102, 103)

@@ -19,12 +19,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gateway.bench.environment import machine, versions
+from gateway.agent_trace import AgentTrace, TraceError
+from gateway.config.settings import command_config
 from gateway.replay.command import load_past, load_trace
+from gateway.replay.environment import machine, versions
 from gateway.replay.predictors import ABLATIONS, LEARNED, Beliefs, UnknownPredictor, arrivals, serving, waves
 from gateway.replay.traces import BUILT_IN, texts_per_class
-from gateway.settings import command_config
-from gateway.trace import AgentTrace, TraceError
 from predictor.evaluate import Quality, quality
 
 # Of a file, this part is learned from, by arrival, if nothing else is named.

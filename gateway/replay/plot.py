@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gateway.bench.picture import DPI, GREY, HEIGHT, INK, WIDTH
-from gateway.bench.report import mean
+from gateway.replay.figures import DPI, GREY, HEIGHT, INK, WIDTH, mean
 from gateway.replay.results import AgentResult, Memory, Replay, Run
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from gateway.trace import AgentTrace, TaskTrace
+from gateway.agent_trace import AgentTrace, TaskTrace
 from predictor.cost import task_cost
 from predictor.features import SCHEMA, Sketch, is_kept
 from predictor.ladder import PRIOR_BYTES_PER_TOKEN
@@ -119,7 +119,7 @@ class Noise(Exact):
         return super().agent(agent, progress) * self._factor(agent.agent_id)
 
     def _factor(self, name: str) -> float:
-        return math.exp(Random(f"{self._seed}/{name}").gauss(0, self._sigma))  # noqa: S311 (noise, not a secret)
+        return math.exp(Random(f"{self._seed}/{name}").gauss(0, self._sigma))
 
 
 @dataclass(slots=True)

@@ -6,10 +6,10 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
-from gateway.bench.report import mean, percentile
+from gateway.agent_trace import AgentTrace
 from gateway.replay.bound import Bound
+from gateway.replay.figures import mean, percentile
 from gateway.replay.results import AgentResult, Memory, Summary, jain, spread
-from gateway.trace import AgentTrace
 from predictor.types import FinishedTask
 
 # The memory of each agent over time: every so many iterations, and no more points than a picture shows.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from gateway.bench.report import mean, percentile
+from gateway.replay.figures import mean, percentile
 
 ReleaseName = Literal["memory", "engine", "all"]
 

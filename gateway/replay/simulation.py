@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 from engine.hints import Hints, to_tag
-from engine.profile import StepProfile
-from gateway.capacity import CAPACITY_ITERATIONS, ServedCapacity
-from gateway.fairness import (
+from engine.lab.profile import StepProfile
+from gateway.agent_trace import AgentTrace, Prefix, TaskTrace, TraceError
+from gateway.flowcontrol.engine_state import CAPACITY_ITERATIONS, ServedCapacity
+from gateway.flowcontrol.fairqueue import (
     POLICIES,
     AgentId,
     FairQueue,
@@ -30,15 +31,14 @@ from gateway.fairness import (
     TaskId,
     TenantId,
 )
+from gateway.flowcontrol.tool_waits import ToolWaits
 from gateway.replay.predictors import Beliefs, Cost, Progress, finished_task
 from gateway.replay.record import MEMORY_EVERY, Journey, Record
 from gateway.replay.results import ReleaseName, Run
-from gateway.tool_waits import ToolWaits
-from gateway.trace import AgentTrace, Prefix, TaskTrace, TraceError
 from predictor.cost import task_cost
 
 if TYPE_CHECKING:
-    from engine.virtual import Ended, Step, VirtualEngine
+    from engine.lab.virtual import Ended, Step, VirtualEngine
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
@@ -108,7 +108,7 @@ class _Simulation:
         setup: Setup,
         finished: Callable[[int], None],
     ) -> None:
-        from engine.virtual import VirtualEngine
+        from engine.lab.virtual import VirtualEngine
 
         self._beliefs, self._setup, self._finished = beliefs, setup, finished
         self._engine: VirtualEngine = VirtualEngine(
@@ -209,7 +209,7 @@ class _Simulation:
             self._ask(self._queue.enqueue, self._now, predicted, total, weight=agent.weight, tenant=tenant)
 
     def _release(self) -> None:
-        from engine.virtual import VirtualTask
+        from engine.lab.virtual import VirtualTask
 
         for release in self._ask(self._queue.release, self._now, self._engine.waiting):
             key = int(release.task.id)

@@ -26,6 +26,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.agent_trace import AgentTrace, Prefix, TaskTrace, TraceError
 from gateway.replay.agent_types import (
     CODING,
     CODING_PREFIX,
@@ -46,7 +47,6 @@ from gateway.replay.agent_types import (
 )
 from gateway.replay.texts import HELD_OUT, TRAIN, write_tasks
 from gateway.replay.texts.laws import EXPECTING
-from gateway.trace import AgentTrace, Prefix, TaskTrace, TraceError
 
 BUILT_IN = {
     "paper": (
@@ -311,7 +311,7 @@ def _load(word: str) -> float:
 
 def _rng(what: str, seed: int | str) -> Random:
     # Seeded by words, not by hash(): that one differs from run to run.
-    return Random(f"{what}:{seed}")  # noqa: S311 - a workload, not a secret
+    return Random(f"{what}:{seed}")
 
 
 def _paper_agents(seed: int, mix: Mix, agents: int) -> list[Drawn]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from gateway.fairness import Standing
+from gateway.flowcontrol.fairqueue import Standing
 from predictor.types import AgentPrediction, FinishedAgent, FinishedTask
 
 HOUR_S = 3600

@@ -12,8 +12,8 @@ import anthropic
 import openai
 import pytest
 
-from gateway.feedback import agent_id_of
-from gateway.identify import DEFAULT_TENANT
+from gateway.flowcontrol.feedback import agent_id_of
+from gateway.protocol.identify import DEFAULT_TENANT
 from predictor.types import FinishedTask
 from tests.conftest import LiveEngine
 from tests.wire.conftest import GatewayUnderTest, gateway, running_gateway, scripted, start

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from engine.hints import Hints, to_fields
-from gateway.feedback import agent_id_of
-from gateway.identify import DEFAULT_TENANT
+from gateway.flowcontrol.feedback import agent_id_of
+from gateway.protocol.identify import DEFAULT_TENANT
 from tests.conftest import LiveEngine
 from tests.wire.conftest import running_gateway
 

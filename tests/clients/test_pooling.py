@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from engine.launcher import EngineProcess, EngineSpec
-from gateway.feedback import agent_id_of
-from gateway.identify import DEFAULT_TENANT
+from gateway.flowcontrol.feedback import agent_id_of
+from gateway.protocol.identify import DEFAULT_TENANT
 from predictor.types import FinishedTask
 from tests.clients.comparing import plain
 from tests.clients.conftest import RUN, openai_client

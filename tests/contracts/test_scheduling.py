@@ -22,8 +22,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from engine import compat
 from engine.hints import Hints
-from engine.scheduler import JustitiaScheduler
-from engine.waiting_queue import WaitingQueue
+from engine.scheduler.scheduler import JustitiaScheduler
+from engine.scheduler.waiting_queue import WaitingQueue
 from tests.engine.clockwork import BLOCK_SIZE, Clockwork
 
 IN_FLIGHT = pytest.mark.parametrize("in_flight", [1, 2])

@@ -240,7 +240,7 @@ def test_every_service_has_a_health_check_and_a_user_other_than_root(name: str) 
 
 @each_gateway
 def test_the_gateway_is_given_time_to_drain(name: str) -> None:
-    settings = pytest.importorskip("gateway.settings").ServeSettings
+    settings = pytest.importorskip("gateway.config.settings").ServeSettings
     grace = SERVICES[name]["stop_grace_period"]
     assert int(grace.removesuffix("s")) > settings.model_fields["drain_s"].default
 
@@ -250,7 +250,7 @@ def test_the_gateway_is_given_time_to_drain(name: str) -> None:
 
 @each_gateway
 def test_the_environment_names_settings_that_exist(name: str) -> None:
-    settings = pytest.importorskip("gateway.settings").ServeSettings
+    settings = pytest.importorskip("gateway.config.settings").ServeSettings
     prefix = settings.model_config["env_prefix"]
     known = {prefix + field.upper() for field in settings.model_fields}
     given = {key for key in SERVICES[name]["environment"] if key.startswith(prefix)}
@@ -277,7 +277,7 @@ def test_the_settings_file_can_be_changed_under_the_gateway(name: str) -> None:
 
 @each_gateway
 def test_the_environment_is_valid_as_it_stands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sources, settings = pytest.importorskip("gateway.sources"), pytest.importorskip("gateway.settings")
+    sources, settings = pytest.importorskip("gateway.config.sources"), pytest.importorskip("gateway.config.settings")
     for key, value in SERVICES[name]["environment"].items():
         if value is None:
             monkeypatch.delenv(key, raising=False)
@@ -300,7 +300,7 @@ def test_the_cpu_gateway_serves_the_tiny_model_whatever_the_gpu_gateway_is_told(
 def test_the_how_to_names_variables_that_exist() -> None:
     text = (ROOT / "docs/how-to/deploy.md").read_text()
     named = set(re.findall(r"\b(?:JUSTITIA|GATEWAY|PROMETHEUS|GRAFANA)_[A-Z_]+\b|\bHF_TOKEN\b", text))
-    settings = pytest.importorskip("gateway.settings").ServeSettings
+    settings = pytest.importorskip("gateway.config.settings").ServeSettings
     known = {settings.model_config["env_prefix"] + field.upper() for field in settings.model_fields}
     assert named
     assert {name for name in named - known if not re.search(rf"\b{name}\b", COMPOSE.read_text())} == set()

@@ -83,7 +83,7 @@ def test_signals_reach_justitia_and_no_shell_stands_between() -> None:
 
 
 def test_the_image_sets_settings_that_exist() -> None:
-    settings = pytest.importorskip("gateway.settings").ServeSettings
+    settings = pytest.importorskip("gateway.config.settings").ServeSettings
     known = {settings.model_config["env_prefix"] + field.upper() for field in settings.model_fields}
     set_here = set(re.findall(r"\b(JUSTITIA_\w+)=", " ".join(arguments_of("ENV"))))
     assert set_here

@@ -59,7 +59,7 @@ def expressions() -> list[tuple[str, str]]:
 
 def declared() -> dict[str, set[str]]:
     """Name of every series the gateway exposes → its labels."""
-    metrics = pytest.importorskip("gateway.metrics")
+    metrics = pytest.importorskip("gateway.telemetry.metrics")
     from prometheus_client import CollectorRegistry
 
     registry = CollectorRegistry()

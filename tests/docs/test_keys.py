@@ -18,10 +18,10 @@ import yaml
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 
-from gateway.billing import usage_routes
-from gateway.keys import Keys
-from gateway.settings import TenantSettings
+from gateway.api.usage import usage_routes
+from gateway.config.settings import TenantSettings
 from gateway.state.types import UsageRow, hour_of
+from gateway.tenancy.keys import Keys
 from tests.wire.conftest import GatewayUnderTest, running_gateway
 from tests.wire.scripted_engine import ScriptedEngine
 

@@ -7,7 +7,7 @@ import re
 
 import msgspec
 
-from gateway.request_log import Line
+from gateway.telemetry.request_log import Line
 from tests.docs.test_documents import ROOT
 
 TEXT = (ROOT / "docs" / "how-to" / "observe.md").read_text()

@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from engine.forced_length import KEY_XARG
 from engine.hints import INT64_MAX, INT64_MIN, Hints, to_fields
+from engine.lab.forced_length import KEY_XARG
 from engine.launcher import EngineState
 from engine.link import GatewayLink, Hello, Report
 from tests.conftest import LiveEngine

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gateway.bench.engine_check import models
-from gateway.bench.engine_check.engines import OURS, STOCK, Setup, Stage
-from gateway.bench.engine_check.equality import compare
-from gateway.bench.engine_check.requests import EVERYDAY
-from gateway.bench.engine_check.settings import CheckSettings
+from tests.benchmarks.engine_check import models
+from tests.benchmarks.engine_check.engines import OURS, STOCK, Setup, Stage
+from tests.benchmarks.engine_check.equality import compare
+from tests.benchmarks.engine_check.requests import EVERYDAY
+from tests.benchmarks.engine_check.settings import CheckSettings
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(420)]
 

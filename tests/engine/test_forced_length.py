@@ -16,7 +16,7 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-from engine.forced_length import KEY_XARG, TABLE_ENVIRONMENT, ForcedLength, LengthTable
+from engine.lab.forced_length import KEY_XARG, TABLE_ENVIRONMENT, ForcedLength, LengthTable
 
 VOCABULARY, END, OTHER_END = 16, 0, 3
 

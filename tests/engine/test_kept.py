@@ -20,8 +20,8 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from engine.hints import Hints
-from engine.kept import KeptBlocks
-from engine.scheduler import JustitiaScheduler
+from engine.scheduler.kept_blocks import KeptBlocks
+from engine.scheduler.scheduler import JustitiaScheduler
 from tests.engine.clockwork import BLOCK_SIZE, Clockwork
 
 

@@ -94,7 +94,7 @@ def test_the_command_line(runtime_dir: Path) -> None:
         "--scheduling-policy priority",
         "--scheduler-cls engine.scheduler.JustitiaScheduler",
         "--enable-prompt-tokens-details",
-        "--logits-processors engine.forced_length:ForcedLength",
+        "--logits-processors engine.lab.forced_length:ForcedLength",
         "--num-gpu-blocks-override 128",
         "--block-size 32",
         "--max-num-seqs 64",

@@ -24,9 +24,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from engine.hints import Hints
-from engine.ledger import Ledger
-from engine.scheduler import JustitiaScheduler
-from engine.waiting_queue import hints_of
+from engine.scheduler.ledger import Ledger
+from engine.scheduler.scheduler import JustitiaScheduler
+from engine.scheduler.waiting_queue import hints_of
 from tests.engine.clockwork import BLOCK_SIZE, Clockwork
 
 

@@ -11,10 +11,10 @@ import aiohttp
 import msgspec
 import pytest
 
-from engine.forced_length import KEY_XARG
 from engine.hints import Hints, to_fields
+from engine.lab.forced_length import KEY_XARG
 from engine.link import Report
-from gateway.bench.inversions import Changed, Record, Recorder, Released, judge, recording
+from tests.benchmarks.inversions import Changed, Record, Recorder, Released, judge, recording
 from tests.conftest import LiveEngine
 
 pytestmark = pytest.mark.engine

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.profile import SHIPPED, ProfileError, load_profile, shipped_profiles
+from engine.lab.profile import SHIPPED, ProfileError, load_profile, shipped_profiles
 
 GOOD = """
 name = "mine"

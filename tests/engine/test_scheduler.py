@@ -24,10 +24,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 import engine.link
-import engine.scheduler
+import engine.scheduler.scheduler
 from engine.hints import Hints
 from engine.link import PROTOCOL, Change, Ended, Greeting, Hello, Holding, Report, encode, inbox, parse
-from engine.scheduler import (
+from engine.scheduler.scheduler import (
     DISPLACED_AT_MOST,
     DISPLACED_SHARE,
     EARLY_TAGS,
@@ -35,7 +35,7 @@ from engine.scheduler import (
     settings_of,
     victims_last,
 )
-from engine.waiting_queue import hints_of
+from engine.scheduler.waiting_queue import hints_of
 from tests.engine.clockwork import BLOCK_SIZE, Clockwork
 
 
@@ -485,8 +485,8 @@ def test_two_agents_do_not_displace_each_other_for_ever(tiny_model_dir: Path) ->
 
 
 def test_control_without_the_guards_they_do(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.scheduler, "DISPLACED_AT_MOST", 10**9)
-    monkeypatch.setattr(engine.scheduler, "getattr", _without_memory, raising=False)
+    monkeypatch.setattr(engine.scheduler.scheduler, "DISPLACED_AT_MOST", 10**9)
+    monkeypatch.setattr(engine.scheduler.scheduler, "getattr", _without_memory, raising=False)
     clock = ping_pong(tiny_model_dir, 40)
     assert len(clock.preempted) >= 15
     assert ours(clock).displaced == len(clock.preempted)

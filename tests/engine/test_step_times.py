@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from engine.step_times import StepTimes
+from engine.scheduler.step_times import StepTimes
 
 
 def test_a_prompts_token_in_iterations() -> None:

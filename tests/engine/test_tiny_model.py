@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from engine import tiny_model
+from engine.lab import tiny_model
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -67,13 +67,13 @@ def test_the_tokenizer_is_complete(tiny_model_dir: Path) -> None:
 
 def test_the_command(tiny_model_dir: Path) -> None:
     root = Path(__file__).parent.parent.parent
-    command = [sys.executable, "-m", "engine.tiny_model", str(tiny_model_dir)]
+    command = [sys.executable, "-m", "engine.lab.tiny_model", str(tiny_model_dir)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(tiny_model_dir)
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     root = Path(__file__).parent.parent.parent
-    code = "import engine.tiny_model, engine.launcher, engine.compat, engine.link, sys; print(*sys.modules)"
+    code = "import engine.lab.tiny_model, engine.launcher, engine.compat, engine.link, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "vllm"} & set(done.stdout.split())

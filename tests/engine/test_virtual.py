@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("vllm")
 
 from engine.hints import Hints
-from engine.profile import StepProfile
-from engine.virtual import Ended, Running, Step, VirtualEngine, VirtualTask
+from engine.lab.profile import StepProfile
+from engine.lab.virtual import Ended, Running, Step, VirtualEngine, VirtualTask
 
 PROFILE = StepProfile(
     name="by hand",

@@ -7,7 +7,7 @@ import atheris
 from tests.fuzz.harness import fuzz
 
 with atheris.instrument_imports(include=["gateway"]):
-    from gateway.dialects import ANTHROPIC, OPENAI, RESPONSES
+    from gateway.protocol.dialects import ANTHROPIC, OPENAI, RESPONSES
     from tests.fuzz.properties import stream_holds, usage_holds
 
 _WORDS = (

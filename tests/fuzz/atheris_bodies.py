@@ -8,8 +8,8 @@ import atheris
 from tests.fuzz.harness import fuzz
 
 with atheris.instrument_imports(include=["gateway", "predictor"]):
-    from gateway.endpoints import ENDPOINTS
-    from gateway.identify import ID_FIELDS
+    from gateway.protocol.endpoints import ENDPOINTS
+    from gateway.protocol.identify import ID_FIELDS
     from tests.fuzz.properties import body_holds
 
 _NAMES = (

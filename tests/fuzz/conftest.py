@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.keys import add_key
 from gateway.parts import Parts
+from gateway.tenancy.keys import add_key
 from tests.conftest import LoopThread
 from tests.fuzz.strict_engine import StrictEngine
 from tests.wire.conftest import running_gateway

@@ -8,11 +8,11 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from gateway.dialects import ANTHROPIC, OPENAI, Dialect
-from gateway.endpoints import ENDPOINTS
-from gateway.errors import GatewayError
-from gateway.openapi import TRY_AGAIN
-from gateway.passing import PASSED
+from gateway.api.openapi import TRY_AGAIN
+from gateway.api.passthrough import PASSED
+from gateway.protocol.dialects import ANTHROPIC, OPENAI, Dialect
+from gateway.protocol.endpoints import ENDPOINTS
+from gateway.protocol.errors import GatewayError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT: dict[str, Any] = json.loads((ROOT / "docs" / "reference" / "openapi.json").read_text())

@@ -13,16 +13,16 @@ from typing import Any
 import msgspec
 
 from engine.hints import Hints
-from gateway.answers import ascii_headers
-from gateway.body import LARGEST_LIMIT, MAX_SEQUENCES, Body, parse_body
-from gateway.capacity import MOST_COUNTED, EngineView
-from gateway.content import content_of, texts_of
-from gateway.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
-from gateway.endpoints import Endpoint
-from gateway.errors import InvalidRequest
-from gateway.identify import MAX_ID_CHARS, MAX_WEIGHT, Identity, identify
-from gateway.sse import UsageFilter
-from gateway.usage import finished_task, parse_usage
+from gateway.flowcontrol.engine_state import MOST_COUNTED, EngineView
+from gateway.http.writing import ascii_headers
+from gateway.protocol.body import LARGEST_LIMIT, MAX_SEQUENCES, Body, parse_body
+from gateway.protocol.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
+from gateway.protocol.endpoints import Endpoint
+from gateway.protocol.errors import InvalidRequest
+from gateway.protocol.identify import MAX_ID_CHARS, MAX_WEIGHT, Identity, identify
+from gateway.protocol.sse import UsageFilter
+from gateway.protocol.texts import content_of, texts_of
+from gateway.protocol.usage import finished_task, parse_usage
 from predictor.learned import Learned
 from predictor.types import AgentProgress
 

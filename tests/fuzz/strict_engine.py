@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from gateway.endpoints import ENDPOINTS
+from gateway.protocol.endpoints import ENDPOINTS
 from tests.wire.scripted_engine import DONE, ScriptedEngine, Send, chunk, push, start, usage_chunk
 
 _TASKS = {endpoint.path: endpoint for endpoint in ENDPOINTS}

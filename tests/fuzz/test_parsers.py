@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
-from gateway.endpoints import CHAT, COMPLETIONS, Endpoint
-from gateway.feedback import agent_id_of
-from gateway.identify import ID_FIELDS, Roots
+from gateway.flowcontrol.feedback import agent_id_of
+from gateway.protocol.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
+from gateway.protocol.endpoints import CHAT, COMPLETIONS, Endpoint
+from gateway.protocol.identify import ID_FIELDS, Roots
 from tests.fuzz.bounds import bounded
 from tests.fuzz.properties import body_holds, identity_holds, metrics_hold, stream_holds, usage_holds
 from tests.fuzz.values import HEADERS, any_body, endpoints, header_values, json_text

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway.endpoints import CHAT, COMPLETIONS, ENDPOINTS
-from gateway.passing import PASSED
+from gateway.api.passthrough import PASSED
+from gateway.protocol.endpoints import CHAT, COMPLETIONS, ENDPOINTS
 from tests.fuzz.bounds import bounded
 from tests.fuzz.conftest import Fuzzed
 from tests.fuzz.documented import assert_documented

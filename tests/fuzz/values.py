@@ -7,8 +7,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from gateway.endpoints import ENDPOINTS, Endpoint
-from gateway.identify import ID_FIELDS, ID_HEADERS
+from gateway.protocol.endpoints import ENDPOINTS, Endpoint
+from gateway.protocol.identify import ID_FIELDS, ID_HEADERS
 
 ABSURD_NUMBERS = (
     "1e400",

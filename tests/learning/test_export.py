@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.agent_trace import AgentTrace, check, read_trace, write_trace
 from gateway.learning.export import MAX_AFTER, trace, traced, waits_of
-from gateway.trace import AgentTrace, check, read_trace, write_trace
 from predictor.types import FinishedAgent, FinishedTask
 
 Span = tuple[float, float]

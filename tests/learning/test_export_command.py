@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway.learning.command import ExportSettings, run_export
-from gateway.sources import load
-from gateway.trace import parse_trace, read_trace
+from gateway.agent_trace import parse_trace, read_trace
+from gateway.cli.predictor import ExportSettings, run_export
+from gateway.config.sources import load
 from predictor.types import FinishedAgent, FinishedTask
 from tests.learning.conftest import State
 

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from gateway.learning.serving import Learning
-from gateway.metrics import Metrics
+from gateway.telemetry.metrics import Metrics
 from predictor.learned import Learned
 from predictor.model import Settings
 from predictor.registry import PROMOTED, Registry

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from gateway.accuracy import Accuracy
+from gateway.config.settings import GatewaySettings, Live
+from gateway.learning.accuracy import Accuracy
 from gateway.learning.serving import Serves
 from gateway.learning.training import BACKOFF_MAX_S, NOTE, Note, Training, read_note, run, write_note
-from gateway.metrics import Metrics, TrainingOutcome
-from gateway.settings import GatewaySettings, Live
 from gateway.state import StateError
 from gateway.state.memory import MemoryStore
+from gateway.telemetry.metrics import Metrics, TrainingOutcome
 from predictor.types import FinishedAgent, FinishedTask
 
 SAY = "import sys, os, time, signal, pathlib; "

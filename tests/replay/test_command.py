@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from gateway.agent_trace import AgentTrace, TaskTrace, TraceError, write_trace
+from gateway.config.sources import load
 from gateway.replay.command import LEARN_FROM_SEEDS, ReplaySettings, load_past, load_trace, run_replay
 from gateway.replay.results import read
 from gateway.replay.traces import BUILT_IN
-from gateway.sources import load
-from gateway.trace import AgentTrace, TaskTrace, TraceError, write_trace
 
 SMALL = ("--kv-blocks", "16", "--max-num-seqs", "8")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gateway.learning.command import run_predictor
+from gateway.agent_trace import AgentTrace, TaskTrace, write_trace
+from gateway.cli.predictor import run_predictor
 from gateway.replay.evaluation import past_and_held_out
-from gateway.trace import AgentTrace, TaskTrace, write_trace
 
 
 def written(path: Path, count: int) -> str:

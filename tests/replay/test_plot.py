@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.bench.report import mean
 from gateway.replay import plot
+from gateway.replay.figures import mean
 from gateway.replay.results import AgentResult, Memory, Replay, Run, Summary
 
 JCTS = {"justitia": [1.0, 2.5, 4.0, 90.0], "vtc": [8.0, 9.0, 30.0, 100.0], "fcfs": [60.0, 70.0, 85.0, 1200.0]}

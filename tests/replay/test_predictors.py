@@ -7,6 +7,7 @@ from statistics import fmean, median, stdev
 
 import pytest
 
+from gateway.agent_trace import AgentTrace, TaskTrace
 from gateway.replay.predictors import (
     Beliefs,
     Exact,
@@ -20,7 +21,6 @@ from gateway.replay.predictors import (
     taught,
     waves,
 )
-from gateway.trace import AgentTrace, TaskTrace
 from predictor.cost import task_cost
 from predictor.features import is_kept
 from predictor.learned import Learned

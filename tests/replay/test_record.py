@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from gateway.agent_trace import AgentTrace, TaskTrace
 from gateway.replay.record import MEMORY_POINTS, Journey, Record, _VirtualTime
-from gateway.trace import AgentTrace, TaskTrace
 from predictor.types import FinishedTask
 
 

@@ -12,13 +12,13 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from engine.profile import StepProfile
-from gateway.fairness import POLICIES
+from engine.lab.profile import StepProfile
+from gateway.agent_trace import AgentTrace, Prefix, TaskTrace, TraceError
+from gateway.flowcontrol.fairqueue import POLICIES
 from gateway.replay.predictors import Beliefs, Exact, Noise, Serving, compute_cost
 from gateway.replay.record import MEMORY_EVERY
 from gateway.replay.results import AgentResult, Run, own_release
 from gateway.replay.simulation import ReleaseName, Setup, simulate
-from gateway.trace import AgentTrace, Prefix, TaskTrace, TraceError
 from predictor.cost import task_cost
 from predictor.learned import Learned
 

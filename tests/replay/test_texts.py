@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from gateway.agent_trace import AgentTrace
 from gateway.replay.agent_types import PAPER_TYPES, AgentType
 from gateway.replay.command import LEARN_FROM_SEEDS, load_past
 from gateway.replay.texts import HELD_OUT, TRAIN, write_tasks
@@ -25,7 +26,6 @@ from gateway.replay.texts.program import MOST_OUTPUT, Program
 from gateway.replay.texts.sides import COMMON_SHARE, Side, Voice
 from gateway.replay.texts.tokens import count_tokens
 from gateway.replay.traces import built_in, describe, paper, texts, texts_per_class
-from gateway.trace import AgentTrace
 from tests.replay.test_traces import all_tasks, of_class
 
 SIDES = (TRAIN, HELD_OUT)

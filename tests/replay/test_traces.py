@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from gateway.agent_trace import AgentTrace, TaskTrace, TraceError, read_trace, write_trace
 from gateway.replay import traces
 from gateway.replay.agent_types import (
     ITERATION_S,
@@ -24,7 +25,6 @@ from gateway.replay.agent_types import (
     AgentType,
 )
 from gateway.replay.traces import BUILT_IN, MICE_SHARE, MOUSE_COST, built_in, describe
-from gateway.trace import AgentTrace, TaskTrace, TraceError, read_trace, write_trace
 
 SPECS = (
     "paper:0:1",

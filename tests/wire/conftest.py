@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.identify import Identity
+from gateway.config.settings import GatewaySettings
 from gateway.parts import Parts
+from gateway.protocol.identify import Identity
 from gateway.server import RunningGateway, start_gateway
-from gateway.settings import GatewaySettings
 from tests.wire.scripted_engine import ScriptedEngine
 
 

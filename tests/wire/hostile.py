@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gateway.bench.processes import free_port, own_environment
+from gateway.demo.processes import free_port, own_environment
 
 CHAT = "/v1/chat/completions"
 START_S = 60.0
@@ -231,7 +231,7 @@ def gateway_process(engine: str, **settings: float | str) -> Iterator[GatewayPro
 def stand_in_engine(*arguments: str) -> Iterator[str]:
     """The URL of an engine that answers at once, a process of its own."""
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "gateway.bench.stand_in", "--port", str(port), *arguments])
+    process = subprocess.Popen([sys.executable, "-m", "tests.benchmarks.stand_in", "--port", str(port), *arguments])
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

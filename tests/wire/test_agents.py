@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gateway.fairness import AgentId
-from gateway.keys import Keys, KeysError, add_key, revoke_key
-from gateway.settings import TenantSettings
-from gateway.watch import KEYS_S
+from gateway.config.settings import TenantSettings
+from gateway.flowcontrol.fairqueue import AgentId
+from gateway.supervise import KEYS_S
+from gateway.tenancy.keys import Keys, KeysError, add_key, revoke_key
 from tests.wire.conftest import GatewayUnderTest, StartGateway
 from tests.wire.scripted_engine import ScriptedEngine, chunk, push, wait_for_word
 from tests.wire.scripted_engine import start as start_answer

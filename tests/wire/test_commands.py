@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from gateway.bench.processes import free_port
+from gateway.demo.processes import free_port
 from tests.conftest import LiveEngine
 from tests.wire.scripted_engine import ScriptedEngine, wait_for_word
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from gateway.bench.processes import free_port
+from gateway.demo.processes import free_port
 from tests.wire.scripted_engine import ScriptedEngine, Send, answer_at_once, chunk, push, start
 from tests.wire.test_commands import Command, justitia
 
@@ -192,13 +192,13 @@ async def test_a_second_signal_does_not_wait() -> None:
 SERVE = """
 import sys
 from engine.launcher import EngineSpec
-from gateway.cli import main
+from gateway.cli.main import main
 
 ENGINE = '''
 import sys
 sys.path.insert(0, sys.argv[2])
 import uvicorn
-from gateway.bench.stand_in import StandIn
+from tests.benchmarks.stand_in import StandIn
 uvicorn.run(StandIn(token_s=0.04), uds=sys.argv[1], log_level="warning")
 '''
 root, sys.argv = sys.argv[1], ["justitia", "serve"]

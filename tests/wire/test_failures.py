@@ -7,7 +7,7 @@ import asyncio
 import httpx
 import pytest
 
-from gateway.engine_client import EngineClient, Health
+from gateway.relay.engine_client import EngineClient, Health
 from tests.wire.conftest import GatewayUnderTest, StartGateway, running_gateway
 from tests.wire.scripted_engine import ScriptedEngine, chunk, push, wait_for_word
 from tests.wire.scripted_engine import start as start_answer

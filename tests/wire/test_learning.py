@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from gateway.body import parse_body
-from gateway.content import content_of
 from gateway.learning.export import traced
+from gateway.protocol.body import parse_body
+from gateway.protocol.texts import content_of
 from gateway.state import open_store
 from predictor.features import COLUMN, SCHEMA, is_kept
 from predictor.learned import Learned

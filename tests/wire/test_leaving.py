@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gateway.engine_http import KEEPALIVE_S
+from gateway.relay.engine_http import KEEPALIVE_S
 from tests.conftest import LiveEngine
 from tests.wire.conftest import GatewayUnderTest, StartGateway, running_gateway
 from tests.wire.leaver import Leaver

@@ -25,11 +25,11 @@ import msgspec
 import pytest
 import zmq
 
-import gateway.engine_client
+import gateway.relay.engine_client
 from engine.launcher import EngineState
 from engine.link import PROTOCOL, Report, inbox
-from gateway.bench.inversions import Recorder, recording
-from gateway.bench.processes import free_port
+from gateway.demo.processes import free_port
+from tests.benchmarks.inversions import Recorder, recording
 from tests.conftest import LiveEngine
 from tests.wire.conftest import GatewayUnderTest, running_gateway
 from tests.wire.test_real_engine import engine_core_pid
@@ -295,7 +295,7 @@ async def as_many_tasks_as(before: int) -> None:
 async def test_a_stopped_engine_counts_as_down_and_its_tasks_survive(
     engine: LiveEngine, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway.engine_client, "CONTROL_S", 1.0)  # else ten seconds are too short to be noticed
+    monkeypatch.setattr(gateway.relay.engine_client, "CONTROL_S", 1.0)  # else ten seconds are too short to be noticed
     async with gateway_here(engine) as here:
         tasks = len(asyncio.all_tasks())
         view = here.parts.engine

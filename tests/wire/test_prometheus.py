@@ -11,7 +11,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.bench.processes import free_port
+from gateway.demo.processes import free_port
 from tests.conftest import LiveEngine
 from tests.wire.conftest import running_gateway
 

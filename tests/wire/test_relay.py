@@ -7,8 +7,8 @@ import json
 import httpx
 import pytest
 
-from gateway.fairness import AgentId
-from gateway.relay import SMALL_BYTES
+from gateway.flowcontrol.fairqueue import AgentId
+from gateway.relay.relay import SMALL_BYTES
 from tests.wire.conftest import GatewayUnderTest, StartGateway
 from tests.wire.scripted_engine import DONE, ScriptedEngine, chunk, push, start, usage_chunk
 

@@ -22,11 +22,11 @@ import httpx
 import pytest
 
 from gateway.check import Checked
-from gateway.keys import Keys, add_key
-from gateway.problems import Wrong
+from gateway.config.problems import Wrong
+from gateway.config.settings import GatewaySettings, TenantSettings
+from gateway.config.sources import Reading
 from gateway.reload import Reloader, reloadable
-from gateway.settings import GatewaySettings, TenantSettings
-from gateway.sources import Reading
+from gateway.tenancy.keys import Keys, add_key
 from tests.wire.conftest import GatewayUnderTest, StartGateway
 from tests.wire.scripted_engine import ScriptedEngine, wait_for_word
 from tests.wire.test_commands import Command, justitia

@@ -14,9 +14,9 @@ import httpx
 import msgspec
 import pytest
 
-from gateway.bench.processes import free_port
-from gateway.keys import add_key
-from gateway.request_log import Line
+from gateway.demo.processes import free_port
+from gateway.telemetry.request_log import Line
+from gateway.tenancy.keys import add_key
 from tests.wire.conftest import StartGateway, running_gateway
 from tests.wire.scripted_engine import ScriptedEngine, push, wait_for_word
 from tests.wire.scripted_engine import start as start_answer

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.bench.processes import free_port
+from gateway.demo.processes import free_port
 from gateway.state import TenantUsage, open_store
 from predictor.cost import task_cost
 from tests.redis_server import RedisServer

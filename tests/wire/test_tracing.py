@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.launcher import EngineProcess, EngineSpec
-from gateway.observer import open_tracing
+from gateway.telemetry.request_span import open_tracing
 from tests.conftest import START_TIMEOUT_S
 from tests.wire.collector import Collector, Told
 from tests.wire.conftest import GatewayUnderTest, StartGateway, running_gateway
@@ -275,8 +275,8 @@ def test_the_gateway_does_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
 import asyncio, sys
 sys.modules["opentelemetry"] = None  # it cannot be imported
 from gateway.app import create_app
-from gateway.observer import NoOpenTelemetry
-from gateway.settings import GatewaySettings
+from gateway.telemetry.request_span import NoOpenTelemetry
+from gateway.config.settings import GatewaySettings
 
 async def main():
     settings = {"engine": "http://127.0.0.1:1", "state": "memory:"}
@@ -294,7 +294,7 @@ asyncio.run(main())
 
 
 def test_nothing_of_opentelemetry_is_loaded_unless_it_is_wanted() -> None:
-    assert printed("import gateway.cli, sys; print('opentelemetry' in sys.modules)") == "False\n"
+    assert printed("import gateway.cli.main, sys; print('opentelemetry' in sys.modules)") == "False\n"
 
 
 def test_no_endpoint_is_no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
+from gateway.agent_trace import TaskTrace
 from gateway.replay.agent_types import WORLD_THINK_S, AgentType
 from gateway.replay.texts.material import claim, code, equation, errand, household, problem, prose, record, title
 from gateway.replay.texts.program import MOST_OUTPUT, Program
 from gateway.replay.texts.sides import Side
-from gateway.trace import TaskTrace
 
 
 def write_tasks(kind: AgentType, name: str, side: Side, noise: float = 1.0) -> tuple[TaskTrace, ...]:
     """The tasks of one agent of this type. All follows from its name: the words, and apart from them its luck. `noise`: a
     factor on that; with 0 the tasks are exactly what the text implies."""
     # Seeded by words, not by hash(): that one differs from run to run.
-    words, luck = Random(f"words:{side.name}:{name}"), Random(f"luck:{side.name}:{name}")  # noqa: S311 - a workload, not a secret
+    words, luck = Random(f"words:{side.name}:{name}"), Random(f"luck:{side.name}:{name}")
     return tuple(_WRITERS[kind.name](Program(kind, words, luck, side, noise)))
 
 

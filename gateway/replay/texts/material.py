@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from gateway.bench.text import Topic, document, sentence
+from gateway.replay.texts.english import Topic, document, sentence
 from gateway.replay.texts.sides import Voice
 from gateway.replay.texts.tokens import count_tokens
 
-# Of the documents of `gateway.bench.text`, measured.
+# Of the documents of `gateway.replay.texts.english`, measured.
 TOKENS_PER_WORD = 1.33
 
 # fmt: off

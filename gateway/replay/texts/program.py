@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from random import Random
 
+from gateway.agent_trace import TaskTrace
 from gateway.replay.agent_types import MIN_OUTPUT, AgentType
 from gateway.replay.texts.common import COMMON
 from gateway.replay.texts.laws import (
@@ -28,7 +29,6 @@ from gateway.replay.texts.laws import (
 from gateway.replay.texts.material import SAID, prose, spelled, thoughts
 from gateway.replay.texts.sides import Side, Voice
 from gateway.replay.texts.tokens import count_tokens
-from gateway.trace import TaskTrace
 
 # With these, prompt and output of a task hardly ever come near the 3,000 tokens at which they would be cut.
 MOST_OUTPUT = 900

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
 
-from gateway.bench.text import Topic
+from gateway.replay.texts.english import Topic
 
 # How often an agent takes a wording that both sides know, where there are such.
 COMMON_SHARE = 0.5

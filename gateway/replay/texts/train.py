@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.bench.text import TOPICS
+from gateway.replay.texts.english import TOPICS
 from gateway.replay.texts.sides import Side, tool
 
 _TOOLS = {

@@ -1,0 +1,1 @@
+"""Flow control: who goes next, what it cost, and who is charged."""

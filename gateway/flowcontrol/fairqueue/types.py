@@ -1,0 +1,160 @@
+"""Units, and the things that the fair queue holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, NewType
+
+from gateway.flowcontrol.fairqueue.order import Order
+
+TenantId = NewType("TenantId", str)
+AgentId = NewType("AgentId", str)
+TaskId = NewType("TaskId", int)  # grows with arrival
+
+KvTokenIterations = NewType("KvTokenIterations", float)  # work: one token of KV held for one engine iteration
+Iterations = NewType("Iterations", float)  # the service clock τ
+VirtualTime = NewType("VirtualTime", float)  # work per unit of weight
+
+NO_TENANT = TenantId("")
+
+
+class QueueError(ValueError):
+    """A call that the queue does not allow in its present state. Nothing has changed."""
+
+
+class Task(NamedTuple):
+    """One inference request, as predicted at its arrival."""
+
+    id: TaskId
+    agent_id: AgentId
+    cost: KvTokenIterations  # ĉ
+    memory_tokens: float  # p + d̂: the KV it will hold at its end
+    prompt_tokens: float = 0.0  # p
+    sequences: int = 1  # that decode side by side
+
+
+class Spent(NamedTuple):
+    """What a task really took. The tokens are None where nobody knows more than the engine has told so far."""
+
+    cost: KvTokenIterations
+    prompt_tokens: float | None = None
+    output_tokens: float | None = None
+
+
+class Release(NamedTuple):
+    """A task to be sent to the engine now, with the rank that the engine is to honour: the smallest first."""
+
+    task: Task
+    rank: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseLimits:
+    """When the engine is full enough.
+
+    beta: the share of the KV cache that what is in flight may come to hold.
+    foresight: with it, the memory counts that will be held at worst, by the predicted lengths; without it, only what is
+        held now, which is how an engine admits that knows no lengths.
+    engine_waiting: tasks in the engine's own queue above which none is released; None for no limit.
+    in_flight: tasks at the engine at once (its `max_num_seqs`); None for no limit.
+    displace_margin: by how much a task at the engine has to come later for a more urgent one to be sent though it does not
+        fit, since the engine will displace the other; None if it does not displace. In units of rank.
+    """
+
+    beta: float = 1.0
+    foresight: bool = True
+    engine_waiting: int | None = 4
+    in_flight: int | None = None
+    displace_margin: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (
+            self.beta > 0
+            and (self.engine_waiting is None or self.engine_waiting >= 0)
+            and (self.in_flight is None or self.in_flight >= 1)
+        ):
+            raise ValueError(f"release limits out of range: {self}")
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A task at the engine, with what has been counted for it so far."""
+
+    task: Task
+    rank: float  # as the engine knows it
+    lasting_rank: float  # what it is to have where the policy does not revise
+    tenant_tag: VirtualTime  # S of its tenant when it was released
+    agent_released: KvTokenIterations  # of its agent's work, before it
+    prompt_tokens: float
+    output_tokens: float = 0.0
+    attained: KvTokenIterations = KvTokenIterations(0.0)
+
+
+@dataclass(slots=True, eq=False)
+class Tenant:
+    """Who owns agents: the outer level of sharing."""
+
+    id: TenantId
+    seq: int
+    weight: float
+    start_tag: VirtualTime = VirtualTime(0.0)  # outer virtual time up to which it has been served, by what was released
+    order: Order[AgentId] = field(default_factory=Order)  # its agents that wait
+
+
+@dataclass(slots=True, eq=False)
+class Agent:
+    """The tasks of one run of one program: the unit of fairness."""
+
+    id: AgentId
+    seq: int  # arrival order among agents
+    tenant: Tenant
+    weight: float
+    predicted: KvTokenIterations  # Ĉ
+    arrived: KvTokenIterations = KvTokenIterations(0.0)  # A: predicted costs of its tasks, true ones as they end
+    released: KvTokenIterations = KvTokenIterations(0.0)  # of A: what has left the queue
+    attained: KvTokenIterations = KvTokenIterations(0.0)  # of that: what the engine has done, as far as it has said
+    unfinished: KvTokenIterations = KvTokenIterations(0.0)  # of A: predicted costs of what waits and what is in flight
+    prompt_tokens: float = 0.0  # released
+    output_tokens: float = 0.0  # produced, as far as the engine has said
+    lift: float = 0.0  # a policy's own: see `vtc`
+    start_tag: VirtualTime = VirtualTime(0.0)  # S
+    idle_since: VirtualTime = VirtualTime(0.0)  # V when its last task ended
+    finish_tag: VirtualTime = VirtualTime(0.0)  # F
+    forming: bool = True  # none of its tasks has been released yet
+    waiting: dict[TaskId, Task] = field(default_factory=dict)
+    in_flight: dict[TaskId, Flight] = field(default_factory=dict)
+    order: Order[TaskId] = field(default_factory=Order)  # of its waiting tasks
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.in_flight)
+
+    def head(self) -> Task | None:
+        """The task of this agent that goes next."""
+        first = self.order.first()
+        return None if first is None else self.waiting[first]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Of an agent, as if what is unfinished of it had been given up unserved: all that the queue needs to put it back after a
+    restart. Tags are counted from the virtual time at which it had nothing left to do, neither here nor in the reference:
+    a restart ends the busy period, and V may begin anywhere."""
+
+    weight: float
+    predicted: KvTokenIterations  # Ĉ
+    served: KvTokenIterations  # A, all of it released and attained
+    start_tag: VirtualTime  # S
+    prompt_tokens: float
+    output_tokens: float
+    lift: float
+    forming: bool
+
+
+class Reservation(NamedTuple):
+    """The KV of an agent that waits for its tool, kept for it."""
+
+    agent: Agent
+    tokens: float
+    since: Iterations
+    until: Iterations
