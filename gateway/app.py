@@ -1,8 +1,9 @@
-"""The composition root: the only place that puts the parts together."""
+"""The composition root: the only place that puts the parts together, and gives each the few that it needs."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,30 +21,31 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.agents import agent_routes
-from gateway.api.inference import task_routes
+from gateway.api.inference import TaskRoute
 from gateway.api.openapi import describe
 from gateway.api.operations import operation_routes
+from gateway.api.passthrough import passing_routes
 from gateway.api.usage import usage_routes
 from gateway.config.settings import GatewaySettings, Live
-from gateway.flowcontrol.engine_state import EngineView
-from gateway.flowcontrol.fairqueue import POLICIES, FairQueue, ReleaseLimits
-from gateway.flowcontrol.feedback import Feedback
-from gateway.flowcontrol.quotas import DAY_S
-from gateway.flowcontrol.tool_waits import ToolWaits
+from gateway.flowcontrol import FlowController, Quotas
+from gateway.flowcontrol.fairqueue import POLICIES, FairQueue
 from gateway.http.reading import BodyBudget
 from gateway.learning.accuracy import Accuracy
+from gateway.learning.guarded import GuardedPredictor
+from gateway.learning.outcomes import Outcomes
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
-from gateway.parts import Parts
+from gateway.protocol.endpoints import ENDPOINTS
 from gateway.protocol.errors import outcome_of
-from gateway.protocol.identify import Roots
-from gateway.relay.dispatcher import Dispatcher
+from gateway.relay.dispatcher import Dispatcher, now
 from gateway.relay.engine_client import EngineClient
-from gateway.relay.relay import GATHERED_BYTES
+from gateway.relay.engine_monitor import EngineMonitor
+from gateway.relay.relay import GATHERED_BYTES, Engine
 from gateway.relay.responses import Background
-from gateway.state import Journal, Store, TenantUsage, UsageRow, open_store
-from gateway.state.types import HOUR_S
-from gateway.supervise import follow_link, keep_running, poll_metrics, sweep_agents, watch_health, watch_keys
+from gateway.reload import flow_options
+from gateway.restart import Restart
+from gateway.state import Journal, Store, open_store
+from gateway.supervise import keep_running, sweep_agents, watch_keys
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.request_log import open_request_log
 from gateway.telemetry.request_span import REQUEST_ID, UNKNOWN, Observer, open_tracing
@@ -56,7 +58,24 @@ logger = logging.getLogger(__name__)
 
 
 class Gateway(FastAPI):
-    """What clients ask for goes straight to who serves it: FastAPI's own way there takes as long as all the rest."""
+    """The application, and what it was composed of. Requests of clients go straight to their routes: FastAPI's own way there
+    takes as long as all the rest."""
+
+    live: Live
+    metrics: Metrics
+    tenants: Tenants
+    journal: Journal
+    predictor: Predictor
+    accuracy: Accuracy
+    flow: FlowController
+    outcomes: Outcomes
+    dispatcher: Dispatcher
+    client: EngineClient
+    learning: Learning
+    observer: Observer
+    bodies: BodyBudget  # of requests
+    gathered: BodyBudget  # of large answers
+    background: Background
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -81,137 +100,122 @@ async def create_app(
     client: EngineClient | None = None,
     predictor: Predictor | None = None,
     store: Store | None = None,
-) -> FastAPI:
+) -> Gateway:
     """The gateway for these settings; what is not given is made from them. Call it in the event loop that will serve. Raises
     `KeysError`, `RequestLogError`, and `NoOpenTelemetry`."""
     version = distribution_version("justitia")
-    engine = EngineView(settings.capacity_tokens, settings.max_in_flight)
-    limits = ReleaseLimits(beta=settings.beta, engine_waiting=settings.max_engine_waiting)
-    queue = FairQueue(POLICIES[settings.policy](), limits)
-    metrics = Metrics(CollectorRegistry(), version=version, policy=settings.policy)
-    predictor = predictor or Learned()
-    accuracy = Accuracy()
-    store = store or open_store(settings.state, settings.kept_agents)
-    journal = Journal(store, settings.journal_directory, kept_agents=settings.kept_agents)
-    waits = ToolWaits()
-    tenants = Tenants(
-        Keys.load(settings.keys_file),
-        settings.tenants,
-        max_waiting=settings.max_waiting,
-        max_waiting_bytes=settings.max_waiting_bytes,
+    app = Gateway(title="justitia", version=version)
+    app.live = Live(settings)
+    app.metrics = Metrics(CollectorRegistry(), version=version, policy=settings.policy)
+    app.tenants = Tenants(Keys.load(settings.keys_file), settings.tenants)
+    app.journal = Journal(
+        store or open_store(settings.state, settings.kept_agents),
+        settings.journal_directory,
+        kept_agents=settings.kept_agents,
     )
-    roots = Roots()
-    dispatcher = Dispatcher(queue, engine, tenants, waits=waits if settings.keep_kv else None)
-    observer = Observer(
-        metrics,
-        open_tracing(settings.otlp_endpoint, version, metrics.spans_dropped),
-        open_request_log(settings.request_log, metrics.log_dropped),
+    app.predictor = predictor or Learned()
+    guarded = GuardedPredictor(app.predictor, app.metrics)
+    app.accuracy = Accuracy()
+    app.flow = _flow(settings, guarded, app.tenants, app.journal.id)
+    app.outcomes = Outcomes(guarded, app.accuracy, app.metrics)
+    app.dispatcher = Dispatcher(app.flow, app.journal, app.metrics, app.outcomes)
+    key = None if settings.engine_key is None else settings.engine_key.get_secret_value()
+    tenants = app.tenants
+    app.client = client or EngineClient(settings.engine, key, relays_keys=lambda: not tenants.keys.configured)
+    app.learning = Learning(app.predictor, settings.models_directory, app.metrics)
+    app.observer = Observer(
+        app.metrics,
+        open_tracing(settings.otlp_endpoint, version, app.metrics.spans_dropped),
+        open_request_log(settings.request_log, app.metrics.log_dropped),
     )
-    parts = Parts(
-        queue=queue,
-        dispatcher=dispatcher,
-        engine=engine,
-        client=client
-        or EngineClient(
-            settings.engine,
-            None if settings.engine_key is None else settings.engine_key.get_secret_value(),
-            relays_keys=lambda: not tenants.keys.configured,
-        ),
-        tenants=tenants,
-        predictor=predictor,
-        feedback=Feedback(
-            queue,
-            predictor,
-            journal,
-            metrics,
-            accuracy,
-            now=lambda: engine.now,
-            waits=waits,
-            keep=dispatcher.keep,
-            correct=dispatcher.correct,
-            charge=partial(_charge, tenants, metrics),
-            tenant_weight=lambda tenant: tenants.named(tenant).weight,
-            restored=roots.restore,
-        ),
-        journal=journal,
-        metrics=metrics,
-        observer=observer,
-        accuracy=accuracy,
-        learning=Learning(predictor, settings.models_directory, metrics),
-        roots=roots,
-        bodies=BodyBudget(settings.max_held_bytes),
-        gathered=BodyBudget(GATHERED_BYTES),
-        background=Background(),
-        suspect=asyncio.Event(),
-        live=Live(settings),
-    )
-    app = Gateway(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
-    app.state.parts = parts
-    app.serve(task_routes(parts))
-    app.include_router(agent_routes(parts))
-    app.include_router(usage_routes(tenants, observer, store, parts.feedback.flush))
-    app.include_router(operation_routes(parts, version=version))
-    _answer_errors(app, observer)
+    app.bodies, app.gathered = BodyBudget(settings.max_held_bytes), BodyBudget(GATHERED_BYTES)
+    app.background = Background()
+    app.router.lifespan_context = _lifespan(app, settings)
+    _add_routes(app)
+    _answer_errors(app, app.observer)
     describe(app)
     return app
 
 
+def _flow(settings: GatewaySettings, predictor: GuardedPredictor, tenants: Tenants, journal: str) -> FlowController:
+    options = flow_options(settings)
+    quotas = Quotas(settings.max_waiting, settings.max_waiting_bytes)
+    quotas.set_limits(now(), tenants.limits)
+    queue = FairQueue(POLICIES[settings.policy](), options.limits)
+    flow = FlowController(queue, quotas, predictor, options, journal=journal)
+    flow.engine.declared_capacity_tokens = settings.capacity_tokens
+    flow.engine.declared_max_num_seqs = settings.max_in_flight
+    return flow
+
+
+def _add_routes(app: Gateway) -> None:
+    # Numbers that grow over restarts too, so that an engine which outlives the gateway never sees one twice.
+    numbers = itertools.count(time.time_ns())
+    engine = Engine(app.dispatcher, app.client, app.gathered, app.background, app.live)
+    tasks = [
+        Route(
+            endpoint.path,
+            TaskRoute(endpoint, numbers, engine, app.tenants, app.observer, app.bodies, app.live),
+            methods=["POST"],
+            name=endpoint.path,
+        )
+        for endpoint in ENDPOINTS
+    ]
+    app.serve([*tasks, *passing_routes(app.client, app.tenants, app.observer, app.bodies, app.live)])
+    app.include_router(agent_routes(app.dispatcher, app.tenants, app.observer))
+    app.include_router(usage_routes(app.tenants, app.observer, app.journal.store, app.journal.flush))
+    app.include_router(
+        operation_routes(
+            app.dispatcher, app.journal, app.accuracy, app.learning, app.live, version=app.version
+        )
+    )
+
+
 def _lifespan(
-    settings: GatewaySettings, parts: Parts, store: Store
+    app: Gateway, settings: GatewaySettings
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await parts.journal.start(partial(_recall, parts, store), parts.feedback.rewrite)
-        link = settings.link
-        watches: list[Callable[[], Awaitable[None]]] = [
-            partial(watch_health, parts),
-            parts.journal.run,
-            partial(follow_link, parts, link) if link is not None else partial(poll_metrics, parts),
-            partial(sweep_agents, parts),
-            partial(watch_keys, parts.tenants),
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        restart = Restart(app.dispatcher, app.journal, app.outcomes)
+        await app.journal.start(restart.recall, restart.rewrite)
+        monitor, link = EngineMonitor(app.dispatcher, app.client, app.metrics), settings.link
+        loops: list[Callable[[], Awaitable[None]]] = [
+            monitor.watch_health,
+            app.journal.run,
+            partial(monitor.follow_link, link) if link is not None else monitor.poll_metrics,
+            partial(sweep_agents, app.dispatcher, app.live),
+            partial(watch_keys, app.tenants, app.dispatcher),
         ]
-        watches += _learning_watches(settings, parts, store)
-        tasks = [asyncio.create_task(keep_running(watch)) for watch in watches]
+        loops += _learning_loops(app, settings)
+        tasks = [asyncio.create_task(keep_running(loop)) for loop in loops]
         yield
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await parts.background.cancel()
-        await parts.journal.close()
-        await store.close()
-        await parts.client.close()
-        await parts.observer.close()
+        await app.background.cancel()
+        await app.journal.close()
+        await app.journal.store.close()
+        await app.client.close()
+        await app.observer.close()
 
     return lifespan
 
 
-async def _recall(parts: Parts, store: Store) -> None:
-    """Raises `StateError`."""
-    now_s = int(time.time())
-    today = await store.usage(now_s - now_s % DAY_S, now_s + HOUR_S)
-    await parts.feedback.recall()
-    parts.tenants.restore(today)
-
-
-def _charge(tenants: Tenants, metrics: Metrics, tenant: str, used: TenantUsage) -> UsageRow:
-    row = tenants.charge(tenants.named(tenant), used)
-    metrics.charged(row)
-    return row
-
-
-def _learning_watches(settings: GatewaySettings, parts: Parts, store: Store) -> list[Callable[[], Awaitable[None]]]:
+def _learning_loops(app: Gateway, settings: GatewaySettings) -> list[Callable[[], Awaitable[None]]]:
     models = settings.models_directory
-    if models is None or parts.learning.learned is None:
+    if models is None or app.learning.learned is None:
         logger.info(
             "no models: %s", "the state is in memory (--state)" if models is None else "this predictor takes none"
         )
         return []
-    watches: list[Callable[[], Awaitable[None]]] = [parts.learning.watch]
+    loops: list[Callable[[], Awaitable[None]]] = [app.learning.watch]
     if settings.state == "memory:":
         logger.info("no models are trained: the state is in memory (--state)")
     else:
-        watches.append(Training(parts.live, models, store, parts.learning, parts.accuracy, parts.metrics).watch)
-    return watches
+        loops.append(
+            Training(app.live, models, app.journal.store, app.learning, app.accuracy, app.metrics).watch
+        )
+    return loops
 
 
 def _answer_errors(app: FastAPI, observer: Observer) -> None:

@@ -9,45 +9,57 @@ from typing import Any
 
 from gateway.check import Checked
 from gateway.config.problems import Wrong
-from gateway.config.settings import GatewaySettings
-from gateway.flowcontrol.fairqueue import POLICIES
-from gateway.parts import Parts
+from gateway.config.settings import GatewaySettings, Live
+from gateway.flowcontrol import Options
+from gateway.flowcontrol.fairqueue import POLICIES, ReleaseLimits
+from gateway.http.reading import BodyBudget
+from gateway.relay.dispatcher import Dispatcher
 from gateway.telemetry.logs import set_log_level
 from gateway.telemetry.metrics import ReloadOutcome
+from gateway.telemetry.request_span import Observer
 from gateway.tenancy.keys import KeysError
+from gateway.tenancy.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
 Check = Callable[[], Checked[Any]]
 
 
-def apply(parts: Parts, old: GatewaySettings, new: GatewaySettings) -> None:
-    """Put settings in the place of those that hold. What is looked at when it is needed needs no more than that."""
-    parts.live.settings = new
-    parts.engine.declared_capacity_tokens = new.capacity_tokens
-    parts.engine.declared_max_num_seqs = new.max_in_flight
-    parts.tenants.max_waiting, parts.tenants.max_waiting_bytes = new.max_waiting, new.max_waiting_bytes
-    parts.bodies.limit_bytes = new.max_held_bytes
-    policy = POLICIES[new.policy]() if new.policy != old.policy else None
-    parts.dispatcher.change(policy, beta=new.beta, engine_waiting=new.max_engine_waiting)
-    parts.metrics.policy_is(new.policy)
-    if new.log_level != old.log_level:
-        set_log_level(new.log_level)
+def flow_options(settings: GatewaySettings) -> Options:
+    """The part of the settings that flow control follows."""
+    return Options(
+        limits=ReleaseLimits(beta=settings.beta, engine_waiting=settings.max_engine_waiting),
+        max_queue_s=settings.max_queue_s,
+        agent_idle_s=settings.agent_idle_s,
+        keep_kv=settings.keep_kv,
+    )
 
 
 class Reloader:
-    """begun: what the gateway was started with. check: reads it anew; it may block."""
+    """Reads the settings anew when asked, and puts them in the place of those that hold."""
 
-    def __init__(self, parts: Parts, begun: Checked[Any], check: Check) -> None:
-        self._parts, self._check = parts, check
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        tenants: Tenants,
+        bodies: BodyBudget,
+        observer: Observer,
+        live: Live,
+        begun: Checked[Any],
+        check: Check,
+    ) -> None:
+        """begun: what the gateway was started with. check: reads it anew; it may block."""
+        self._dispatcher, self._tenants, self._bodies = dispatcher, tenants, bodies
+        self._observer, self._live, self._check = observer, live, check
+        self._metrics = observer.metrics
         self._given: GatewaySettings = begun.settings
         self._asked = False
         self._running: asyncio.Task[None] | None = None
 
     def ask(self) -> None:
-        """Soon; the request log's file is opened anew at once. Who asks while the settings are being read has them read once
-        more, since they may have changed meanwhile."""
-        self._parts.observer.reopen()
+        """Reads the settings soon, and opens the request log's file anew at once. If they are being read already, they are read
+        once more, since they may have changed meanwhile."""
+        self._observer.reopen()
         self._asked = True
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(self._run())
@@ -61,7 +73,7 @@ class Reloader:
                 self._refuse(wrong)
             except Exception:
                 logger.exception("the settings could not be read")
-                self._parts.metrics.reloaded(ReloadOutcome.REFUSED)
+                self._metrics.reloaded(ReloadOutcome.REFUSED)
 
     def _take(self, checked: Checked[Any]) -> None:
         """Raises `Wrong`; then nothing has changed."""
@@ -72,21 +84,36 @@ class Reloader:
             why = "cannot change while the gateway serves: it needs a restart"
             raise Wrong(checked.reading.problem((name,), why) for name in fixed)
         try:
-            self._parts.tenants.replace(checked.keys, new.tenants)
+            self._tenants.replace(checked.keys, new.tenants)
         except KeysError as error:
             raise Wrong([checked.reading.problem(("keys",), str(error))]) from error
-        now = self._parts.settings
-        apply(self._parts, now, now.model_copy(update={name: getattr(new, name) for name in changed}))
+        held = self._live.settings
+        self._apply(held, held.model_copy(update={name: getattr(new, name) for name in changed}))
         self._given = new
-        self._parts.metrics.reloaded(ReloadOutcome.APPLIED)
+        self._metrics.reloaded(ReloadOutcome.APPLIED)
         logger.info(
             "settings reloaded: %s", ", ".join(_change(name, old, new) for name in changed) or "none has changed"
         )
         for note in checked.notes:
             logger.info("%s", note)
 
+    def _apply(self, old: GatewaySettings, new: GatewaySettings) -> None:
+        """What is read when it is needed follows `live`; the rest is set here."""
+        self._live.settings = new
+        flow = self._dispatcher.flow
+        flow.engine.declared_capacity_tokens = new.capacity_tokens
+        flow.engine.declared_max_num_seqs = new.max_in_flight
+        flow.quotas.max_waiting, flow.quotas.max_waiting_bytes = new.max_waiting, new.max_waiting_bytes
+        self._dispatcher.set_limits(self._tenants.limits)
+        self._bodies.limit_bytes = new.max_held_bytes
+        policy = POLICIES[new.policy]() if new.policy != old.policy else None
+        self._dispatcher.change(flow_options(new), policy)
+        self._metrics.policy_is(new.policy)
+        if new.log_level != old.log_level:
+            set_log_level(new.log_level)
+
     def _refuse(self, wrong: Wrong) -> None:
-        self._parts.metrics.reloaded(ReloadOutcome.REFUSED)
+        self._metrics.reloaded(ReloadOutcome.REFUSED)
         logger.error("settings not reloaded, nothing has changed:")
         for problem in wrong.problems:
             logger.error("%s", problem)

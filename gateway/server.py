@@ -15,11 +15,10 @@ from typing import Any
 
 import uvicorn
 
-from gateway.app import create_app
+from gateway.app import Gateway, create_app
 from gateway.check import Checked
 from gateway.config.settings import GatewaySettings
 from gateway.http.connections import ConnectionLimits, Connections
-from gateway.parts import Parts
 from gateway.reload import Check, Reloader
 from gateway.supervise import keep_running
 
@@ -40,7 +39,7 @@ class GatewayServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
         super().__init__(config)
         self._connections = connections
-        self._parts: Parts = config.app.state.parts  # type: ignore[union-attr]  # the FastAPI app that we made
+        self._app: Gateway = config.app  # type: ignore[assignment]  # the one that we made
         self._cut_off = asyncio.Event()
 
     @contextlib.contextmanager
@@ -51,7 +50,7 @@ class GatewayServer(uvicorn.Server):
     def stop(self) -> None:
         """Begin to end, at once: uvicorn looks at its flag now and then only."""
         self.should_exit = True
-        self._parts.dispatcher.begin_drain(self._parts.settings.drain_s)
+        self._app.dispatcher.begin_drain(self._app.live.settings.drain_s)
         self._connections.drain()
 
     def cut_off(self) -> None:
@@ -66,11 +65,11 @@ class GatewayServer(uvicorn.Server):
             sweeping.cancel()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        dispatcher = self._parts.dispatcher
-        queue = dispatcher.queue
+        dispatcher = self._app.dispatcher
+        queue = dispatcher.flow.queue
         logger.info("shutting down: %d waiting, %d in flight", queue.waiting, queue.in_flight)
         cut_off = asyncio.create_task(self._cut_off.wait())
-        await self._drained_or(cut_off, self._parts.settings.drain_s)
+        await self._drained_or(cut_off, self._app.live.settings.drain_s)
         cut_off.cancel()
         if queue.waiting:
             logger.warning("%d tasks that wait are handed back", queue.waiting)
@@ -89,7 +88,7 @@ class GatewayServer(uvicorn.Server):
         drained.cancel()
 
     async def _drained(self) -> None:
-        await self._parts.dispatcher.drained()
+        await self._app.dispatcher.drained()
         while self._connections.answering:  # noqa: ASYNC110  # a buffer tells nobody that it is empty
             await asyncio.sleep(POLL_S)
 
@@ -103,7 +102,7 @@ class RunningGateway:
 
     def __init__(self, server: GatewayServer, url: str, served: asyncio.Task[None]) -> None:
         self.url = url
-        self.parts: Parts = server.config.app.state.parts  # type: ignore[union-attr]  # the FastAPI app that we made
+        self.app: Gateway = server.config.app  # type: ignore[assignment]  # the one that we made
         self.served = served
         self._server = server
 
@@ -114,7 +113,8 @@ class RunningGateway:
 
     def reload_on_hangup(self, begun: Checked[Any], check: Check) -> None:
         """SIGHUP has the settings read anew. Where it says that our terminal is gone, it stops the gateway."""
-        reloader = Reloader(self.parts, begun, check)
+        app = self.app
+        reloader = Reloader(app.dispatcher, app.tenants, app.bodies, app.observer, app.live, begun, check)
         ours = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()  # it is ignored under nohup
 
         def hung_up() -> None:
@@ -127,8 +127,8 @@ class RunningGateway:
 
     async def engine_is_seen(self) -> None:
         """Until the gateway knows that its engine serves: from then on it takes tasks."""
-        self.parts.suspect.set()  # it looks at once
-        while not self.parts.engine.up:  # noqa: ASYNC110  # nobody waits for that but who starts both
+        self.app.dispatcher.engine_in_doubt.set()  # it looks at once
+        while not self.app.flow.engine.up:  # noqa: ASYNC110  # nobody waits for that but who starts both
             await asyncio.sleep(POLL_S)
 
     async def stop(self) -> None:
@@ -162,7 +162,7 @@ async def start_gateway(settings: GatewaySettings) -> RunningGateway:
         raise
     _collect_seldom()
     limits = ConnectionLimits(open_files_for(settings.max_connections), settings.keep_alive_s, settings.client_stall_s)
-    metrics = app.state.parts.metrics
+    metrics = app.metrics
     connections = Connections(limits, metrics.connection_cut_off)
     metrics.count_connections(lambda: len(connections))
     config = uvicorn.Config(

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from predictor.features import Sketch
 
 
+# The source of a prediction that no predictor made.
+NO_SOURCE = "none"
+
+
 class TaskContent(msgspec.Struct, frozen=True):
     """What a request says of itself. Never what only the future knows.
 

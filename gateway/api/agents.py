@@ -14,44 +14,44 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from gateway.api.instrumented import caller, own_routes
-from gateway.flowcontrol.agents import AgentRecord, agent_id_of
+from gateway.flowcontrol import FlowController, LiveAgent, agent_id_of
 from gateway.flowcontrol.fairqueue import Agent, AgentId, TenantId
-from gateway.parts import Parts
 from gateway.protocol.errors import AgentCancelled, NotFound
-from gateway.tenancy.tenants import Tenant
+from gateway.relay.dispatcher import Dispatcher
+from gateway.telemetry.request_span import Observer
+from gateway.tenancy.tenants import Tenant, Tenants
 
 # Seconds that the tasks of an agent that is ended are given to break off, before its end is answered for.
 END_S = 5.0
 
 
-def agent_routes(parts: Parts) -> APIRouter:
-    router = own_routes(parts.observer)
+def agent_routes(dispatcher: Dispatcher, tenants: Tenants, observer: Observer) -> APIRouter:
+    router, flow = own_routes(observer), dispatcher.flow
 
     @router.get("/v1/agents")
     async def agents(request: Request) -> dict[str, Any]:
         """Waiting ones first, in the order in which they will be served."""
-        who = caller(request, parts.tenants)
-        sees_all = parts.tenants.sees_all(who)
-        records = [r for r in parts.feedback.records.values() if sees_all or r.tenant == who.name]
+        tenant = caller(request, tenants)
+        sees_all = tenants.sees_all(tenant)
+        seen = [agent for agent in flow.agents if sees_all or agent.record.tenant == tenant.name]
         return {
             "object": "list",
-            "virtual_time": parts.queue.virtual_time(TenantId(who.name)),
-            "data": _views(parts, records),
+            "virtual_time": flow.queue.virtual_time(TenantId(tenant.name)),
+            "data": _views(flow, seen),
         }
 
     @router.get("/v1/agents/{name:path}")
     async def agent(request: Request, name: str, tenant: str | None = None) -> dict[str, Any]:
-        """tenant: whose it is, for those who see all."""
-        (view,) = _views(parts, [_find(parts, caller(request, parts.tenants), name, tenant)])
+        """tenant: of the agent, for callers that see all."""
+        (view,) = _views(flow, [_find(flow, tenants, caller(request, tenants), name, tenant)])
         return view
 
     @router.delete("/v1/agents/{name:path}", responses={202: {"description": "Some of its tasks have not ended yet."}})
     async def end_agent(request: Request, name: str, tenant: str | None = None) -> JSONResponse:
         """Its tasks are broken off, waiting and in flight, and are charged what they held. 202 if they take their time. A task
         that comes later begins a new agent."""
-        record = _find(parts, caller(request, parts.tenants), name, tenant)
-        ends = parts.dispatcher.abort(record.id, AgentCancelled("the agent of this task was ended"))
-        parts.feedback.dismissed(record)
+        found = _find(flow, tenants, caller(request, tenants), name, tenant)
+        ends = dispatcher.end_agent(found, AgentCancelled("the agent of this task was ended"))
         if ends:
             await asyncio.wait(ends, timeout=END_S)
         has_ended = all(end.done() for end in ends)
@@ -99,28 +99,31 @@ def _to_come(agent: Agent) -> float:
     return max(0.0, agent.predicted - agent.released)
 
 
-def _find(parts: Parts, who: Tenant, name: str, tenant: str | None) -> AgentRecord:
+def _find(flow: FlowController, tenants: Tenants, caller: Tenant, name: str, tenant: str | None) -> LiveAgent:
     """Raises `NotFound`."""
-    whose = who.name if tenant is None else tenant
-    if whose == who.name or parts.tenants.sees_all(who):
-        record = parts.feedback.records.get(agent_id_of(whose, name))
-        if record is not None:
-            return record
+    owner = caller.name if tenant is None else tenant
+    if owner == caller.name or tenants.sees_all(caller):
+        agent = flow.agents.by_id.get(agent_id_of(owner, name))
+        if agent is not None:
+            return agent
     raise NotFound(f"there is no agent {name[:255]!r}")
 
 
-def _views(parts: Parts, records: Iterable[AgentRecord]) -> list[dict[str, Any]]:
-    waiting = list(parts.queue.in_order())
+def _views(flow: FlowController, agents: Iterable[LiveAgent]) -> list[dict[str, Any]]:
+    waiting = list(flow.queue.in_order())
     places = {agent.id: place for place, agent in enumerate(waiting)}
-    finishes = estimated_finishes(parts.queue.agents.values(), waiting, parts.dispatcher.rate.per_s())
-    in_order = sorted(records, key=lambda record: (places.get(record.id, len(places)), record.first_arrival_s))
-    return [_view(parts, record, places.get(record.id), finishes.get(record.id)) for record in in_order]
+    finishes = estimated_finishes(flow.queue.agents.values(), waiting, flow.engine.rate.per_s())
+    in_order = sorted(agents, key=lambda agent: (places.get(agent.id, len(places)), agent.first_arrival_s))
+    return [_view(flow, agent, places.get(agent.id), finishes.get(agent.id)) for agent in in_order]
 
 
-def _view(parts: Parts, record: AgentRecord, position: int | None, estimated_finish_s: float | None) -> dict[str, Any]:
+def _view(
+    flow: FlowController, live: LiveAgent, position: int | None, estimated_finish_s: float | None
+) -> dict[str, Any]:
     """Costs in KV token·iterations, tags in token·iterations per unit of weight. position: among all that wait."""
-    agent = parts.queue.agents.get(record.id)
-    view: dict[str, Any] = {
+    agent, record = flow.queue.agents[live.id], live.record
+    prediction = record.prediction
+    return {
         "object": "agent",
         "id": record.name,
         "source": record.source,
@@ -128,21 +131,21 @@ def _view(parts: Parts, record: AgentRecord, position: int | None, estimated_fin
         "tenant": record.tenant,
         "state": state_of(agent),
         "final": record.final,
-        "tasks": {"arrived": record.tasks_arrived, "waiting": 0, "in_flight": 0, "ended": len(record.tasks)},
+        "tasks": {
+            "arrived": live.arrived,
+            "waiting": len(agent.waiting),
+            "in_flight": len(agent.in_flight),
+            "ended": record.settled,
+        },
         "position": position,
         "estimated_finish_s": estimated_finish_s,
-        "observed_cost": sum(task.cost for task in record.tasks),
-        "held_tokens": parts.engine.agents.get(record.id, 0.0),
+        "observed_cost": live.cost_ended,
+        "held_tokens": flow.engine.agents.get(live.id, 0.0),
+        "weight": agent.weight,
+        "predicted_cost": agent.predicted,
+        "predicted_p90": None if prediction is None else max(prediction.p90, agent.predicted),
+        "predicted_by": None if prediction is None else prediction.source,
+        "arrived_cost": agent.arrived,
+        "finish_tag": agent.finish_tag,
+        "backlog_tag": flow.queue.backlog_tag(agent.id),
     }
-    if agent is not None:
-        view["tasks"] |= {"waiting": len(agent.waiting), "in_flight": len(agent.in_flight)}
-        view |= {
-            "weight": agent.weight,
-            "predicted_cost": agent.predicted,
-            "predicted_p90": None if record.prediction is None else max(record.prediction.p90, agent.predicted),
-            "predicted_by": None if record.prediction is None else record.prediction.source,
-            "arrived_cost": agent.arrived,
-            "finish_tag": agent.finish_tag,
-            "backlog_tag": parts.queue.backlog_tag(agent.id),
-        }
-    return view

@@ -1,56 +1,57 @@
-"""The endpoints that clients use: a request comes in, is identified, and is then relayed, in its turn.
+"""The endpoints of tasks: a request is read and identified, and is then relayed, in its turn.
 
-They are ASGI of our own among FastAPI's routes: what FastAPI does for a request costs as much as all the rest of it.
+They are ASGI applications of our own among FastAPI's routes: FastAPI's work for a request costs as much as all the rest of it.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Iterator
 
 import msgspec
-from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.passthrough import passing_routes
+from gateway.config.settings import Live
+from gateway.flowcontrol import Arriving
 from gateway.flowcontrol.fairqueue import TaskId
-from gateway.http.reading import ClientGone, HeldBody, headers_of, read_body
+from gateway.http.reading import BodyBudget, ClientGone, HeldBody, headers_of, read_body
 from gateway.http.writing import send_error
-from gateway.parts import Parts
 from gateway.protocol.body import Body, parse_body
 from gateway.protocol.dialects import RESPONSES
-from gateway.protocol.endpoints import ENDPOINTS, Endpoint
+from gateway.protocol.endpoints import Endpoint
 from gateway.protocol.errors import GatewayError, InvalidRequest, Outcome
 from gateway.protocol.identify import identify
-from gateway.relay.relay import Relay, TaskRequest
+from gateway.protocol.texts import content_of
+from gateway.relay.relay import Engine, Relay, TaskRequest
 from gateway.relay.responses import answer_id, owns
-from gateway.telemetry.request_span import RequestSpan
+from gateway.telemetry.request_span import Observer, RequestSpan
+from gateway.tenancy.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
 
-def task_routes(parts: Parts) -> list[Route]:
-    # Numbers that grow over restarts too, so that an engine which outlives the gateway never sees one twice.
-    numbers = itertools.count(time.time_ns())
-    tasks = [
-        Route(endpoint.path, TaskRoute(parts, endpoint, numbers), methods=["POST"], name=endpoint.path)
-        for endpoint in ENDPOINTS
-    ]
-    return [*tasks, *passing_routes(parts)]
-
-
 class TaskRoute:
-    """One endpoint, as an ASGI application."""
+    """One endpoint of tasks, as an ASGI application."""
 
-    def __init__(self, parts: Parts, endpoint: Endpoint, numbers: Iterator[int]) -> None:
-        self._parts, self._endpoint, self._numbers = parts, endpoint, numbers
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        numbers: Iterator[int],
+        engine: Engine,
+        tenants: Tenants,
+        observer: Observer,
+        bodies: BodyBudget,
+        live: Live,
+    ) -> None:
+        self._endpoint, self._numbers = endpoint, numbers
+        self._engine, self._tenants, self._observer = engine, tenants, observer
+        self._bodies, self._live = bodies, live
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_s = time.monotonic()
         headers = headers_of(scope)
-        span = self._parts.observer.begins("POST", self._endpoint.path, headers, scope["headers"], arrived_s)
+        span = self._observer.begins("POST", self._endpoint.path, headers, scope["headers"], arrived_s)
         try:
             request = await self._request(headers, receive, arrived_s, span)
         except GatewayError as error:
@@ -61,13 +62,13 @@ class TaskRoute:
             logger.exception("a request failed")
             await self._refuse(GatewayError("internal error"), span, send)
         else:
-            await Relay(self._parts, request).serve(scope, send)
+            await Relay(self._engine, request).serve(scope, send)
 
     async def _request(
         self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan
     ) -> TaskRequest:
         """Raises `GatewayError`, or `ClientGone`."""
-        held = HeldBody(self._parts.bodies)
+        held = HeldBody(self._bodies)
         try:
             return await self._read(headers, receive, arrived_s, span, held)
         except BaseException:
@@ -77,34 +78,37 @@ class TaskRoute:
     async def _read(
         self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan, held: HeldBody
     ) -> TaskRequest:
-        parts = self._parts
-        tenant = parts.tenants.authenticate(headers)
+        tenant = self._tenants.authenticate(headers)
         span.authenticated(tenant.name)
-        body = parse_body(await read_body(receive, headers, parts.settings.max_body_bytes, held), self._endpoint)
+        max_bytes = self._live.settings.max_body_bytes
+        body = parse_body(await read_body(receive, headers, max_bytes, held), self._endpoint)
         identity = identify(headers, body.fields)
         keeps = self._endpoint.dialect is RESPONSES
         if keeps:
             _must_own(tenant.name, body)
         task_id = TaskId(next(self._numbers))
         name = identity.name or f"task-{task_id}"
-        weight = parts.tenants.weight_of(tenant, identity.weight)
-        root = parts.roots.fold(tenant.name, name, identity.parent)
-        record = parts.feedback.arrived(tenant.name, root, identity)
-        span.identified(record, task_id, body)
-        final = identity.name is None or (identity.final and root == name)
-        return TaskRequest(
+        roots = self._engine.dispatcher.flow.agents.roots
+        root = roots.root_of(tenant.name, name, identity.parent)
+        arriving = Arriving(
             id=task_id,
-            body=body,
-            headers=headers,
-            tenant=tenant,
-            record=record,
-            weight=weight,
+            tenant=tenant.name,
+            agent=root,
+            source=identity.source,
+            content=content_of(body),
+            alias=name if name != root else None,
+            agent_class=identity.agent_class,
+            weight=self._tenants.weight_of(tenant, identity.weight),
+            expected_tasks=identity.expected_tasks,
+            final=identity.name is None or (identity.final and root == name),
+            prompts=body.prompts,
+            decodes=self._endpoint.decodes,
+            counted=self._endpoint.xargs,
+            body_bytes=body.size,
             arrived_s=arrived_s,
-            final=final,
-            span=span,
-            held=held,
-            answer_id=answer_id(tenant.name) if keeps else None,
         )
+        span.identified(arriving, body)
+        return TaskRequest(arriving, body, headers, span, held, answer_id(tenant.name) if keeps else None)
 
     async def _refuse(self, error: GatewayError, span: RequestSpan, send: Send) -> None:
         """It never becomes a task."""

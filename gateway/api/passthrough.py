@@ -13,7 +13,6 @@ from starlette.types import Receive, Scope, Send
 from gateway.http import writing as answers
 from gateway.http.disconnect import Client
 from gateway.http.reading import ClientGone, HeldBody, headers_of, read_body
-from gateway.parts import Parts
 from gateway.protocol.dialects import ANTHROPIC, OPENAI, Dialect
 from gateway.protocol.errors import EngineLost, GatewayError, NoEngine, NotFound, Outcome, QueueFull, outcome_of
 from gateway.relay.engine_client import EVENTS, EngineUnreachable
@@ -45,12 +44,14 @@ PASSED = (
 )
 
 
-def passing_routes(parts: Parts) -> list[Route]:
+def passing_routes(
+    client: EngineClient, tenants: Tenants, observer: Observer, bodies: BodyBudget, live: Live
+) -> list[Route]:
     at_once = AtOnce()
     return [
         Route(
             passed.path,
-            Passing(parts, passed, at_once),
+            Passing(passed, at_once, client, tenants, observer, bodies, live),
             methods=[passed.method],
             name=f"{passed.method} {passed.path}",
         )
@@ -66,12 +67,22 @@ class AtOnce:
 class Passing:
     """One endpoint, as an ASGI application."""
 
-    def __init__(self, parts: Parts, passed: Passed, at_once: AtOnce) -> None:
-        self._parts, self._passed, self._at_once = parts, passed, at_once
+    def __init__(
+        self,
+        passed: Passed,
+        at_once: AtOnce,
+        client: EngineClient,
+        tenants: Tenants,
+        observer: Observer,
+        bodies: BodyBudget,
+        live: Live,
+    ) -> None:
+        self._passed, self._at_once, self._client = passed, at_once, client
+        self._tenants, self._observer, self._bodies, self._live = tenants, observer, bodies, live
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_s, headers, passed = time.monotonic(), headers_of(scope), self._passed
-        span = self._parts.observer.begins(passed.method, passed.path, headers, scope["headers"], arrived_s)
+        span = self._observer.begins(passed.method, passed.path, headers, scope["headers"], arrived_s)
         outcome = Outcome.CANCELLED
         self._at_once.requests += 1
         try:
@@ -99,7 +110,7 @@ class Passing:
         """Raises `GatewayError`, and `ClientGone`."""
         if self._at_once.requests > MAX_AT_ONCE:
             raise QueueFull(f"{MAX_AT_ONCE} requests of such a kind are being served already", retry_after_s=1)
-        tenant = self._parts.tenants.authenticate(headers)
+        tenant = self._tenants.authenticate(headers)
         span.authenticated(tenant.name)
         path = self._passed.path
         if (answer_id := scope.get("path_params", {}).get("id")) is not None:
@@ -108,9 +119,9 @@ class Passing:
             path = path.format(id=answer_id)
         if query := scope["query_string"]:
             path += "?" + query.decode("latin-1")
-        held = HeldBody(self._parts.bodies)
+        held = HeldBody(self._bodies)
         try:
-            body = await read_body(receive, headers, self._parts.settings.max_body_bytes, held)
+            body = await read_body(receive, headers, self._live.settings.max_body_bytes, held)
             return await self._relay_until_left(path, body, headers, scope, send, span)
         finally:
             held.release()
@@ -131,7 +142,7 @@ class Passing:
     async def _relay(self, path: str, body: bytes, headers: dict[str, str], send: Send, span: RequestSpan) -> Outcome:
         span.asks_engine(headers)
         try:
-            answer = await self._parts.client.ask(self._passed.method, path, body, headers)
+            answer = await self._client.ask(self._passed.method, path, body, headers)
         except EngineUnreachable as error:
             raise NoEngine(error.message, retry_after_s=5) from error
         try:

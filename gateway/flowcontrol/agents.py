@@ -1,13 +1,26 @@
-"""What is known of an agent while it lives, and how it is kept over a restart."""
+"""The agents that have not ended: what is known of each, its sub-agents, and for how long it has been idle.
+
+What grows is bounded for each tenant: an agent that never ends keeps sums instead of its tasks, and a tenant that starts
+agents without end has its longest idle ones ended.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from gateway.flowcontrol.fairqueue import AgentId, Iterations, Standing
-from gateway.state import AgentState
-from predictor.features import SCHEMA, Sketch
-from predictor.types import AgentPrediction, AgentProgress, FinishedTask
+from gateway.flowcontrol.fairqueue import AgentId, Iterations, TaskId
+from gateway.flowcontrol.records import AgentRecord
+from predictor.features import Sketch
+from predictor.types import AgentProgress, FinishedTask
+
+# Names of sub-agents that are remembered: of a tenant, and, over a restart, of an agent.
+MAX_NAMES, MAX_ALIASES = 10_000, 256
+# Idle agents of a tenant.
+MAX_IDLE = 10_000
+# Tasks of an agent that are kept to learn from. An id with more is a service's, and no agent's.
+MAX_TASKS = 4096
 
 
 def agent_id_of(tenant: str, name: str) -> AgentId:
@@ -15,106 +28,143 @@ def agent_id_of(tenant: str, name: str) -> AgentId:
     return AgentId(f"{tenant}/{name}")
 
 
-@dataclass(slots=True)
-class AgentRecord:
-    """Times in seconds of a monotonic clock, but for `idle_since`: iterations of the service clock. run: the name that the
-    store has for it. schema: of the rows of its tasks, if they are of one."""
+@dataclass(slots=True, eq=False)
+class LiveAgent:
+    """An agent while it lives: its record, and what only this process needs."""
 
     id: AgentId
-    name: str  # what the client calls it
-    source: str
-    agent_class: str | None
-    tenant: str
-    first_arrival_s: float
-    last_end_s: float
-    arrived_at: float  # the same as `first_arrival_s`, in seconds since 1970
-    run: str
-    schema: str = SCHEMA
-    aliases: set[str] = field(default_factory=set)  # its sub-agents
-    tasks_arrived: int = 0
-    tasks_settled: int = 0  # answered, or not
-    final: bool = False
-    whole: bool = True  # every task so far was answered: only then its cost says what such an agent costs
-    predicted: float | None = None  # Ĉ at its first release
-    prediction: AgentPrediction | None = None  # at the last of its arrivals
-    judged: AgentPrediction | None = None  # the one by which it was first released
-    awaited: int = 0  # tasks that have ended, and of which the engine has not said yet what they held
+    record: AgentRecord
+    first_arrival_s: float  # on the monotonic clock
+    last_end_s: float  # the same, of its last task; its first arrival while none has ended
+    arrived: int = 0  # tasks
+    awaited: int = 0  # completed tasks whose KV the engine has not reported yet
     idle_since: Iterations | None = None  # it waits for its tool, or has ended
-    tasks: list[FinishedTask] = field(default_factory=list)
-    tasks_accepted: int = 0
-    cost_ended: float = 0.0  # of `tasks`
-    returns: int = 0  # how often it came back after it had nothing left to do
-    expected_tasks: int | None = None
+    cost_ended: float = 0.0  # of its completed tasks, in KV token·iterations
+    tasks: list[FinishedTask] = field(default_factory=list)  # the completed ones, without texts
     opening: Sketch | None = None  # of its first task, and of its last
     latest: Sketch | None = None
 
-    def progress(self, cost_arrived: float) -> AgentProgress:
+    def progress(
+        self, cost_arrived: float, agent_class: str | None = None, expected_tasks: int | None = None
+    ) -> AgentProgress:
+        """cost_arrived: of all that has arrived, in KV token·iterations, true where it is known. agent_class, expected_tasks:
+        of a task that arrives, if they are not known yet, or have changed."""
+        record = self.record
         return AgentProgress(
-            self.agent_class,
-            self.tenant,
-            self.tasks_accepted,
-            len(self.tasks),
+            record.agent_class or agent_class,
+            record.tenant,
+            self.arrived,
+            record.answered,
             cost_arrived,
             self.cost_ended,
-            self.returns,
-            self.expected_tasks,
+            record.returns,
+            expected_tasks or record.expected_tasks,
             self.opening,
             self.latest,
         )
 
+    def complete(self, task: FinishedTask) -> int:
+        """Counts a completed task, and returns its place among them."""
+        place = self.record.answered
+        self.record.answered += 1
+        self.cost_ended += task.cost
+        if place < MAX_TASKS:
+            self.tasks.append(task)
+        else:
+            self.tasks.clear()
+            self.record.whole = False
+        return place
 
-def state_of(record: AgentRecord, standing: Standing, journal: str) -> AgentState:
-    """Without its tasks, which are written once each, and without the sketches: the next task that comes is its opening then.
-    journal: whose writes it."""
-    return AgentState(
-        run=record.run,
-        journal=journal,
-        id=record.id,
-        name=record.name,
-        tenant=record.tenant,
-        source=record.source,
-        standing=standing,
-        arrived_at=record.arrived_at,
-        last_end_at=record.arrived_at + record.last_end_s - record.first_arrival_s,
-        settled=record.tasks_settled,
-        answered=len(record.tasks),
-        agent_class=record.agent_class,
-        final=record.final,
-        whole=record.whole,
-        returns=record.returns,
-        expected_tasks=record.expected_tasks,
-        predicted=record.predicted,
-        prediction=record.prediction,
-        judged=record.judged,
-        schema=record.schema,
-        aliases=sorted(record.aliases),
-    )
+    def correct(self, place: int, task: FinishedTask, difference: float) -> None:
+        """The completed task at this place cost more than it was charged, by this difference."""
+        self.cost_ended += difference
+        if place < len(self.tasks):
+            self.tasks[place] = task
 
 
-def record_of(state: AgentState, first_arrival_s: float) -> AgentRecord:
-    """With its tasks, as if those that had not ended had never come. first_arrival_s: `arrived_at` on the monotonic clock."""
-    return AgentRecord(
-        AgentId(state.id),
-        state.name,
-        state.source,
-        state.agent_class,
-        state.tenant,
-        first_arrival_s,
-        first_arrival_s + state.last_end_at - state.arrived_at,
-        state.arrived_at,
-        state.run,
-        schema=state.schema if state.schema == SCHEMA else "",  # of two schemas they are of none
-        aliases=set(state.aliases),
-        tasks_arrived=state.settled,
-        tasks_settled=state.settled,
-        final=state.final,
-        whole=state.whole,
-        predicted=state.predicted,
-        prediction=state.prediction,
-        judged=state.judged,
-        tasks=list(state.tasks),
-        tasks_accepted=state.settled,
-        cost_ended=sum(task.cost for task in state.tasks),
-        returns=state.returns,
-        expected_tasks=state.expected_tasks,
-    )
+class Roots:
+    """The root of each sub-agent, by tenant. Names that were not used for longest are forgotten first; they would then be
+    agents of their own, if they came back without naming their parent."""
+
+    def __init__(self) -> None:
+        self._roots: dict[str, OrderedDict[str, str]] = {}
+
+    def root_of(self, tenant: str, name: str, parent: str | None) -> str:
+        """The root of the parent, if one is named, now or earlier; else the agent itself."""
+        if parent is not None and (root := self._root(tenant, parent)) != name:
+            return root
+        return self._root(tenant, name)
+
+    def remember(self, tenant: str, name: str, root: str) -> None:
+        """A request of `name` has arrived, and counts as its root's."""
+        if name == root:
+            return
+        roots = self._roots.setdefault(tenant, OrderedDict())
+        roots[name] = root
+        roots.move_to_end(name)
+        if len(roots) > MAX_NAMES:
+            roots.popitem(last=False)
+
+    def _root(self, tenant: str, name: str) -> str:
+        # There is no circle: a name is only put below a root that is not the name itself.
+        roots = self._roots.get(tenant)
+        while roots is not None and (above := roots.get(name)) is not None:
+            name = above
+        return name
+
+
+class Agents:
+    """All agents that have not ended, by id, and which of them are idle, by tenant."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[AgentId, LiveAgent] = {}
+        self.roots = Roots()
+        # Completed tasks whose KV the engine has not reported yet: of which agent, at which place, and with its texts.
+        self.awaited: dict[TaskId, tuple[LiveAgent, int, FinishedTask]] = {}
+        self._idle: dict[str, OrderedDict[AgentId, LiveAgent]] = {}  # by tenant, the longest idle one first
+
+    def __iter__(self) -> Iterator[LiveAgent]:
+        return iter(self.by_id.values())
+
+    def add(self, agent: LiveAgent) -> None:
+        self.by_id[agent.id] = agent
+        for alias in agent.record.aliases:
+            self.roots.remember(agent.record.tenant, alias, agent.record.name)
+
+    def named(self, agent: LiveAgent, alias: str | None) -> None:
+        """A request names this agent, or its sub-agent `alias`."""
+        record = agent.record
+        if alias is None or alias == record.name:
+            return
+        self.roots.remember(record.tenant, alias, record.name)
+        if alias not in record.aliases and len(record.aliases) < MAX_ALIASES:
+            record.aliases.append(alias)
+
+    def is_idle(self, agent: LiveAgent) -> None:
+        """Nothing of the agent waits, and nothing is in flight."""
+        idle = self._idle.setdefault(agent.record.tenant, OrderedDict())
+        idle[agent.id] = agent
+        idle.move_to_end(agent.id)
+
+    def is_busy(self, agent: LiveAgent) -> None:
+        if (idle := self._idle.get(agent.record.tenant)) is not None:
+            idle.pop(agent.id, None)
+
+    def overdue(self, since_s: float) -> list[LiveAgent]:
+        """Idle agents whose last task ended at or before this time, and those that a tenant has too many of."""
+        found: list[LiveAgent] = []
+        for idle in self._idle.values():
+            for number, agent in enumerate(idle.values()):
+                if len(idle) - number <= MAX_IDLE and agent.last_end_s > since_s and not agent.record.final:
+                    break
+                found.append(agent)
+        return found
+
+    def remove(self, agent: LiveAgent) -> list[FinishedTask]:
+        """Forgets an agent that has ended. Returns its tasks whose KV will not be known."""
+        del self.by_id[agent.id]
+        self.is_busy(agent)
+        if not agent.awaited:
+            return []
+        task_ids = [task_id for task_id, (other, _, _) in self.awaited.items() if other is agent]
+        return [self.awaited.pop(task_id)[2] for task_id in task_ids]

@@ -1,13 +1,11 @@
-"""What the gateway knows of its engine: the service clock τ, the capacity M, and what is waiting, running and held there.
+"""What flow control knows of one engine: the service clock τ, the capacity M, and what waits, runs and is held there.
 
-Fed by the link when the engine's scheduler is ours, else by polling a stock vLLM's `/metrics`. It changes nothing but
-itself; `release` asks it.
+It is fed with the messages of the link, or, of a stock vLLM, with the same messages made from its `/metrics`.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,29 +13,22 @@ from typing import NamedTuple
 from engine.link import Ended, Hello, Holding, Message, Report
 from gateway.flowcontrol.fairqueue import Iterations
 
+# Seconds without a report after which the reports count as ceased; an engine whose state does not change repeats its last.
 SILENCE_S = 5.0
 # Iterations that it takes to know what an engine can hold, and over which that is then averaged.
 CAPACITY_ENOUGH, CAPACITY_HORIZON = 200.0, 2000.0
-# After so many it is taken over again.
+# Iterations after which the capacity is taken over again.
 CAPACITY_ITERATIONS = 256
 # Seconds over which the rate at which an engine serves is averaged, and that it takes to know it.
 RATE_HORIZON_S, RATE_ENOUGH_S = 30.0, 1.0
-# Tasks that have ended, of which it is known what they held, and not yet asked.
+# Costs of ended tasks that are kept until they are asked for.
 REMEMBERED_ENDS = 4096
-# What a stock engine counts is less than that.
-MOST_COUNTED = 2.0**53
-# Of its metrics the few that are wanted. To parse all of them takes 10 ms, in which no chunk gets through.
-_READ = (
-    "vllm:iteration_tokens_total_count",
-    "vllm:num_preemptions_total",
-    "vllm:num_requests_running",
-    "vllm:num_requests_waiting",
-    "vllm:kv_cache_usage_perc",
-)
-_SAMPLE = re.compile(
-    rf"^(vllm:cache_config_info|{'|'.join(_READ)})(\{{.*\}})? +([-+0-9.eE]+|NaN)(?: -?[0-9]+)?$", re.MULTILINE
-)
-_BLOCKS, _BLOCK_SIZE = re.compile(r'[{,]num_gpu_blocks="([0-9]{1,15})"'), re.compile(r'[{,]block_size="([0-9]{1,15})"')
+# Seconds for which nothing is released after the engine could not be reached: at first, at most, and after how many seconds
+# without a failure the first one counts again.
+BACK_OFF_S, LONGEST_BACK_OFF_S, RECOVERED_S = 0.25, 8.0, 30.0
+# Tasks at an engine that has not reported how much memory it has; and at one that has, but not how many tasks it runs at once.
+SLOTS_WITHOUT_CAPACITY = 8
+SLOTS_OF_STOCK = 256
 
 
 class ServedCapacity:
@@ -52,7 +43,7 @@ class ServedCapacity:
         self._mean = 0.0
 
     def observe(self, iterations: float, held_tokens: float) -> None:
-        """So many iterations, while tasks waited."""
+        """iterations: that passed while tasks waited."""
         if iterations <= 0:
             return
         self._iterations += iterations
@@ -64,14 +55,13 @@ class ServedCapacity:
 
 
 class ServedRate:
-    """KV token·iterations a second that the engine has done lately, while it had something to do: what was held in each
-    iteration, over the time that they took. Of the last half minute or so."""
+    """KV token·iterations a second that the engine has done in about the last half minute, while it had something to do."""
 
     def __init__(self) -> None:
         self._work = self._seconds = 0.0
 
     def observe(self, seconds: float, work: float) -> None:
-        """So much was done in this time."""
+        """work: KV token·iterations done in this time."""
         if seconds > 0:
             left = math.exp(-seconds / RATE_HORIZON_S)
             self._work = self._work * left + work
@@ -83,7 +73,7 @@ class ServedRate:
 
 
 class Counters(NamedTuple):
-    """What the engine counts, since its start or over all of its lives."""
+    """The engine's own counters, since its start or over all of its lives."""
 
     preempted: int = 0
     recomputed_tokens: int = 0  # computed, lost by preemption
@@ -92,7 +82,7 @@ class Counters(NamedTuple):
     refused: int = 0  # messages on the link that it could not take
 
     def grown(self, before: Counters, now: Counters) -> Counters:
-        """With what came between. A counter never goes back: what is less is old."""
+        """These and what was counted between two reports. A counter never goes back: a smaller one is old."""
         return Counters(*(c + max(0, n - b) for c, b, n in zip(self, before, now, strict=True)))
 
 
@@ -100,16 +90,17 @@ NO_COUNTERS = Counters()
 
 
 @dataclass(slots=True)
-class EngineView:
-    """declared_capacity_tokens, declared_max_num_seqs: what the settings say instead of the engine, if they do."""
+class EngineState:
+    """Of one engine, over all of its lives: a restart begins a new one."""
 
-    declared_capacity_tokens: int | None = None
+    declared_capacity_tokens: int | None = None  # from the settings, which go before the engine's own
     declared_max_num_seqs: int | None = None
-    up: bool = False  # it answered when it was last asked
-    suspect: bool = False  # a task has just been lost: nothing is released until the engine has answered again
-    linked: bool = False  # it speaks over the link
-    reporting: bool = False  # the link, or /metrics, speaks, and has said who the engine is
-    heard_s: float = 0.0  # when it last did, on a monotonic clock
+    up: bool = False  # it answered its last health check
+    suspect: bool = False  # a task was lost: nothing is released until a health check has succeeded
+    linked: bool = False  # it reports over the link
+    listens: bool = False  # it takes changes over the link
+    reporting: bool = False  # reports come, by the link or from /metrics
+    reported_s: float = 0.0  # when the last one came, on the monotonic clock
     iterations: float = 0.0  # τ, over all lives of the engine
     engine_capacity_tokens: float = 0.0
     engine_max_num_seqs: int | None = None
@@ -125,9 +116,14 @@ class EngineView:
     kept_tokens: float = 0.0  # free, with the KV of agents who wait for their tools
     held: dict[int, Holding] = field(default_factory=dict)  # by task
     agents: dict[str, float] = field(default_factory=dict)  # KV tokens by agent, a shared block in part; now and then
-    ends: OrderedDict[int, float] = field(default_factory=OrderedDict)  # by task that ended, KV token·iterations held
+    counted: OrderedDict[int, float] = field(default_factory=OrderedDict)  # by ended task, KV token·iterations held
+    rate: ServedRate = field(default_factory=ServedRate)
+    served: ServedCapacity = field(default_factory=ServedCapacity)
+    _failures: int = 0  # to reach it, in a row
+    _failed_s: float = -math.inf
+    _resumes_s: float = -math.inf
     _life: str | None = None
-    _iteration: float | None = None  # of this life, as are those below; None: not heard yet
+    _iteration: float | None = None  # of this life, as are those below; None: no report yet
     _counters: Counters = NO_COUNTERS
     _blocks: int = 0
     _block_size: int = 0
@@ -143,7 +139,7 @@ class EngineView:
 
     @property
     def counts_held(self) -> bool:
-        """Whether it says of each task what it held."""
+        """Whether it reports what each task held."""
         return self.linked and self.reporting
 
     @property
@@ -151,71 +147,66 @@ class EngineView:
         """What it takes to compute again as much as the whole cache holds; 0 while that is not known, or of no use."""
         return self.prefill_iterations * self.capacity_tokens if self.prefix_caching else 0.0
 
-    def answered(self) -> None:
+    def slots(self, engine_waiting: int) -> int:
+        """Tasks that may be in flight at once. engine_waiting: those of them that may wait in the engine's own queue."""
+        if self.declared_max_num_seqs is not None:
+            return self.declared_max_num_seqs
+        if not self.capacity_tokens:
+            return SLOTS_WITHOUT_CAPACITY
+        return (self.engine_max_num_seqs or SLOTS_OF_STOCK) + engine_waiting
+
+    def takes_tasks(self, now_s: float) -> bool:
+        return self.up and not self.suspect and now_s >= self._resumes_s
+
+    def answers(self) -> None:
+        """A health check has succeeded."""
         self.up, self.suspect = True, False
 
-    def lost(self) -> None:
-        """The engine does not answer: whatever it held is gone."""
+    def is_down(self) -> None:
+        """Health checks fail: whatever it held is gone."""
         self.up = self.suspect = False
         self._forget_tasks()
 
-    def silent(self, now_s: float) -> None:
-        """The link repeats itself when nothing changes; after a while without a word it counts as lost."""
-        if self.reporting and now_s - self.heard_s > SILENCE_S:
+    def lost_task(self, now_s: float, *, reached: bool) -> None:
+        """A task was lost. reached: the engine had it. An engine that answers health checks and takes no connections would
+        else be tried again at once, and for ever."""
+        self.suspect = True
+        if not reached:
+            self._failures = 1 if now_s - self._failed_s > RECOVERED_S else self._failures + 1
+            self._failed_s = now_s
+            self._resumes_s = now_s + min(LONGEST_BACK_OFF_S, BACK_OFF_S * 2 ** min(self._failures - 1, 10))
+
+    def check_silence(self, now_s: float) -> None:
+        """Reports that have not come for a while have ceased."""
+        if self.reporting and now_s - self.reported_s > SILENCE_S:
             self.reporting = False
             self._forget_tasks()
 
-    def hear(self, message: Message, now_s: float) -> None:
-        """A message from the link. Reports of an engine that has not said hello are not counted."""
-        self.heard_s = now_s
-        self.linked = True
+    def take(self, message: Message, now_s: float, *, linked: bool = True) -> None:
+        """A message of the link, or one made from `/metrics`. Those of a life that has not begun with a hello are passed
+        over."""
+        self.reported_s = now_s
+        self.linked = self.linked or linked
         if isinstance(message, Hello):
             self._begin_life(message.engine_id)
             self.reporting = True
             self.engine_capacity_tokens = message.capacity_tokens
-            self.engine_max_num_seqs = message.max_num_seqs
-            self.max_model_len, self.prefix_caching = message.max_model_len, message.prefix_caching
+            self.engine_max_num_seqs = message.max_num_seqs or None
+            self.max_model_len, self.prefix_caching = message.max_model_len or None, message.prefix_caching
             self.displace_margin = message.displace_margin
             self._blocks, self._block_size = message.total_blocks, message.block_size
         elif message.engine_id == self._life:
             self.reporting = True
             if isinstance(message, Report):
-                self._hear_report(message)
+                self._take_report(message)
             else:
-                self._hear_ends(message)
+                self._take_ends(message)
 
-    def held_by(self, task: int) -> float | None:
-        """What a task that has ended held, in KV token·iterations, if the engine has said it; it is then forgotten."""
-        return self.ends.pop(task, None)
+    def take_counted(self, task: int) -> float | None:
+        """KV token·iterations that an ended task held, if the engine has reported them; they are then forgotten."""
+        return self.counted.pop(task, None)
 
-    def read_metrics(self, exposition: str, now_s: float) -> None:
-        """A stock vLLM's `/metrics`, for what can be had of it. Raises `ValueError` for anything else."""
-        values: dict[str, float] = {}
-        capacity_tokens = self.engine_capacity_tokens
-        for name, labels, value in _SAMPLE.findall(exposition):
-            if name == "vllm:cache_config_info":
-                blocks, size = _BLOCKS.search(labels), _BLOCK_SIZE.search(labels)
-                if blocks and size:
-                    capacity_tokens = int(blocks[1]) * int(size[1])
-            else:
-                values[name] = values.get(name, 0.0) + float(value)
-        iteration, preempted, running, waiting, usage = (values.get(name, 0.0) for name in _READ)
-        if _READ[0] not in values:
-            raise ValueError("the engine's /metrics have no vllm:iteration_tokens_total")
-        told = (capacity_tokens, iteration, preempted, running, waiting, usage)
-        if not all(0 <= value <= MOST_COUNTED for value in told):
-            raise ValueError("the engine's /metrics have a value that none can have")  # nor NaN
-        self.heard_s = now_s
-        self.engine_capacity_tokens = capacity_tokens
-        if self._life is None or iteration < (self._iteration or 0.0):
-            self._begin_life(f"metrics-{self.restarts + (self._life is not None)}")
-        self._count(iteration, Counters(int(preempted)))
-        self.running = int(running)
-        self.waiting = int(waiting)
-        self.held_tokens = usage * capacity_tokens
-        self.reporting = True
-
-    def _hear_report(self, report: Report) -> None:
+    def _take_report(self, report: Report) -> None:
         counters = Counters(*(getattr(report, name) for name in Counters._fields))
         self._count(report.iteration, counters)
         self.running, self.waiting, self.held = report.running, report.waiting, report.held
@@ -225,15 +216,16 @@ class EngineView:
         if report.agents or not report.running:
             self.agents = report.agents
 
-    def _hear_ends(self, ended: Ended) -> None:
+    def _take_ends(self, ended: Ended) -> None:
         for task, cost in ended.costs.items():
-            self.ends[task] = self.ends.get(task, 0.0) + cost  # a sequence may have come after the others had ended
-        while len(self.ends) > REMEMBERED_ENDS:
-            self.ends.popitem(last=False)
+            if 0 <= cost < math.inf:
+                self.counted[task] = self.counted.get(task, 0.0) + cost  # a sequence may end after the others
+        while len(self.counted) > REMEMBERED_ENDS:
+            self.counted.popitem(last=False)
 
     def _begin_life(self, life: str) -> None:
         if life != self._life:
-            # What an engine did before we came is not ours to count; a restarted one began again at zero.
+            # What an engine did before the gateway came does not count; a restarted one began again at zero.
             first = self._life is None
             self.restarts += not first
             self._life, self._iteration, self._counters = life, None if first else 0.0, Counters()

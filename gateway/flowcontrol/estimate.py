@@ -1,79 +1,77 @@
-"""What will it cost? What a request says is put to the predictor; an answer that cannot be is replaced."""
+"""What a task will cost: the predictor is asked, and an answer that cannot be true is replaced."""
 
 from __future__ import annotations
 
-import logging
 import math
+from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 
-from gateway.learning.accuracy import NOBODY
-from gateway.protocol.body import Body
-from gateway.protocol.texts import content_of
+from predictor.cost import task_cost
 from predictor.features import Sketch, is_kept
 from predictor.ladder import PRIOR_BYTES_PER_TOKEN, PRIOR_DECODE_TOKENS
-from predictor.types import AgentPrediction, AgentProgress, Arrival, Predictor, TaskPrediction
+from predictor.types import NO_SOURCE, AgentPrediction, AgentProgress, Arrival, TaskContent, TaskPrediction
 
-logger = logging.getLogger(__name__)
+Cost = Callable[[float, float, float], float]  # of prompt, decode and cached tokens, in KV token·iterations
+
+
+class Asked(Protocol):
+    """A predictor as flow control asks it. None where it has failed."""
+
+    def arrive(self, content: TaskContent, progress: AgentProgress) -> Arrival | None: ...
+
+    def predict_agent(self, progress: AgentProgress) -> AgentPrediction | None: ...
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """Of one task: ĉ in token·iterations, p + d̂ in tokens, and the prompt's tokens. agent: Ĉ of its agent. sketch, row: for
-    what comes after, see `predictor.types.Arrival`; no row, if it is not kept."""
+    """What is predicted of one task at its arrival, over all of its sequences."""
 
-    cost: float
-    memory_tokens: float
+    cost: float  # ĉ, in KV token·iterations
+    memory_tokens: float  # p + d̂
     prompt_tokens: float
-    agent: AgentPrediction
-    sketch: Sketch | None
-    row: bytes
+    agent: AgentPrediction  # of its agent, with this task
+    sketch: Sketch | None  # see `predictor.types.Arrival`
+    row: bytes  # the same; empty, if it is not kept
 
 
-def estimate_arrival(predictor: Predictor, body: Body, progress: AgentProgress, max_model_len: int | None) -> Estimate:
-    """progress: of the agent, before this task. max_model_len: tokens of the engine's longest sequence, if it is known: none
-    will hold more."""
-    arrival = _ask(predictor, body, progress)
-    if arrival is None:
-        prediction = TaskPrediction(body.prompt_bytes / body.prompts / PRIOR_BYTES_PER_TOKEN, PRIOR_DECODE_TOKENS)
+def estimate_arrival(
+    predictor: Asked,
+    content: TaskContent,
+    progress: AgentProgress,
+    max_model_len: int | None,
+    cost: Cost = task_cost,
+) -> Estimate:
+    """progress: of the agent, before this task. max_model_len: tokens of the engine's longest sequence, if it is known: no
+    prediction is longer."""
+    arrival = predictor.arrive(content, progress)
+    if arrival is None or not (math.isfinite(arrival.task.cost) and math.isfinite(arrival.task.memory_tokens)):
+        arrival = None
+        prediction = TaskPrediction(content.prompt_bytes / PRIOR_BYTES_PER_TOKEN, PRIOR_DECODE_TOKENS)
     else:
         prediction = arrival.task
     if max_model_len is not None:
         prompt_tokens = min(prediction.prompt_tokens, max_model_len)
         prediction = TaskPrediction(prompt_tokens, min(prediction.decode_tokens, max_model_len - prompt_tokens))
-    cost = body.sequences * prediction.cost
-    arrived = progress.cost_arrived + cost
+    predicted = content.sequences * cost(prediction.prompt_tokens, prediction.decode_tokens, 0.0)
     return Estimate(
-        cost=cost,
-        memory_tokens=body.sequences * prediction.memory_tokens,
-        prompt_tokens=body.sequences * prediction.prompt_tokens,
-        agent=_at_least(arrived, None if arrival is None else arrival.agent),
+        cost=predicted,
+        memory_tokens=content.sequences * prediction.memory_tokens,
+        prompt_tokens=content.sequences * prediction.prompt_tokens,
+        agent=_at_least(progress.cost_arrived + predicted, None if arrival is None else arrival.agent),
         sketch=None if arrival is None else arrival.sketch,
         row=arrival.row if arrival is not None and is_kept(progress.tasks_arrived + 1) else b"",
     )
 
 
-def estimate_agent(predictor: Predictor, progress: AgentProgress) -> float:
-    """Ĉ in token·iterations, of an agent of which more is known now; at least what has arrived."""
-    try:
-        return _at_least(progress.cost_arrived, predictor.predict_agent(progress)).cost
-    except Exception:
-        logger.exception("the predictor failed on an agent")
-        return progress.cost_arrived
-
-
-def _ask(predictor: Predictor, body: Body, progress: AgentProgress) -> Arrival | None:
-    try:
-        arrival = predictor.arrive(content_of(body), progress)
-        if math.isfinite(arrival.task.cost) and math.isfinite(arrival.task.memory_tokens):
-            return arrival
-    except Exception:
-        logger.exception("the predictor failed on a task")
-    return None
+def estimate_agent(predictor: Asked, progress: AgentProgress) -> float:
+    """Ĉ in KV token·iterations, of an agent of which more is known now; at least what has arrived."""
+    return _at_least(progress.cost_arrived, predictor.predict_agent(progress)).cost
 
 
 def _at_least(cost_arrived: float, agent: AgentPrediction | None) -> AgentPrediction:
     if agent is None or not (math.isfinite(agent.cost) and math.isfinite(agent.p90)):
-        return AgentPrediction(cost_arrived, cost_arrived, NOBODY)
+        return AgentPrediction(cost_arrived, cost_arrived, NO_SOURCE)
     if agent.cost >= cost_arrived:
         return agent
     return AgentPrediction(cost_arrived, max(agent.p90, cost_arrived), agent.source)

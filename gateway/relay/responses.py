@@ -7,6 +7,7 @@ cancel it, or go on from it, and no list has to be kept.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import re
 import uuid
@@ -15,10 +16,12 @@ from typing import Any
 
 import msgspec
 
-from gateway.protocol.errors import Outcome
+from gateway.protocol.errors import EngineLost, Outcome
 from gateway.relay.engine_client import EngineClient, EngineUnreachable
 
 POLL_S = 0.25
+# Seconds that the engine is given to answer that a response is cancelled.
+CANCEL_S = 2.0
 # Of the engine's answers, in a row, that say nothing of the response.
 UNSURE = 20
 ID_PATTERN = "resp_[0-9a-f]{48}"
@@ -90,6 +93,14 @@ async def until_finished(client: EngineClient, answer: str, headers: Mapping[str
         if told.is_success and not unfinished(told.content):
             return told.content
     return None
+
+
+async def cancel_response(client: EngineClient, answer: str, headers: Mapping[str, str]) -> None:
+    """Has the engine give up a response, as far as it can be reached."""
+    with contextlib.suppress(EngineLost, TimeoutError):
+        async with asyncio.timeout(CANCEL_S):
+            told = await client.ask("POST", f"/v1/responses/{answer}/cancel", b"", headers)
+            told.close()
 
 
 def _status(answer: bytes) -> str:

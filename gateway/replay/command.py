@@ -19,7 +19,7 @@ from gateway.agent_trace import AgentTrace, TraceError, read_trace
 from gateway.config.settings import command_config
 from gateway.flowcontrol.fairqueue import POLICIES
 from gateway.replay.environment import versions
-from gateway.replay.predictors import COSTS, LEARNED, Beliefs, UnknownPredictor, beliefs
+from gateway.replay.predictors import COSTS, LEARNED, Believed, UnknownPredictor, beliefs
 from gateway.replay.results import ReleaseName, Replay, Run, against_vtc, label, own_release, write
 from gateway.replay.simulation import Setup, simulate
 from gateway.replay.traces import BUILT_IN, built_in, describe
@@ -105,7 +105,7 @@ def run_replay(settings: ReplaySettings) -> int:
         past = load_past(settings.trace, settings.learn_from) if settings.predictor in LEARNED else []
         setup = _setup(settings, agents)
         cost = COSTS[settings.cost]
-        believed: Beliefs | None = beliefs(settings.predictor, seed=settings.seed, past=past, cost=cost)
+        believed: Believed | None = beliefs(settings.predictor, seed=settings.seed, past=past, cost=cost)
     except (TraceError, ProfileError, UnknownPredictor, OSError) as error:
         console.print(f"justitia replay: {error}", markup=False)
         return 2

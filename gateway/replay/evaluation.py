@@ -23,7 +23,7 @@ from gateway.agent_trace import AgentTrace, TraceError
 from gateway.config.settings import command_config
 from gateway.replay.command import load_past, load_trace
 from gateway.replay.environment import machine, versions
-from gateway.replay.predictors import ABLATIONS, LEARNED, Beliefs, UnknownPredictor, arrivals, serving, waves
+from gateway.replay.predictors import ABLATIONS, LEARNED, Believed, UnknownPredictor, arrivals, serving, waves
 from gateway.replay.traces import BUILT_IN, texts_per_class
 from predictor.evaluate import Quality, quality
 
@@ -126,22 +126,19 @@ def evaluations(
         yield evaluate(serving("xgboost", past, seed=seed, without=without), agents, "xgboost", without)
 
 
-def evaluate(asked: Beliefs, agents: Sequence[AgentTrace], name: str, without: str = "") -> Evaluation:
+def evaluate(asked: Believed, agents: Sequence[AgentTrace], name: str, without: str = "") -> Evaluation:
     """Learns nothing."""
     truth = np.array([agent.cost for agent in agents], float)
     decoded = np.array([agent.tasks[0].output_tokens for agent in agents], float)
     answers = [list(arrivals(agent, asked)) for agent in agents]
-    for agent in agents:
-        asked.forget(agent)
     classes = [agent.agent_class for agent in agents]
     formed = [len(waves(agent)[0]) - 1 for agent in agents]
     halves = [(len(agent.tasks) - 1) // 2 for agent in agents]
 
     def at(places: Sequence[int]) -> Quality:
         told = [answer[place] for answer, place in zip(answers, places, strict=True)]
-        return quality(
-            truth, np.array([one.agent_cost for one in told]), np.array([one.agent_p90 for one in told]), classes
-        )
+        costs, p90s = np.array([one.agent.cost for one in told]), np.array([one.agent.p90 for one in told])
+        return quality(truth, costs, p90s, classes)
 
     return Evaluation(
         predictor=name,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from graphlib import TopologicalSorter
 from random import Random
 from statistics import fmean
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
+import numpy as np
 
 from gateway.agent_trace import AgentTrace, TaskTrace
+from gateway.flowcontrol.estimate import Asked, Cost
 from predictor.cost import task_cost
 from predictor.features import SCHEMA, Sketch, is_kept
 from predictor.ladder import PRIOR_BYTES_PER_TOKEN
@@ -35,52 +36,25 @@ LEARNED = ("xgboost", "mlp", "ladder")
 ABLATIONS = ("text", "class", "growth")
 # Agents after which a model is trained anew, at most, and on how many of the newest.
 TRAIN_EVERY, TRAIN_ON = 200, 10_000
-
-Cost = Callable[[float, float, float], float]  # of prompt, decode and cached tokens
+# Of a predictor that remembers nothing of an agent's tasks.
+NO_SKETCH: Sketch = np.zeros(0, np.float32)
 
 
 class UnknownPredictor(ValueError):
-    """A predictor that cannot be had, in words."""
+    """A predictor that there is not, in words."""
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far an agent has come. arrived, ended: tasks; cost: of those that have arrived, true where it is known; cost_ended:
-    of those that have ended; returns: how often it came back after it had nothing left to do."""
+class TracedTask(TaskContent, frozen=True, kw_only=True):
+    """What a gateway reads of the request, and the task and agent that it is: those that know the truth read it there."""
 
-    arrived: int
-    ended: int
-    cost: float
-    cost_ended: float = 0.0
-    returns: int = 0
+    agent: AgentTrace
+    task: TaskTrace
 
 
-class Arrived(NamedTuple):
-    """What is believed when a task arrives: of the task, and of its agent Ĉ and the ninth decile."""
+class Believed(Asked, Protocol):
+    """What the replayed gateway asks, and tells of each agent that has ended."""
 
-    task: TaskPrediction
-    agent_cost: float
-    agent_p90: float
-
-
-class Beliefs(Protocol):
-    """Lengths in tokens, costs in KV token·iterations."""
-
-    def arrive(self, agent: AgentTrace, task: TaskTrace, progress: Progress) -> Arrived:
-        """progress: before this task."""
-        ...
-
-    def agent(self, agent: AgentTrace, progress: Progress) -> float:
-        """Ĉ, when no new task has arrived, but more is known."""
-        ...
-
-    def learn(self, agent: AgentTrace, finished: Mapping[str, FinishedTask]) -> None:
-        """finished: by task."""
-        ...
-
-    def forget(self, agent: AgentTrace) -> None:
-        """It was only asked about."""
-        ...
+    def learn(self, agent: FinishedAgent) -> None: ...
 
 
 class Exact:
@@ -89,18 +63,23 @@ class Exact:
     def __init__(self, cost: Cost = task_cost) -> None:
         self._cost = cost
 
-    def arrive(self, agent: AgentTrace, task: TaskTrace, progress: Progress) -> Arrived:
-        cost = self.agent(agent, progress)
-        return Arrived(TaskPrediction(task.prompt_tokens, task.output_tokens), cost, cost)
+    def arrive(self, content: TaskContent, progress: AgentProgress) -> Arrival:
+        assert isinstance(content, TracedTask)
+        total = self.total(content.agent)
+        return Arrival(self.lengths(content), AgentPrediction(total, total, "exact"), NO_SKETCH, b"")
 
-    def agent(self, agent: AgentTrace, progress: Progress) -> float:
+    def predict_agent(self, progress: AgentProgress) -> None:
+        """No more is known than at its arrivals."""
+
+    def learn(self, agent: FinishedAgent) -> None:
+        pass
+
+    def total(self, agent: AgentTrace) -> float:
+        """Cost of an agent, in the unit of the cost's formula."""
         return sum(self._cost(task.prompt_tokens, task.output_tokens, 0.0) for task in agent.tasks)
 
-    def learn(self, agent: AgentTrace, finished: Mapping[str, FinishedTask]) -> None:
-        pass
-
-    def forget(self, agent: AgentTrace) -> None:
-        pass
+    def lengths(self, content: TracedTask) -> TaskPrediction:
+        return TaskPrediction(content.task.prompt_tokens, content.task.output_tokens)
 
 
 class Noise(Exact):
@@ -110,68 +89,46 @@ class Noise(Exact):
         super().__init__(cost)
         self._sigma, self._seed = sigma, seed
 
-    def arrive(self, agent: AgentTrace, task: TaskTrace, progress: Progress) -> Arrived:
-        output = max(1.0, task.output_tokens * self._factor(f"{agent.agent_id}/{task.id}"))
-        cost = self.agent(agent, progress)
-        return Arrived(TaskPrediction(task.prompt_tokens, output), cost, cost)
+    def total(self, agent: AgentTrace) -> float:
+        return super().total(agent) * self._factor(agent.agent_id)
 
-    def agent(self, agent: AgentTrace, progress: Progress) -> float:
-        return super().agent(agent, progress) * self._factor(agent.agent_id)
+    def lengths(self, content: TracedTask) -> TaskPrediction:
+        factor = self._factor(f"{content.agent.agent_id}/{content.task.id}")
+        return TaskPrediction(content.task.prompt_tokens, max(1.0, content.task.output_tokens * factor))
 
     def _factor(self, name: str) -> float:
         return math.exp(Random(f"{self._seed}/{name}").gauss(0, self._sigma))
 
 
-@dataclass(slots=True)
-class _Alive:
-    """An agent that has not finished."""
-
-    opening: Sketch | None = None
-    latest: Sketch | None = None
-    rows: dict[str, bytes] = field(default_factory=dict)  # by task, in the order of their arrival
-
-
 class Serving:
-    """A predictor as it serves: told what a gateway sees, and learning from each agent that finishes. finished: those, in
-    order. learned: called after each of them, if it is set."""
+    """A predictor as it serves, learning from each agent that ends."""
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor = predictor
-        self.finished: list[FinishedAgent] = []
-        self.learned: Callable[[Serving], None] | None = None
-        self._alive: dict[str, _Alive] = {}
+        self.finished: list[FinishedAgent] = []  # in order
+        self.learned: Callable[[Serving], None] | None = None  # called after each of them
 
-    def arrive(self, agent: AgentTrace, task: TaskTrace, progress: Progress) -> Arrived:
-        alive = self._alive.setdefault(agent.agent_id, _Alive())
-        arrival = self.predictor.arrive(content_of(task), _progress(agent, progress, alive))
-        alive.latest = arrival.sketch
-        alive.opening = arrival.sketch if alive.opening is None else alive.opening
-        alive.rows[task.id] = arrival.row if is_kept(len(alive.rows) + 1) else b""
-        return Arrived(arrival.task, arrival.agent.cost, arrival.agent.p90)
+    def arrive(self, content: TaskContent, progress: AgentProgress) -> Arrival:
+        return self.predictor.arrive(content, progress)
 
-    def agent(self, agent: AgentTrace, progress: Progress) -> float:
-        return self.predictor.predict_agent(_progress(agent, progress, self._alive[agent.agent_id])).cost
+    def predict_agent(self, progress: AgentProgress) -> AgentPrediction:
+        return self.predictor.predict_agent(progress)
 
-    def learn(self, agent: AgentTrace, finished: Mapping[str, FinishedTask]) -> None:
-        rows = self._alive.pop(agent.agent_id).rows
-        tasks = [msgspec.structs.replace(finished[task_id], row=row) for task_id, row in rows.items()]
-        done = FinishedAgent(agent.agent_class or None, agent.tenant, tasks, SCHEMA)
-        self.predictor.learn(done)
-        self.finished.append(done)
+    def learn(self, agent: FinishedAgent) -> None:
+        self.predictor.learn(agent)
+        self.finished.append(agent)
         if self.learned is not None:
             self.learned(self)
 
-    def forget(self, agent: AgentTrace) -> None:
-        del self._alive[agent.agent_id]
+
+def finished_task(task: TaskTrace, row: bytes = b"") -> FinishedTask:
+    """A task of the past, as a gateway would have seen it end."""
+    return FinishedTask(_prompt_bytes(task), task.prompt_tokens, task.cached_tokens, task.output_tokens, row=row)
 
 
-def finished_task(task: TaskTrace, cached_tokens: int, held: float | None = None) -> FinishedTask:
-    return FinishedTask(_prompt_bytes(task), task.prompt_tokens, cached_tokens, task.output_tokens, held=held)
-
-
-def content_of(task: TaskTrace) -> TaskContent:
+def content_of(agent: AgentTrace, task: TaskTrace) -> TracedTask:
     """What a gateway would read of the request."""
-    return TaskContent(
+    return TracedTask(
         prompt_bytes=_prompt_bytes(task),
         system=b"" if task.system is None else task.system.encode(),
         text=b"" if task.prompt is None else task.prompt.encode(),
@@ -179,29 +136,49 @@ def content_of(task: TaskTrace) -> TaskContent:
         tools=len(task.tools),
         tool_bytes=sum(len(tool.encode()) for tool in task.tools),
         max_tokens=task.max_tokens,
+        agent=agent,
+        task=task,
     )
 
 
 def taught(agents: Sequence[AgentTrace], serving: Serving) -> None:
     """Teaches a predictor agents of the past, one after the other."""
     for agent in agents:
-        for _ in arrivals(agent, serving):
-            pass
-        serving.learn(agent, {task.id: finished_task(task, task.cached_tokens) for task in agent.tasks})
+        rows = [arrival.row if is_kept(place + 1) else b"" for place, arrival in enumerate(arrivals(agent, serving))]
+        in_order = [task for wave in waves(agent) for task in wave]
+        tasks = [finished_task(task, row) for task, row in zip(in_order, rows, strict=True)]
+        serving.learn(FinishedAgent(agent.agent_class or None, agent.tenant, tasks, SCHEMA))
 
 
-def arrivals(agent: AgentTrace, serving: Beliefs) -> Iterator[Arrived]:
-    """What is believed at each task's arrival, in order, if the agent is served alone: those that wait for others arrive when
+def arrivals(agent: AgentTrace, asked: Asked) -> Iterator[Arrival]:
+    """What is predicted at each task's arrival, in order, if the agent is served alone: those that wait for others arrive when
     these have ended."""
     cost = cost_ended = 0.0
     arrived = ended = returns = 0
+    opening: Sketch | None = None
+    latest: Sketch | None = None
     for wave in waves(agent):
         for task in wave:
-            believed = serving.arrive(agent, task, Progress(arrived, ended, cost, cost_ended, returns))
-            yield believed
-            cost += believed.task.cost
+            progress = AgentProgress(
+                agent.agent_class or None,
+                agent.tenant,
+                arrived,
+                ended,
+                cost,
+                cost_ended,
+                returns,
+                agent.expected_tasks,
+                opening,
+                latest,
+            )
+            arrival = asked.arrive(content_of(agent, task), progress)
+            assert arrival is not None
+            yield arrival
+            cost += arrival.task.cost
             arrived += 1
-        cost_ended += sum(finished_task(task, task.cached_tokens).cost for task in wave)
+            latest = arrival.sketch
+            opening = latest if opening is None else opening
+        cost_ended += sum(finished_task(task).cost for task in wave)
         cost, ended, returns = cost_ended, arrived, returns + 1
 
 
@@ -225,7 +202,7 @@ def compute_cost(prompt_tokens: float, decode_tokens: float, cached_tokens: floa
 COSTS: dict[str, Cost] = {"memory": task_cost, "compute": compute_cost}
 
 
-def beliefs(name: str, *, seed: int = 0, past: Sequence[AgentTrace] = (), cost: Cost = task_cost) -> Beliefs:
+def beliefs(name: str, *, seed: int = 0, past: Sequence[AgentTrace] = (), cost: Cost = task_cost) -> Believed:
     """`exact`, `noise:SIGMA`, or one of `LEARNED`. Raises `UnknownPredictor`."""
     if name == "exact":
         return Exact(cost)
@@ -325,21 +302,6 @@ class Training:
         self._trained_on = len(one.finished)
         if trained.report.promote:
             learned.model = trained.model
-
-
-def _progress(agent: AgentTrace, progress: Progress, alive: _Alive) -> AgentProgress:
-    return AgentProgress(
-        agent.agent_class or None,
-        agent.tenant,
-        progress.arrived,
-        progress.ended,
-        progress.cost,
-        progress.cost_ended,
-        progress.returns,
-        agent.expected_tasks,
-        alive.opening,
-        alive.latest,
-    )
 
 
 def _prompt_bytes(task: TaskTrace) -> int:

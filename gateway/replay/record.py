@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
-from gateway.agent_trace import AgentTrace
+from gateway.agent_trace import AgentTrace, TaskTrace
 from gateway.replay.bound import Bound
 from gateway.replay.figures import mean, percentile
 from gateway.replay.results import AgentResult, Memory, Summary, jain, spread
@@ -22,8 +22,8 @@ class Journey:
     """An agent on its way through a run. Times in seconds, and iterations, of the engine's clock."""
 
     trace: AgentTrace
-    left: int  # tasks that have not ended
-    blocked_by: dict[str, int]  # of a task: those that have to end before it
+    blocked_by: dict[str, int]  # by task: how many have to end before it
+    successors: dict[str, list[TaskTrace]]  # by task: what may come when it has ended
     arrived: int = 0
     predicted: float = 0.0  # Ĉ at the first release
     largest_tag: float = -math.inf
@@ -32,7 +32,6 @@ class Journey:
     finish_iteration: int = 0
     preemptions: int = 0
     held: float = 0.0  # KV token·iterations, as the engine's scheduler counts them
-    returns: int = 0  # how often it came back after it had nothing left to do
     finished: dict[str, FinishedTask] = field(default_factory=dict)  # by task
 
 

@@ -1,8 +1,8 @@
-"""One run: agents, the fair queue, and vLLM's scheduler on a virtual clock.
+"""One run: agents, the gateway's flow controller, and vLLM's scheduler on a virtual clock.
 
-An event loop of one thread. Between two iterations of the engine, what has arrived is enqueued, and what the queue says is
-released; after the iteration, what has ended is completed. It is the gateway's own queue, asked in the gateway's way; what
-is left out is HTTP.
+An event loop of one thread. Between two iterations of the engine, what has arrived is enqueued, and what the controller
+releases is added to the engine; after the iteration the engine reports, and what has ended is settled. It is the object that
+serves in the gateway, driven by a virtual clock: what is left out is HTTP.
 """
 
 from __future__ import annotations
@@ -13,26 +13,20 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.hints import Hints, to_tag
 from engine.lab.profile import StepProfile
+from engine.link import PROTOCOL, Hello, Report
+from engine.link import Ended as EngineEnded
 from gateway.agent_trace import AgentTrace, Prefix, TaskTrace, TraceError
-from gateway.flowcontrol.engine_state import CAPACITY_ITERATIONS, ServedCapacity
-from gateway.flowcontrol.fairqueue import (
-    POLICIES,
-    AgentId,
-    FairQueue,
-    Iterations,
-    KvTokenIterations,
-    ReleaseLimits,
-    Spent,
-    Task,
-    TaskId,
-    TenantId,
-)
-from gateway.flowcontrol.tool_waits import ToolWaits
-from gateway.replay.predictors import Beliefs, Cost, Progress, finished_task
+from gateway.flowcontrol import ENGINE, Arriving, Effects, Ending, FlowController, Now, Options, Quotas
+from gateway.flowcontrol import Ended as AgentEnded
+from gateway.flowcontrol.estimate import Cost
+from gateway.flowcontrol.fairqueue import POLICIES, FairQueue, Policy, ReleaseLimits, TaskId, TenantId
+from gateway.protocol.errors import Outcome
+from gateway.protocol.usage import Usage
+from gateway.replay.predictors import Believed, content_of
 from gateway.replay.record import MEMORY_EVERY, Journey, Record
 from gateway.replay.results import ReleaseName, Run
 from predictor.cost import task_cost
@@ -40,10 +34,10 @@ from predictor.cost import task_cost
 if TYPE_CHECKING:
     from engine.lab.virtual import Ended, Step, VirtualEngine
 
-Arguments = ParamSpec("Arguments")
-Answer = TypeVar("Answer")
-# The engine's own waiting tasks that the gateway's slots leave room for.
+# Tasks in the engine's own queue that the gateway's slots leave room for.
 ENGINE_WAITING = 4
+# The traces' tenants have no limits.
+_UNLIMITED = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +79,7 @@ def simulate(
     agents: Sequence[AgentTrace],
     policy: str,
     release: ReleaseName,
-    beliefs: Beliefs,
+    believed: Believed,
     setup: Setup,
     *,
     predictor: str = "",
@@ -93,9 +87,29 @@ def simulate(
 ) -> Run:
     """One trace under one policy. `finished` is called with the number of agents that have, as it grows. Raises `TraceError`
     for a task that is too long for the engine."""
-    simulation = _Simulation(agents, policy, release, beliefs, setup, finished)
+    simulation = _Simulation(agents, policy, release, believed, setup, finished)
     simulation.run()
     return simulation.result(policy, predictor, release)
+
+
+class TimedQueue(FairQueue):
+    """The fair queue, which notes how long each of its decisions takes, in seconds; None: it does not."""
+
+    def __init__(self, policy: Policy, limits: ReleaseLimits, decision_s: list[float] | None) -> None:
+        super().__init__(policy, limits)
+        if decision_s is not None:
+            for name in ("enqueue", "release", "revise", "complete"):
+                setattr(self, name, _timed(getattr(self, name), decision_s))
+
+
+def _timed(call: Callable[..., Any], taken_s: list[float]) -> Callable[..., Any]:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        answer = call(*args, **kwargs)
+        taken_s.append(time.perf_counter() - started)
+        return answer
+
+    return timed
 
 
 class _Simulation:
@@ -104,13 +118,13 @@ class _Simulation:
         agents: Sequence[AgentTrace],
         policy: str,
         release: ReleaseName,
-        beliefs: Beliefs,
+        believed: Believed,
         setup: Setup,
         finished: Callable[[int], None],
     ) -> None:
         from engine.lab.virtual import VirtualEngine
 
-        self._beliefs, self._setup, self._finished = beliefs, setup, finished
+        self._believed, self._setup, self._finished = believed, setup, finished
         self._engine: VirtualEngine = VirtualEngine(
             setup.profile,
             scheduler=setup.engine_scheduler,
@@ -120,42 +134,29 @@ class _Simulation:
             prefix_caching=setup.prefix_caching,
             displace_margin=setup.displace_margin,
         )
-        slots = setup.max_num_seqs or setup.profile.max_num_seqs
-        limits = replace(release_limits(release, setup.beta, slots), displace_margin=setup.displace_margin)
-        self._queue = FairQueue(POLICIES[policy](), limits)
         self._refuse_too_long(agents)
-        self._journeys = [_journey(agent) for agent in agents]
+        self._record = Record()
+        # Where costs are not tokens held, capacity is what the same engine does of them.
+        self._unit = _total(agents, setup.cost) / _total(agents, task_cost)
+        self._block_size = setup.block_size or setup.profile.block_size
+        self._flow = self._controller(policy, release)
+        self._journeys = {agent.agent_id: _journey(agent) for agent in agents}
         self._tenants = sorted({agent.tenant for agent in agents})
-        self._successors = _successors(agents)
-        self._arrivals: list[tuple[float, int, int, TaskTrace]] = []  # (when, to break ties, agent's place, task)
+        self._arrivals: list[tuple[float, int, Journey, TaskTrace]] = []  # (when, to break ties, agent, task)
         self._expected = 0
         self._tasks: dict[int, tuple[Journey, TaskTrace]] = {}  # by number; those that have arrived and not ended
         self._next_task = 0
-        for place, agent in enumerate(agents):
-            for task in agent.tasks:
+        for journey in self._journeys.values():
+            for task in journey.trace.tasks:
                 if not task.after:
-                    self._will_arrive(agent.arrival_s + task.think_s, place, task)
-        self._places = {agent.agent_id: place for place, agent in enumerate(agents)}
+                    self._will_arrive(journey.trace.arrival_s + task.think_s, journey, task)
         self._last: Step | None = None
         self._done = 0
-        self._charge_held = setup.charge == "held" and setup.cost is task_cost
-        # Who takes what the engine has room for does not ask for more.
-        self._keep = (
-            setup.keep and setup.prefix_caching and setup.engine_scheduler == "justitia" and release == "memory"
-        )
-        self._waits = ToolWaits()
-        self._idle_since: dict[AgentId, Iterations] = {}
-        self._record = Record()
-        self._served = ServedCapacity()
-        # Where costs are not tokens held, capacity is what the same engine does of them.
-        self._unit = _total(agents, setup.cost) / _total(agents, task_cost)
-        self._capacity_tokens = 0.0
-        self._take_capacity()
 
     def run(self) -> None:
         while self._arrivals or self._tasks:
             self._enqueue_arrived()
-            self._release()
+            self._apply(self._flow.release(self._now))
             self._note_virtual_time()
             if self._engine.idle:
                 self._record.idle_s += self._arrivals[0][0] - self._engine.now_s
@@ -166,144 +167,167 @@ class _Simulation:
             if self._engine.preemptions > preemptions:
                 self._count_victims(step)
             self._last = step
-            self._observe(step)
+            self._report(step)
             for ended in step.ended:
-                self._complete(ended)
+                self._settle(ended)
         self._note_virtual_time()
 
     def result(self, policy: str, predictor: str, release: str) -> Run:
-        agents = [self._record.agent(journey) for journey in self._journeys]
+        journeys = list(self._journeys.values())
+        agents = [self._record.agent(journey) for journey in journeys]
         engine = self._engine
-        summary = self._record.summary(self._journeys, agents, engine.preemptions, engine.recomputed_tokens)
+        summary = self._record.summary(journeys, agents, engine.preemptions, engine.recomputed_tokens)
         return Run(policy, predictor, release, summary, agents, self._record.memory_over_time())
+
+    def _controller(self, policy: str, release: ReleaseName) -> FlowController:
+        setup, engine = self._setup, self._engine
+        slots = setup.max_num_seqs or setup.profile.max_num_seqs
+        options = Options(
+            limits=replace(release_limits(release, setup.beta, slots), displace_margin=setup.displace_margin),
+            follow_engine=False,
+            # Who takes what the engine has room for does not ask for more.
+            keep_kv=setup.keep and setup.engine_scheduler == "justitia" and release == "memory",
+            cost=setup.cost,
+            charge_held=setup.charge == "held" and setup.cost is task_cost,
+            share_served=setup.capacity == "served",
+            cost_per_held=self._unit,
+        )
+        queue = TimedQueue(POLICIES[policy](), options.limits, self._record.decision_s if setup.timings else None)
+        flow = FlowController(queue, Quotas(_UNLIMITED, _UNLIMITED), self._believed, options)
+        linked = setup.engine_scheduler == "justitia"
+        hello = Hello(
+            PROTOCOL,
+            ENGINE,
+            "",
+            engine.capacity_tokens // self._block_size,
+            self._block_size,
+            slots,
+            engine.max_model_len,
+            setup.prefix_caching,
+            setup.displace_margin,
+        )
+        flow.engine_checked(self._now, is_up=True)
+        flow.engine_reports(self._now, hello, linked=linked)
+        report = Report(engine_id=ENGINE, iteration=0, free_blocks=hello.total_blocks, running=0, waiting=0)
+        flow.engine_reports(self._now, report, linked=linked)
+        return flow
 
     # Between two iterations
 
     @property
-    def _now(self) -> Iterations:
-        return Iterations(float(self._engine.iterations))
+    def _now(self) -> Now:
+        return Now(round(self._engine.now_s * 1e9), self._engine.now_s)
 
-    def _will_arrive(self, at_s: float, place: int, task: TaskTrace) -> None:
-        heapq.heappush(self._arrivals, (at_s, self._expected, place, task))
+    def _will_arrive(self, at_s: float, journey: Journey, task: TaskTrace) -> None:
+        heapq.heappush(self._arrivals, (at_s, self._expected, journey, task))
         self._expected += 1
 
     def _enqueue_arrived(self) -> None:
         while self._arrivals and self._arrivals[0][0] <= self._engine.now_s:
-            _, _, place, task = heapq.heappop(self._arrivals)
-            key = self._next_task  # grows with arrival
-            self._next_task += 1
-            journey = self._journeys[place]
+            _, _, journey, task = heapq.heappop(self._arrivals)
             agent = journey.trace
-            self._tasks[key] = journey, task
-            known = self._queue.agents.get(AgentId(agent.agent_id))
-            arrived = self._beliefs.arrive(agent, task, _progress(journey, known.arrived if known else 0.0))
-            belief, total = arrived.task, KvTokenIterations(arrived.agent_cost)
-            cost = KvTokenIterations(self._setup.cost(belief.prompt_tokens, belief.decode_tokens, 0.0))
+            number = self._next_task  # grows with arrival
+            self._next_task += 1
+            self._tasks[number] = journey, task
             journey.arrived += 1
-            predicted = Task(TaskId(key), AgentId(agent.agent_id), cost, belief.memory_tokens, belief.prompt_tokens)
-            tenant = TenantId(agent.tenant)
-            idle_since = self._idle_since.pop(AgentId(agent.agent_id), None)
-            if idle_since is not None:
-                journey.returns += 1
-                self._waits.came_back(agent.agent_class, self._now - idle_since)
-            self._ask(self._queue.enqueue, self._now, predicted, total, weight=agent.weight, tenant=tenant)
+            arriving = Arriving(
+                id=TaskId(number),
+                tenant=agent.tenant,
+                agent=agent.agent_id,
+                source="trace",
+                content=content_of(agent, task),
+                agent_class=agent.agent_class or None,
+                weight=agent.weight,
+                expected_tasks=agent.expected_tasks,
+                final=journey.arrived == len(agent.tasks),
+            )
+            self._flow.arrive(self._now, arriving)
 
-    def _release(self) -> None:
+    def _apply(self, effects: Effects) -> None:
+        """What the controller wants done."""
         from engine.lab.virtual import VirtualTask
 
-        for release in self._ask(self._queue.release, self._now, self._engine.waiting):
-            key = int(release.task.id)
-            journey, task = self._tasks[key]
-            agent = self._queue.agents[release.task.agent_id]
+        for release in effects.releases:
+            number = int(release.task.id)
+            journey, task = self._tasks[number]
+            agent = self._flow.queue.agents[release.task.agent_id]
             journey.predicted = journey.predicted or agent.predicted
             journey.largest_tag = max(journey.largest_tag, agent.finish_tag)
-            hints = Hints(to_tag(release.rank), agent.id, key)
-            self._engine.add(VirtualTask(key, task.prompt_tokens, task.output_tokens, hints, _beginnings(task.prefix)))
+            hints = Hints(to_tag(release.rank), journey.trace.agent_id, number)
+            prefix = _beginnings(task.prefix)
+            self._engine.add(VirtualTask(number, task.prompt_tokens, task.output_tokens, hints, prefix))
             true_cost = self._setup.cost(task.prompt_tokens, task.output_tokens, 0.0)
-            self._record.bound.released(self._record.iteration, key, agent.id, true_cost, release.task.cost)
-        if self._setup.engine_scheduler == "justitia":
-            for revised in self._ask(self._queue.revise):
-                self._engine.change_tag(int(revised.task.id), to_tag(revised.rank))
+            self._record.bound.released(self._record.iteration, number, agent.id, true_cost, release.task.cost)
+        for revised in effects.revised:
+            self._engine.change_tag(int(revised.task.id), to_tag(revised.rank))
+        for agent_id, iterations in effects.keep.items():
+            self._engine.keep(self._flow.agents.by_id[agent_id].record.name, iterations)
+        for ended in effects.ended:
+            self._finish(self._journeys[ended.record.name], ended)
 
-    def _observe(self, step: Step) -> None:
-        """What the engine's reports tell a gateway, and what is noted of the iteration."""
-        engine, queue = self._engine, self._queue
-        decoding = tasks = 0
-        for key, kv_tokens, output_tokens in step.running:
-            if output_tokens:
-                tasks += 1
-                decoding += kv_tokens + 1  # and the token just sampled
-                queue.observe(self._now, TaskId(key), kv_tokens + 1, output_tokens)
-        if tasks and tasks == queue.in_flight:  # else what the queue reckons with is not there yet, or not any more
-            queue.calibrate(self._now, engine.held_tokens)
-        ended = sum(self._tasks[key][1].prompt_tokens + output for key, output, *_ in step.ended)
+    def _report(self, step: Step) -> None:
+        """What the engine's scheduler reports after an iteration, and what is noted of it."""
+        engine, flow = self._engine, self._flow
+        decoding = sum(kv_tokens + 1 for _, kv_tokens, output_tokens in step.running if output_tokens)
+        ended = sum(self._tasks[number][1].prompt_tokens + output for number, output, *_ in step.ended)
         shared = max(0, decoding - engine.held_tokens)  # blocks that tasks share are held once
-        waits = queue.waiting > 0
+        waits = flow.queue.waiting > 0
         self._record.stepped(
             engine.now_s,
             (decoding + ended) * self._unit,
             engine.held_tokens / engine.capacity_tokens,
-            self._capacity_tokens * self._unit if waits else None,
+            flow.shared_tokens if waits else None,
             shared * self._unit,
         )
-        if waits:
-            self._served.observe(1, decoding + ended - shared)
-        if engine.iterations % CAPACITY_ITERATIONS == 0:
-            self._take_capacity()
+        running = [(number, kv_tokens, output) for number, kv_tokens, output in step.running]
+        report = Report(
+            engine_id=ENGINE,
+            iteration=engine.iterations,
+            free_blocks=(engine.capacity_tokens - engine.held_tokens) // self._block_size,
+            running=len(running),
+            waiting=engine.waiting,
+            prefill_iterations=self._setup.profile.per_prefill_token_s * engine.iterations / engine.now_s,
+            tasks=[number for number, _, _ in running],
+            kv_tokens=[kv_tokens for _, kv_tokens, _ in running],
+            output_tokens=[output for _, _, output in running],
+        )
+        flow.engine_reports(self._now, report, linked=self._setup.engine_scheduler == "justitia")
         if self._setup.memory_over_time and engine.iterations % MEMORY_EVERY == 0:
             held: dict[str, int] = defaultdict(int)
-            for key, kv_tokens, _ in step.running:
-                held[self._tasks[key][0].trace.agent_id] += kv_tokens
+            for number, kv_tokens, _ in step.running:
+                held[self._tasks[number][0].trace.agent_id] += kv_tokens
             self._record.memory(held)
 
-    def _complete(self, ended: Ended) -> None:
-        key, cached_tokens = ended.key, ended.cached_tokens
-        journey, task = self._tasks.pop(key)
-        agent_id = AgentId(journey.trace.agent_id)
-        agent = self._queue.agents[agent_id]
-        cost = KvTokenIterations(self._setup.cost(task.prompt_tokens, task.output_tokens, cached_tokens))
-        held = ended.held if self._charge_held else None
+    def _settle(self, ended: Ended) -> None:
+        journey, task = self._tasks.pop(ended.key)
+        task_id, usage = TaskId(ended.key), Usage(task.prompt_tokens, task.output_tokens, ended.cached_tokens)
         journey.held += ended.held or 0.0
-        if held is not None:
-            cost = KvTokenIterations(held)
-        believed = agent.in_flight[TaskId(key)].task.cost
-        arrived, total = max(0.0, agent.arrived - believed + cost), agent.predicted
-        if arrived > total:  # else it stands
-            total = KvTokenIterations(self._beliefs.agent(journey.trace, _progress(journey, arrived)))
-        spent = Spent(cost, task.prompt_tokens, task.output_tokens)
-        self._ask(self._queue.complete, self._now, TaskId(key), spent, total)
-        self._record.bound.ended(self._record.iteration, key)
+        if ended.held is not None:
+            costs = EngineEnded(ENGINE, {ended.key: ended.held})
+            self._flow.engine_reports(self._now, costs)
+        agent = self._flow.queue.agents[self._flow.tasks[task_id].agent.id]
+        settlement, effects = self._flow.settle(self._now, task_id, Ending(Outcome.COMPLETED, usage))
+        assert settlement.finished is not None
+        self._record.bound.ended(self._record.iteration, ended.key)
         journey.largest_tag = max(journey.largest_tag, agent.finish_tag)
-        journey.finished[task.id] = finished_task(task, cached_tokens, held)
-        journey.left -= 1
-        for successor in self._successors.get((agent_id, task.id), ()):
+        journey.finished[task.id] = settlement.finished
+        for successor in journey.successors.get(task.id, ()):
             journey.blocked_by[successor.id] -= 1
             if not journey.blocked_by[successor.id]:
-                place = self._places[agent_id]
-                self._will_arrive(self._engine.now_s + successor.think_s, place, successor)
-        if not journey.left:
-            self._finish(journey, agent_id)
-        elif not agent.busy:
-            self._idle_since[agent_id] = self._now
-            if self._keep:
-                engine, agent_class = self._engine, journey.trace.agent_class
-                refill_s = engine.capacity_tokens * self._setup.profile.per_prefill_token_s
-                reserve = self._waits.worth_reserving(agent_class, refill_s * engine.iterations / engine.now_s)
-                engine.keep(agent_id, self._waits.worth_keeping(agent_class))
-                self._queue.reserve(self._now, agent_id, task.prompt_tokens + task.output_tokens, reserve)
+                self._will_arrive(self._engine.now_s + successor.think_s, journey, successor)
+        self._apply(effects)
 
-    def _finish(self, journey: Journey, agent_id: AgentId) -> None:
+    def _finish(self, journey: Journey, ended: AgentEnded) -> None:
         journey.finish_s, journey.finish_iteration = self._engine.now_s, self._record.iteration
-        journey.backlog_tag = self._queue.backlog_tag(agent_id)
-        self._waits.ended(journey.trace.agent_class)
-        self._queue.evict(self._now, agent_id)
-        self._beliefs.learn(journey.trace, journey.finished)
+        if ended.finished is not None:
+            self._believed.learn(ended.finished)
+        journey.backlog_tag = ended.backlog_tag
         self._done += 1
         self._finished(self._done)
 
     def _note_virtual_time(self) -> None:
         for tenant in self._tenants:
-            self._record.virtual_time(tenant, self._queue.virtual_time(TenantId(tenant)))
+            self._record.virtual_time(tenant, self._flow.queue.virtual_time(TenantId(tenant)))
 
     def _count_victims(self, step: Step) -> None:
         there = {key for key, *_ in step.running} | {key for key, *_ in step.ended}
@@ -321,37 +345,13 @@ class _Simulation:
                         f" long, and the engine holds {most}"
                     )
 
-    def _take_capacity(self) -> None:
-        tokens = self._engine.capacity_tokens
-        self._capacity_tokens = self._served.tokens(tokens) if self._setup.capacity == "served" else float(tokens)
-        self._queue.set_capacity(self._now, tokens, self._capacity_tokens * self._unit)
-
-    def _ask(self, call: Callable[Arguments, Answer], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
-        """One decision of the queue."""
-        started = time.perf_counter()
-        answer = call(*args, **kwargs)
-        if self._setup.timings:
-            self._record.decision_s.append(time.perf_counter() - started)
-        return answer
-
 
 def _journey(agent: AgentTrace) -> Journey:
-    return Journey(agent, len(agent.tasks), {task.id: len(set(task.after)) for task in agent.tasks})
-
-
-def _progress(journey: Journey, cost_arrived: float) -> Progress:
-    cost_ended = sum(task.cost for task in journey.finished.values())
-    return Progress(journey.arrived, len(journey.finished), cost_arrived, cost_ended, journey.returns)
-
-
-def _successors(agents: Sequence[AgentTrace]) -> dict[tuple[str, str], list[TaskTrace]]:
-    """By agent and task: what may come when it has ended."""
-    successors: dict[tuple[str, str], list[TaskTrace]] = defaultdict(list)
-    for agent in agents:
-        for task in agent.tasks:
-            for earlier in set(task.after):
-                successors[agent.agent_id, earlier].append(task)
-    return successors
+    successors: dict[str, list[TaskTrace]] = defaultdict(list)
+    for task in agent.tasks:
+        for earlier in set(task.after):
+            successors[earlier].append(task)
+    return Journey(agent, {task.id: len(set(task.after)) for task in agent.tasks}, successors)
 
 
 def _total(agents: Sequence[AgentTrace], cost: Cost) -> float:

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from gateway.flowcontrol.agents import AgentRecord
-from gateway.flowcontrol.fairqueue import TaskId
+from gateway.flowcontrol import Arriving
 from gateway.protocol.body import Body
 from gateway.protocol.endpoints import COMPLETIONS, ENDPOINTS
 from gateway.protocol.errors import GatewayError, Outcome
@@ -83,7 +82,6 @@ class RequestSpan:
     in the queue again. header: to be sent back with every answer."""
 
     # Until it is known. On the class, so that a request sets what it comes to have, and no more.
-    _record: AgentRecord | None = None
     _operation: str | None = None
     _first_token_s: float | None = None
     _asked_s: float | None = None  # since when it is at the engine, on the monotonic clock
@@ -123,12 +121,12 @@ class RequestSpan:
     def authenticated(self, tenant: str) -> None:
         self._line.tenant = tenant
 
-    def identified(self, record: AgentRecord, task_id: TaskId, body: Body) -> None:
+    def identified(self, arriving: Arriving, body: Body) -> None:
         """It is a task, of this agent."""
-        line, self._record = self._line, record
+        line = self._line
         self._operation = _OPERATIONS[line.endpoint]
-        line.agent, line.source = record.name, record.source
-        line.task, line.model, line.streaming = str(task_id), _model_of(body), body.stream
+        line.agent, line.source, line.agent_class = arriving.agent, arriving.source, arriving.agent_class
+        line.task, line.model, line.streaming = str(arriving.id), _model_of(body), body.stream
 
     def queued(self) -> None:
         """It waits for its turn; again, if the engine has lost it."""
@@ -209,8 +207,6 @@ class RequestSpan:
         line.queue_ms, line.engine_ms, line.overhead_ms = _ms(queue_s), _ms(engine_s), _ms(overhead_s)
         line.total_ms, line.first_token_ms = _ms(total_s), _ms(self._first_token_s)
         line.predicted_cost, line.observed_cost = _short(predicted_cost), _short(observed_cost)
-        if self._record is not None:
-            line.agent_class = self._record.agent_class  # another of its tasks may have told it
         if self._observer.log is not None:
             self._observer.log.add(line)
         if self._traced is not None:

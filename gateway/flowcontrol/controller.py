@@ -1,0 +1,362 @@
+"""The flow controller: every verb that moves a task from its arrival to its settlement."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import replace
+
+import msgspec
+
+from engine.link import Ended as EngineEnded
+from engine.link import Hello, Message
+from gateway.flowcontrol.agents import LiveAgent
+from gateway.flowcontrol.effects import ENGINE, Arriving, Effects, Ending, EngineId, Now, Rejected, Settlement
+from gateway.flowcontrol.engine_state import CAPACITY_ITERATIONS, EngineState
+from gateway.flowcontrol.estimate import Asked, Cost, estimate_agent, estimate_arrival
+from gateway.flowcontrol.fairqueue import (
+    FairQueue,
+    Iterations,
+    KvTokenIterations,
+    Policy,
+    ReleaseLimits,
+    Spent,
+    Task,
+    TaskId,
+    TenantId,
+)
+from gateway.flowcontrol.lives import Lives
+from gateway.flowcontrol.quotas import MAX_RETRY_AFTER_S, Quotas
+from gateway.flowcontrol.records import AgentRecord, UsageRow
+from gateway.flowcontrol.settlement import LiveTask, cost_of_broken_off, cost_of_finished, finished_task, use_of
+from gateway.protocol.errors import RESTART_S, NoEngine, Outcome, ShuttingDown, WaitedTooLong
+from predictor.cost import task_cost
+from predictor.types import FinishedTask
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What the driver decides. The defaults are the gateway's."""
+
+    limits: ReleaseLimits = ReleaseLimits()
+    follow_engine: bool = True  # take slots and displacement from the engine, and not from `limits`
+    max_queue_s: float = math.inf  # that a task may wait, where its tenant has no limit
+    agent_idle_s: float = 300.0  # after which an agent has ended
+    keep_kv: bool = True  # of agents that wait for their tools
+    cost: Cost = task_cost
+    charge_held: bool = True  # what the engine counted, and not the formula
+    share_served: bool = True  # the reference shares what the engine was seen to hold, and not all blocks
+    cost_per_held: float = 1.0  # of `cost`, for each KV token·iteration held
+
+
+class FlowController:
+    """Tasks, agents, quotas and engines, and the fair queue that orders them. See the package for the rules."""
+
+    def __init__(
+        self, queue: FairQueue, quotas: Quotas, predictor: Asked, options: Options | None = None, *, journal: str = ""
+    ) -> None:
+        self.queue = queue
+        self.quotas = quotas
+        self.predictor = predictor
+        self.options = options or Options()
+        self.lives = Lives(queue, quotas, journal)
+        self.agents = self.lives.agents
+        self.tasks: dict[TaskId, LiveTask] = {}
+        self.engines: dict[EngineId, EngineState] = {ENGINE: EngineState()}
+        self.shared_tokens = 0.0  # the capacity that the reference shares out
+        self.draining = self.cut_off = False
+        self._drained_by_s = 0.0
+        self._waiting: dict[float, OrderedDict[TaskId, LiveTask]] = {}  # by seconds that they may wait, oldest first
+        self._observed_at = self._capacity_at = self.clock
+        self._observed_s: float | None = None
+
+    @property
+    def engine(self) -> EngineState:
+        """The engine, while there is one."""
+        return self.engines[ENGINE]
+
+    @property
+    def clock(self) -> Iterations:
+        """The service clock τ."""
+        return self.engine.now
+
+    # Tasks
+
+    def arrive(self, now: Now, arriving: Arriving) -> LiveTask:
+        """A task waits from now on. Raises `ShuttingDown`, `NoEngine`, `QuotaSpent`, `QueueFull`, `BodyTooLarge`, or
+        `QueueError`; then nothing has changed."""
+        if self.draining:
+            raise _shutting_down(max(RESTART_S, math.ceil(self._drained_by_s - now.s)))
+        if not self.engine.up:
+            raise NoEngine("the engine is not ready", retry_after_s=RESTART_S)
+        account = self.quotas.account(arriving.tenant, now.ns)
+        self.quotas.check(now, account, arriving.body_bytes)
+        agent = self.lives.known_or_new(now, arriving)
+        known = self.queue.agents.get(agent.id)
+        arrived = known.arrived if known is not None else 0.0
+        progress = agent.progress(arrived, arriving.agent_class, arriving.expected_tasks)
+        estimate = estimate_arrival(
+            self.predictor, arriving.content, progress, self.engine.max_model_len, self.options.cost
+        )
+        self.queue.enqueue(
+            self.clock,
+            Task(
+                arriving.id,
+                agent.id,
+                KvTokenIterations(estimate.cost),
+                estimate.memory_tokens,
+                estimate.prompt_tokens,
+                arriving.content.sequences,
+            ),
+            KvTokenIterations(estimate.agent.cost),
+            weight=arriving.weight,
+            tenant=TenantId(arriving.tenant),
+            tenant_weight=account.limits.weight,
+        )
+        task = self.tasks[arriving.id] = LiveTask.of(arriving, agent, account, estimate, ENGINE, now.s)
+        self.quotas.enter(account, task.body_bytes)
+        self.lives.arrived(self.clock, task, arriving)
+        self._await(task)
+        return task
+
+    def release(self, now: Now) -> Effects:
+        """What may go to the engine now, and the ranks that have changed there."""
+        effects = Effects()
+        engine = self.engine
+        if self.cut_off or not engine.takes_tasks(now.s):
+            return effects
+        effects.releases = self.queue.release(self.clock, engine.waiting)
+        for release in effects.releases:
+            task = self.tasks[release.task.id]
+            self._stop_waiting(now, task)
+            self.quotas.released(task.account, task.body_bytes)
+            task.waiting, task.released_at = False, self.clock
+            record = task.agent.record
+            if record.predicted is None:
+                record.predicted, record.judged = self.queue.agents[task.agent.id].predicted, record.prediction
+        if engine.listens and engine.reporting:
+            effects.revised = self.queue.revise()
+        return effects
+
+    def settle(self, now: Now, task_id: TaskId, ending: Ending) -> tuple[Settlement, Effects]:
+        """The task has ended. Raises `KeyError` for one that is not here, or was settled before."""
+        task, effects = self.tasks.pop(task_id), Effects()
+        if task.waiting:
+            self._stop_waiting(now, task)
+        engine = self.engines[task.engine]
+        done: FinishedTask | None = None
+        try:
+            if ending.usage is not None and ending.outcome is Outcome.COMPLETED:
+                done = self._finished(now, task, ending, engine)
+                cost = cost_of_finished(done, self.options.cost)
+            else:
+                cost = cost_of_broken_off(task, ending, engine, self.options.cost)
+            self._settle_in_queue(task, done, KvTokenIterations(cost))
+        except (
+            ValueError
+        ):  # a number that cannot be was reported: the task costs nothing, and does not stay in the queue
+            done, cost = None, 0.0
+            self.queue.cancel(self.clock, task_id, Spent(KvTokenIterations(0.0)))
+        self.quotas.left(now, task.account, task.body_bytes, waiting=task.waiting)
+        reported = task.counted and engine.counts_held and self.options.charge_held
+        self.lives.settled(now, self.clock, task, done, use_of(task, ending, cost), effects, reported=reported)
+        if task.agent.idle_since is not None and done is not None:
+            self._keep(task.agent, done, engine, effects)
+        return Settlement(cost, done), effects
+
+    def expire(self, now: Now) -> list[Rejected]:
+        """The tasks that have waited for as long as they may. Each is named once, and is still to be settled."""
+        expired: list[Rejected] = []
+        for limit_s, tasks in self._waiting.items():
+            while tasks:
+                task = next(iter(tasks.values()))
+                if task.queued_s + now.s - task.since_s < limit_s:
+                    break
+                tasks.popitem(last=False)
+                why = f"the task waited for {limit_s:g} s and was not reached"
+                expired.append(Rejected(task.id, WaitedTooLong(why)))
+        return expired
+
+    @property
+    def next_expiry_s(self) -> float | None:
+        """When, on the monotonic clock, the next task will have waited for too long. None while none waits."""
+        oldest = [(limit_s, next(iter(tasks.values()))) for limit_s, tasks in self._waiting.items() if tasks]
+        return min((limit_s + task.since_s - task.queued_s for limit_s, task in oldest), default=None)
+
+    # Engines
+
+    def engine_reports(
+        self, now: Now, message: Message, engine_id: EngineId = ENGINE, *, linked: bool = True
+    ) -> Effects:
+        """A message of the link, or, not `linked`, one made from a stock engine's `/metrics`."""
+        effects, engine = Effects(), self.engines[engine_id]
+        engine.take(message, now.s, linked=linked)
+        if isinstance(message, EngineEnded):
+            for task_id in message.costs.keys() & self.agents.awaited.keys():
+                counted = engine.take_counted(task_id)
+                if counted is not None:
+                    self.lives.measured(now, self.clock, TaskId(task_id), counted, effects)
+            return effects
+        if isinstance(message, Hello):
+            engine.listens = linked
+        self._observe(now, engine)
+        self._follow(engine)
+        return effects
+
+    def link_closed(self, engine_id: EngineId = ENGINE) -> None:
+        """Changes do not reach the engine any more."""
+        self.engines[engine_id].listens = False
+
+    def engine_checked(self, now: Now, is_up: bool | None, engine_id: EngineId = ENGINE) -> None:
+        """A health check has ended. is_up: None where that is not known."""
+        engine = self.engines[engine_id]
+        if is_up is not None:
+            engine.answers() if is_up else engine.is_down()
+        engine.check_silence(now.s)
+        self._follow(engine)
+
+    def engine_lost(self, now: Now, task_id: TaskId, *, reached: bool, retry: bool) -> bool:
+        """The engine lost a task in flight. reached: the engine had it. Returns whether the task waits again, in its old place:
+        if it may be tried again, and the engine has not lost it before."""
+        task = self.tasks[task_id]
+        self.engines[task.engine].lost_task(now.s, reached=reached)
+        if not retry or self.cut_off or (reached and task.retried):
+            return False
+        self.queue.requeue(self.clock, task_id)
+        self.quotas.requeued(task.account, task.body_bytes)
+        task.retried = task.retried or reached
+        task.waiting, task.since_s, task.released_at = True, now.s, None
+        self._await(task, again=True)
+        return True
+
+    # Agents
+
+    def end_agent(self, agent: LiveAgent) -> tuple[list[TaskId], Effects]:
+        """No further task of the agent will come. Returns its tasks, which are to be broken off."""
+        effects = Effects()
+        known = self.queue.agents.get(agent.id)
+        tasks = [] if known is None else [*known.waiting, *known.in_flight]
+        self.lives.dismiss(self.clock, agent, effects)
+        return tasks, effects
+
+    def sweep(self, now: Now) -> Effects:
+        """Ends the agents that have been idle for too long."""
+        effects = Effects()
+        self.lives.sweep(self.clock, now.s - self.options.agent_idle_s, effects)
+        return effects
+
+    def restore(self, now: Now, record: AgentRecord, *, newest: bool = True) -> tuple[str | None, Effects]:
+        """Puts an agent back after a restart. newest: no other one has its id. Returns why it could not be, if so."""
+        effects = Effects()
+        weight = self.quotas.account(record.tenant, now.ns).limits.weight
+        return self.lives.restore(now, self.clock, record, weight, effects, newest=newest), effects
+
+    def restore_use(self, now: Now, rows: list[UsageRow]) -> None:
+        """After a start, once: what tenants have used today."""
+        self.quotas.restore(now, rows)
+
+    # Settings, and the end
+
+    def change(self, options: Options, policy: Policy | None = None) -> None:
+        """Other options from now on, and another order, if one is given."""
+        self.options = options
+        self.queue.limits = options.limits
+        if policy is not None:
+            self.queue.change_policy(self.clock, policy)
+        self._follow(self.engine)
+
+    def begin_drain(self, now: Now, limit_s: float) -> None:
+        """Take nothing new. What has been accepted goes on being released, for so many seconds."""
+        if not self.draining:
+            self.draining, self._drained_by_s = True, now.s + limit_s
+
+    def end_drain(self) -> list[Rejected]:
+        """Release nothing more. Returns the tasks that are here, each of which is to be broken off and settled."""
+        self.draining = self.cut_off = True
+        return [Rejected(task_id, _shutting_down(RESTART_S)) for task_id in self.tasks]
+
+    # How it works
+
+    def _await(self, task: LiveTask, *, again: bool = False) -> None:
+        limit_s = task.account.limits.max_queue_s or self.options.max_queue_s
+        task.max_queue_s = limit_s
+        tasks = self._waiting.setdefault(limit_s, OrderedDict())
+        tasks[task.id] = task
+        if again:  # it has waited before, and so less is left than of the others
+            tasks.move_to_end(task.id, last=False)
+
+    def _stop_waiting(self, now: Now, task: LiveTask) -> None:
+        task.queued_s += now.s - task.since_s
+        task.since_s = now.s
+        self._waiting[task.max_queue_s].pop(task.id, None)
+
+    def _finished(self, now: Now, task: LiveTask, ending: Ending, engine: EngineState) -> FinishedTask:
+        assert ending.usage is not None
+        held = engine.take_counted(task.id)
+        begin_s = task.agent.first_arrival_s
+        return msgspec.structs.replace(
+            finished_task(task, ending.usage, held if self.options.charge_held else None),
+            arrived_s=max(0.0, task.arrived_s - begin_s),
+            ended_s=now.s - begin_s,
+            row=task.estimate.row,
+            prompt=ending.prompt,
+            system=ending.system,
+        )
+
+    def _settle_in_queue(self, task: LiveTask, done: FinishedTask | None, cost: KvTokenIterations) -> None:
+        """Raises `QueueError`; then nothing has changed."""
+        if done is None:
+            self.queue.cancel(self.clock, task.id, Spent(cost))
+            return
+        agent = self.queue.agents[task.agent.id]
+        arrived, total = max(0.0, agent.arrived - task.estimate.cost + cost), agent.predicted
+        if arrived > total:  # else it stands
+            total = KvTokenIterations(estimate_agent(self.predictor, task.agent.progress(arrived)))
+        self.queue.complete(self.clock, task.id, Spent(cost, done.prompt_tokens, done.decode_tokens), total)
+
+    def _keep(self, agent: LiveAgent, done: FinishedTask, engine: EngineState, effects: Effects) -> None:
+        """The agent waits for its tool: its KV stays at the engine for as long as it is worth it."""
+        if not (self.options.keep_kv and engine.listens and engine.reporting and engine.prefix_caching):
+            return
+        agent_class = agent.record.agent_class
+        effects.keep[agent.id] = self.lives.waits.worth_keeping(agent_class)
+        iterations = self.lives.waits.worth_reserving(agent_class, engine.refill_iterations)
+        self.queue.reserve(self.clock, agent.id, done.prompt_tokens + done.decode_tokens, iterations)
+
+    def _observe(self, now: Now, engine: EngineState) -> None:
+        """Takes over what the engine's tasks hold, and what it was seen to serve."""
+        queue, clock = self.queue, self.clock
+        decoding = decoding_tokens = 0
+        for task_id, holding in engine.held.items():
+            if holding.output_tokens:
+                queue.observe(clock, TaskId(task_id), holding.kv_tokens, holding.output_tokens)
+                decoding += 1
+                decoding_tokens += holding.kv_tokens
+        if (
+            decoding and decoding == queue.in_flight
+        ):  # else the queue counts tasks that are not there yet, or not any more
+            queue.calibrate(clock, engine.held_tokens)
+        passed = clock - self._observed_at
+        if decoding and queue.waiting:
+            engine.served.observe(passed, min(decoding_tokens, engine.held_tokens))
+        if queue.in_flight and self._observed_s is not None:
+            engine.rate.observe(now.s - self._observed_s, passed * engine.held_tokens)
+        self._observed_at, self._observed_s = clock, now.s
+
+    def _follow(self, engine: EngineState) -> None:
+        """Takes over M and the engine's slots."""
+        queue, clock, options = self.queue, self.clock, self.options
+        if not engine.reporting:
+            queue.unreserve()  # the clock stands still, and what is kept is not known
+        if engine.capacity_tokens != queue.capacity_tokens or clock - self._capacity_at >= CAPACITY_ITERATIONS:
+            self._capacity_at = clock
+            served = engine.served.tokens(engine.capacity_tokens) if options.share_served else engine.capacity_tokens
+            self.shared_tokens = served * options.cost_per_held
+            queue.set_capacity(clock, engine.capacity_tokens, self.shared_tokens)
+        if options.follow_engine:
+            slots = engine.slots(options.limits.engine_waiting or 0)
+            if queue.limits.in_flight != slots or queue.limits.displace_margin != engine.displace_margin:
+                queue.limits = replace(options.limits, in_flight=slots, displace_margin=engine.displace_margin)
+
+
+def _shutting_down(retry_after_s: int) -> ShuttingDown:
+    return ShuttingDown("the gateway is shutting down", retry_after_s=min(retry_after_s, MAX_RETRY_AFTER_S))
