@@ -76,7 +76,7 @@ class Feedback:
             if number % ROW == ROW - 1:
                 await asyncio.sleep(0)
         logger.info("learned from %d agents that the state store had kept", len(agents))
-        living = [state for state in living if state.journal not in self._journal.others]
+        living = [state for state in living if state.journal not in self._journal.live_journals]
         newest = {state.id: state.run for state in sorted(living, key=lambda state: state.last_end_at)}
         for state in sorted(living, key=lambda state: state.arrived_at):
             self._restore(state, is_newest=newest[state.id] == state.run)

@@ -1,16 +1,19 @@
-"""What is kept over restarts: the last finished agents, those that live, and who has used how much.
+"""What is kept over restarts: the last finished agents, the live agents, and what each tenant has used.
 
-SQLite by default, Redis when gateways share it, memory for none. What happens is written to a journal of the gateway's own
-(`journal`), and given from there to the store in batches: a store that is gone for a while costs nothing, and never holds up
-a request.
+SQLite by default, Redis when gateways share it, memory to keep nothing. Each step is written to the gateway's own journal, and
+from there reaches the store in batches: a store that is away for a while costs nothing, and never holds up a request.
 
-    types       what is kept, and a step of it
+    types       what is kept, and the steps that change it
     blobs       finished agents, packed
     frames      steps as bytes
     batch       many steps as one, each agent and each sum once
-    directory   the journal's files
-    journal     from the files into the store
-    store       what a store is asked; `memory`, `sqlite` and `redis` answer
+    directory   the journal's directory, and who may read it
+    segments    stretches of a journal, in files or in memory
+    writer      steps into the open segment
+    pump        closed segments into the store
+    journal     writer and pump together
+    store       what a store can do; `memory`, `sqlite` and `redis` do it
+    live        live agents as a store keeps them
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import gateway.state.directory
-import gateway.state.journal
+import gateway.state.pump
+import gateway.state.writer
 from gateway.state import Batch, BatchRefused, Journal, Record, StateError
 from gateway.state.batch import fold
 from gateway.state.directory import left_by_others
@@ -77,10 +78,11 @@ async def started(store: MemoryStore, root: Path | None, **options: int) -> Asyn
 
 def kill(journal: Journal) -> None:
     """As a process ends: its locks go, and its files stay."""
-    if journal._fd is not None:
-        os.close(journal._fd)
-        journal._fd = None
-    for home in (journal._home, *(home for home, _ in journal._left)):
+    writer = journal._writer
+    if writer._fd is not None:
+        os.close(writer._fd)
+        writer._fd = None
+    for home in (writer._directory, *(home for home, _ in journal._pump._left_behind)):
         if home is not None:
             os.close(home._lock)
 
@@ -205,7 +207,7 @@ async def test_a_journal_of_another_version_is_left_as_it_is(
     async with started(store, root) as journal:
         assert await store.requests() == 0, "in order, or not at all"
         assert journal.unreadable == 1
-        assert "is left as it is" in caplog.text
+        assert "is left in place" in caplog.text
         journal.write(Record(usage=row()))
     assert await store.requests() == 1
     assert files(root) == ["1-1.batch", "2-2.batch"]
@@ -242,11 +244,11 @@ async def test_a_store_that_is_away_at_the_start_has_everything_in_order_later(s
 
 async def test_gateways_with_one_directory_do_not_meet(store: Flaky, root: Path) -> None:
     async with started(store, root) as first, started(store, root) as second:
-        assert second.others == {first.id}
+        assert second.live_journals == {first.id}
         first.write(Record(usage=row()))
         second.write(Record(usage=row()))
         async with started(store, root) as third:
-            assert third.others == {first.id, second.id}
+            assert third.live_journals == {first.id, second.id}
             assert await store.requests() == 0, "what living ones have is theirs to give"
     assert await store.requests() == 2
     assert files(root) == []
@@ -269,8 +271,8 @@ async def test_what_is_left_goes_to_one_of_those_that_start(store: Flaky, root: 
 async def test_one_that_was_stopped_while_it_looked_holds_up_nobody(
     store: Flaky, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway.state.directory, "ALONE_S", 0.05)
-    with gateway.state.directory._alone(root):
+    monkeypatch.setattr(gateway.state.directory, "ROOT_LOCK_S", 0.05)
+    with gateway.state.directory._root_locked(root):
         journal = Journal(store, root)
         await journal.start()
         journal.write(Record(usage=row()))
@@ -279,6 +281,86 @@ async def test_one_that_was_stopped_while_it_looked_holds_up_nobody(
     await journal.flush()
     assert len(files(root)) == 1, "it has a file by now"
     await journal.close()
+
+
+# Steps keep coming
+
+
+class Loaded(Flaky):
+    """Each batch that it applies takes as long as it takes the gateway to settle one more task: up to LOAD of them."""
+
+    LOAD = 200
+    journal: Journal
+    settled = 0
+
+    async def apply(self, batch: Batch) -> int:
+        known = await super().apply(batch)
+        if self.settled < self.LOAD:
+            self.settled += 1
+            self.journal.write(Record(usage=row()))
+        return known
+
+
+@pytest.fixture
+async def loaded(root: Path) -> AsyncIterator[Loaded]:
+    store = Loaded()
+    async with started(store, root) as store.journal:
+        store.given.clear()
+        yield store
+
+
+async def test_a_flush_ends_though_steps_keep_coming(loaded: Loaded) -> None:
+    loaded.journal.write(Record(usage=row()))
+    await loaded.journal.flush()
+    assert await loaded.requests() == 1, "what was written before the call"
+    assert len(loaded.given) == 1
+    assert loaded.journal.waiting_bytes > 0, "what was written meanwhile waits for the next round"
+
+
+async def test_what_is_written_while_the_store_is_busy_is_one_batch(root: Path) -> None:
+    """And flushes that wait for it share a round. A store of which each batch waits to be let through."""
+
+    class Gated(Flaky):
+        def __init__(self) -> None:
+            super().__init__()
+            self.begun, self.gate = asyncio.Event(), asyncio.Event()
+
+        async def apply(self, batch: Batch) -> int:
+            self.begun.set()
+            await self.gate.wait()
+            return await super().apply(batch)
+
+    store = Gated()
+    store.gate.set()
+    async with started(store, root) as journal:
+        store.given.clear()
+        store.gate.clear()
+        store.begun.clear()
+        journal.write(Record(usage=row()))
+        first = asyncio.create_task(journal.flush())
+        await store.begun.wait()
+        later = []
+        for _ in range(50):
+            journal.write(Record(usage=row()))
+            later.append(asyncio.create_task(journal.flush()))
+            await asyncio.sleep(0)
+        store.gate.set()
+        await first
+        await asyncio.gather(*later)
+        assert await store.requests() == 51
+        assert len(store.given) == 2
+
+
+async def test_a_flush_that_is_cancelled_leaves_the_round_to_the_others(root: Path) -> None:
+    store = Flaky()
+    async with started(store, root) as journal:
+        journal.write(Record(usage=row()))
+        cancelled, other = asyncio.create_task(journal.flush()), asyncio.create_task(journal.flush())
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        await other
+        assert await store.requests() == 1
+        assert cancelled.cancelled()
 
 
 # The store is away
@@ -309,8 +391,7 @@ async def test_it_is_not_asked_all_the_time(store: Flaky, root: Path) -> None:
     store.away = True
     asked = []
     for _ in range(200):
-        async with journal._turns:
-            await journal._turn()
+        await journal._pump.next_round()
         if errors := journal.take_counts().errors:
             asked.extend([now] * errors)
         now += 0.1
@@ -337,14 +418,14 @@ async def test_a_store_that_goes_while_nothing_happens_is_missed(store: Flaky, r
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything happens a thousand times sooner."""
+    monkeypatch.setattr(gateway.state.writer, "SEGMENT_BYTES", 4000)
     for name, value in {
-        "FILE_BYTES": 4000,
         "COMPACT_BYTES": 16_000,
         "COMPACT_MEMORY_BYTES": 8000,
         "DISK_BYTES": 60_000,
         "MEMORY_BYTES": 8000,
     }.items():
-        monkeypatch.setattr(gateway.state.journal, name, value)
+        monkeypatch.setattr(gateway.state.pump, name, value)
 
 
 def on_disk(root: Path) -> int:
@@ -352,7 +433,7 @@ def on_disk(root: Path) -> int:
 
 
 def in_memory(journal: Journal) -> int:
-    return sum(len(part.data or b"") for part in (*journal._pending, journal._open))
+    return sum(len(part.data or b"") for part in (*journal._pump._backlog, journal._writer._open))
 
 
 @pytest.mark.usefixtures("small")
@@ -422,7 +503,7 @@ async def test_with_neither_disk_nor_store_there_is_a_limit_and_what_was_used_st
         counts = journal.take_counts()
         assert counts.unwritten == 2000
         assert counts.given_up > 1000, "finished agents"
-        assert caplog.text.count("the journal cannot be written") == 1
+        assert caplog.text.count("journal write failed") == 1
         store.away = False
         await journal.flush()
         assert await store.requests() == 2000
@@ -520,8 +601,28 @@ async def test_a_full_disk_is_said_once_and_what_happens_goes_to_the_store(
         assert await store.requests() == 7
         with caplog.at_level(logging.INFO):
             journal.write(Record(usage=row()))
-        assert "can be written again" in caplog.text
+        assert "journal writable again" in caplog.text
         assert journal.take_counts().unwritten == 0
+
+
+async def test_a_full_disk_hurries_one_round_and_not_one_for_each_step(
+    store: Flaky, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started(store, root) as journal:
+
+        def full(fd: int, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        due = journal._writer.due
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "write", full)
+            journal.write(Record(usage=row()))
+            assert due.is_set()
+            due.clear()
+            await journal.flush()
+            journal.write(Record(usage=row()))
+            assert not due.is_set()
+        assert journal.take_counts().unwritten == 2
 
 
 async def test_a_step_that_the_disk_took_in_part_is_not_left_there(store: Flaky, root: Path) -> None:
@@ -555,7 +656,7 @@ async def test_a_directory_that_was_removed_is_made_again(store: Flaky, root: Pa
         assert len(files(root)) == 1
         assert left_by_others(root)[1] == {journal.id}, "and is ours again"
         kill(journal)
-        journal._home = None
+        journal._writer._directory = None
     async with started(store, root):
         assert await store.requests() == 3
 
@@ -598,4 +699,4 @@ async def test_runs_have_names_of_their_own(store: Flaky) -> None:
 
 
 def test_the_first_batch_of_a_journal_is_not_one_of_its_files() -> None:
-    assert fold([], "j", 1).number < Journal(MemoryStore())._open.first
+    assert fold([], "j", 1).number < Journal(MemoryStore())._writer._open.first

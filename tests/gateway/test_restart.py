@@ -164,7 +164,7 @@ async def test_those_of_a_gateway_that_lives_are_left_to_it() -> None:
     scene.task(1, held=NET)
     await scene.feedback.flush()
     other = Scene(scene.store)
-    other.journal.others.add(scene.journal.id)
+    other.journal.live_journals.add(scene.journal.id)
     await other.recall()
     assert other.feedback.records == {}
     assert len(await scene.store.agents()) == 1
@@ -178,7 +178,7 @@ async def test_who_puts_an_agent_back_has_it_for_itself() -> None:
     assert kept.journal == anew.journal.id
     assert (kept.tasks, kept.whole, kept.settled) == (anew.feedback.records[AgentId("t/a")].tasks, True, 1)
     other = Scene(scene.store)
-    other.journal.others.add(anew.journal.id)
+    other.journal.live_journals.add(anew.journal.id)
     await other.recall()
     assert other.feedback.records == {}
 
