@@ -19,23 +19,24 @@ TEMPORARY = ".tmp"
 def write_atomically(path: Path, chunks: Iterable[bytes], *, durable: bool = False) -> None:
     """Write a file beside `path`, readable by its owner alone, and rename it to `path`.
 
-    Concurrent writers do not disturb each other: one of them wins. `durable` is for files whose loss a power cut must not cause:
-    the content is forced to the disk before the rename, without which `path` could turn out empty, and the directory after it,
-    without which the old content could come back. It costs two `fsync`, some milliseconds each.
+    Concurrent writers do not disturb each other: one of them wins. `durable` is for files that a power cut must not cost: the
+    content is forced to the disk before the rename, without which `path` could turn out empty, and the directory after it,
+    without which the old content could come back.
 
     Raises `OSError`, and what `chunks` raises; `path` has its old content then, unless the directory could not be synced.
     """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
+    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.writelines(chunks)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        Path(name).replace(path)
+        temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(name)
+            temporary.unlink()
         raise
     if durable:
         _sync_directory(path.parent)
