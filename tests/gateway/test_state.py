@@ -115,6 +115,20 @@ async def test_agents_that_leave_while_all_are_read_do_no_harm(small: Store, mon
     assert seen == sorted(seen)
 
 
+async def test_reading_all_ends_though_agents_keep_coming(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (gateway.state.memory, gateway.state.redis, gateway.state.sqlite):
+        monkeypatch.setattr(module, "CHUNK", 2)
+    for number in range(3):
+        await store.append(agent(number))
+    kept, seen = len(await everything(store)), 0
+    async for _ in store.read():
+        seen += 1
+        if seen < 10 * kept:  # else this would not end with a store that reads on
+            await store.append(agent(seen))
+            await store.append(agent(seen))
+    assert seen == kept
+
+
 class Fresh:
     """Names that no other test has had: they share a Redis."""
 
