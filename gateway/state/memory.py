@@ -1,4 +1,4 @@
-"""No store: what was learned ends with the process."""
+"""A store in memory: what it has ends with the process."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from predictor.types import FinishedAgent
 
 
 class MemoryStore(Store):
+    """Keeps everything in this process."""
+
     def __init__(self, kept_agents: int = KEPT_AGENTS) -> None:
         self.unreadable = 0
         self._samples: deque[bytes] = deque(maxlen=kept_agents)

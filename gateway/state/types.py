@@ -1,4 +1,4 @@
-"""What is kept, and the steps in which it comes to be."""
+"""What is kept, and the steps that change it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ class StateError(Exception):
 
 
 class BatchRefused(StateError):
-    """What was to be written is what no store can hold: there is no use in trying again."""
+    """The store can never hold this batch: there is no use in trying again."""
 
 
 class TenantUsage(msgspec.Struct, frozen=True):
-    """Tokens as the engine's usage has them; kv_cost: what was charged, in KV token·iterations."""
+    """What was used: tokens as the engine's usage counts them."""
 
     requests: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
-    kv_cost: float = 0.0
+    kv_cost: float = 0.0  # as charged, in KV token·iterations
 
 
 class UsageRow(msgspec.Struct, frozen=True):
-    """What a tenant has used in an hour. hour: seconds since 1970, the start of an hour in UTC."""
+    """What a tenant has used in an hour; see `TenantUsage`."""
 
     tenant: str
-    hour: int
+    hour: int  # its start in UTC, in seconds since 1970
     requests: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -40,7 +40,7 @@ class UsageRow(msgspec.Struct, frozen=True):
     kv_cost: float = 0.0
 
     def plus(self, other: UsageRow) -> UsageRow:
-        """Of the same tenant and hour."""
+        """The sum with another row of the same tenant and hour."""
         return UsageRow(
             self.tenant,
             self.hour,
@@ -53,53 +53,44 @@ class UsageRow(msgspec.Struct, frozen=True):
 
 
 class AgentState(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A live agent: what brings it back after a restart, and what makes it a finished one when it ends.
+    """A live agent: what brings it back after a restart, and what makes it a finished one when it ends."""
 
-    run: this agent and no other one, whereas an id may come again. journal: of the gateway that has written it. name: the
-    client's word for it. settled: its tasks that are over; answered: those of them that were answered, and are kept.
-    arrived_at, last_end_at: seconds since 1970. predicted: Ĉ at its first release, by what `judged` says; prediction: the
-    last one. schema: of its tasks' rows, if they are of one. tasks: empty but where a store gives it back.
-    """
-
-    run: str
-    journal: str
+    run: str  # names this agent alone, whereas an id may come again
+    journal: str  # id of the journal whose gateway has the agent
     id: str
-    name: str
+    name: str  # as the client calls it
     tenant: str
     source: str
     standing: Standing
+    # Seconds since 1970.
     arrived_at: float
     last_end_at: float
-    settled: int
-    answered: int
+    settled: int  # tasks that have ended
+    answered: int  # those that ended with an answer, which are kept
     agent_class: str | None = None
     final: bool = False
-    whole: bool = True
+    whole: bool = True  # every settled task was answered, and is kept: only then is it learned from
     returns: int = 0
     expected_tasks: int | None = None
-    predicted: float | None = None
-    prediction: AgentPrediction | None = None
-    judged: AgentPrediction | None = None
-    schema: str = ""
+    predicted: float | None = None  # cost of the whole agent at its first release, from `judged`
+    prediction: AgentPrediction | None = None  # the latest
+    judged: AgentPrediction | None = None  # the one at the first release
+    schema: str = ""  # of all of its tasks' rows; empty if they differ
     aliases: list[str] = []
-    tasks: list[FinishedTask] = []
+    tasks: list[FinishedTask] = []  # empty but where a store returns the agent
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A step: what the settling of a task changes, or the end of an agent. Everything in it is to be written, or nothing.
+    """A step: what the settling of a task changes, or the end of an agent. It is written whole, or not at all."""
 
-    agent: as it is now; `first`, when there was nothing of it before; `over`, when it has ended. task: its task number `place`,
-    among the answered ones; run: whose, where there is no `agent`. usage: is added. sample: a finished agent, packed.
-    """
-
-    agent: AgentState | None = None
-    first: bool = False
+    agent: AgentState | None = None  # as it is now
+    first: bool = False  # no step before had the agent
     task: FinishedTask | None = None
-    place: int = 0
-    over: bool = False
-    usage: UsageRow | None = None
-    run: str = ""
-    sample: bytes = b""
+    place: int = 0  # of the task, among the answered ones of its agent
+    over: bool = False  # the agent has ended
+    usage: UsageRow | None = None  # is added
+    run: str = ""  # of the task's agent, where there is no `agent`
+    sample: bytes = b""  # a finished agent, packed
 
 
 def hour_of(seconds: float) -> int:
@@ -107,7 +98,7 @@ def hour_of(seconds: float) -> int:
 
 
 def finished(agent: AgentState, tasks: list[FinishedTask]) -> FinishedAgent:
-    """What is learned from, when it has ended."""
+    """An ended agent as it is learned from."""
     in_order = sorted(tasks, key=lambda task: task.arrived_s)
     return FinishedAgent(
         agent.agent_class,
