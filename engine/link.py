@@ -371,7 +371,7 @@ class GatewayLink:
             socket.connect(at)
 
     async def messages(self) -> AsyncIterator[Message]:
-        """Of the reports that came while the caller was busy only the newest. Never ends by itself.
+        """What the engine sends; of reports that came while the caller was busy, only the newest. Never ends by itself.
 
         Raises `LinkError` on a message that cannot be read, or a `Hello` of another protocol.
         """

@@ -7,7 +7,7 @@ from there reaches the store in batches: a store that is away for a while costs 
     blobs       finished agents, packed
     frames      steps as bytes
     batch       many steps as one, each agent and each sum once
-    directory   the journal's directory, and who may read it
+    directory   the journals' directories, and their locks
     segments    stretches of a journal, in files or in memory
     writer      steps into the open segment
     pump        closed segments into the store

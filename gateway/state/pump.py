@@ -151,8 +151,8 @@ class Pump:
             home, waiting = self._left_behind[0]
             while waiting:
                 await self._give_first(waiting)
-            await asyncio.to_thread(home.close)
             self._left_behind.popleft()
+            await asyncio.to_thread(home.close)
         if self._recall is not None:
             await self.store.apply(Batch(self._journal, MARK))
             self._applied = max(self._applied, MARK)

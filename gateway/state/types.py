@@ -56,7 +56,7 @@ class AgentState(msgspec.Struct, frozen=True, omit_defaults=True):
     """A live agent: what brings it back after a restart, and what makes it a finished one when it ends."""
 
     run: str  # names this agent alone, whereas an id may come again
-    journal: str  # id of the journal whose gateway has the agent
+    journal: str  # id of the journal of its gateway
     id: str
     name: str  # as the client calls it
     tenant: str

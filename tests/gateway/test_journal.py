@@ -286,6 +286,20 @@ async def test_one_that_was_stopped_while_it_looked_holds_up_nobody(
 # Steps keep coming
 
 
+class Gated(Flaky):
+    """Each batch waits until the gate is open, as it is at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.gate = asyncio.Event(), asyncio.Event()
+        self.gate.set()
+
+    async def apply(self, batch: Batch) -> int:
+        self.begun.set()
+        await self.gate.wait()
+        return await super().apply(batch)
+
+
 class Loaded(Flaky):
     """Each batch that it applies takes as long as it takes the gateway to settle one more task: up to LOAD of them."""
 
@@ -318,24 +332,10 @@ async def test_a_flush_ends_though_steps_keep_coming(loaded: Loaded) -> None:
 
 
 async def test_what_is_written_while_the_store_is_busy_is_one_batch(root: Path) -> None:
-    """And flushes that wait for it share a round. A store of which each batch waits to be let through."""
-
-    class Gated(Flaky):
-        def __init__(self) -> None:
-            super().__init__()
-            self.begun, self.gate = asyncio.Event(), asyncio.Event()
-
-        async def apply(self, batch: Batch) -> int:
-            self.begun.set()
-            await self.gate.wait()
-            return await super().apply(batch)
-
+    """And flushes that wait for it share a round."""
     store = Gated()
-    store.gate.set()
     async with started(store, root) as journal:
-        store.given.clear()
         store.gate.clear()
-        store.begun.clear()
         journal.write(Record(usage=row()))
         first = asyncio.create_task(journal.flush())
         await store.begun.wait()
@@ -349,6 +349,20 @@ async def test_what_is_written_while_the_store_is_busy_is_one_batch(root: Path) 
         await asyncio.gather(*later)
         assert await store.requests() == 51
         assert len(store.given) == 2
+
+
+async def test_a_store_that_does_not_answer_does_not_hold_up_the_end(
+    store: Flaky, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway.state.pump, "CLOSE_S", 0.01)
+    silent = Gated()
+    journal = Journal(silent, root)
+    await journal.start()
+    silent.gate.clear()
+    journal.write(Record(usage=row()))
+    await journal.close()
+    async with started(store, root):
+        assert await store.requests() == 1
 
 
 async def test_a_flush_that_is_cancelled_leaves_the_round_to_the_others(root: Path) -> None:
