@@ -371,7 +371,7 @@ class GatewayLink:
             socket.connect(at)
 
     async def messages(self) -> AsyncIterator[Message]:
-        """Of the reports that came while the caller was busy only the newest. Never ends by itself.
+        """What the engine sends; of reports that came while the caller was busy, only the newest. Never ends by itself.
 
         Raises `LinkError` on a message that cannot be read, or a `Hello` of another protocol.
         """
@@ -381,7 +381,8 @@ class GatewayLink:
             while True:
                 came = [parse(await pending)]
                 pending = asyncio.ensure_future(self._socket.recv())
-                while pending.done():
+                # No more of them at a time than may wait: if messages come faster than they are read, this must end.
+                while pending.done() and len(came) < SEND_HIGH_WATER_MARK:
                     came.append(parse(pending.result()))
                     pending = asyncio.ensure_future(self._socket.recv())
                 newest = next((message for message in reversed(came) if isinstance(message, Report)), None)
@@ -393,6 +394,8 @@ class GatewayLink:
                     elif isinstance(message, Report):
                         continue
                     yield message
+                if pending.done():
+                    await asyncio.sleep(0)  # else other tasks would get no turn until nothing is left
         finally:
             pending.cancel()
 

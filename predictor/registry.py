@@ -3,26 +3,25 @@
     000001.model  000002.model  …    as they were added, never changed
     promoted                         numbers, one a line, in the order in which they came to serve: the last one does
 
-Every file appears whole or not at all (written beside, then renamed), and numbers are taken with O_EXCL: whatever dies in
-between, or does the same at the same time, the directory stays one that can be read. Of two promotions at once, one wins.
+Every file appears whole or not at all (`files`), and numbers are taken with O_EXCL: a writer that is killed, or another one at
+the same time, leaves a directory that can be read. Of two promotions at once, one wins.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from predictor.files import ABANDONED_S, TEMPORARY, write_atomically
+
 MOST_VERSIONS = 10
 PROMOTED = "promoted"
-# Far more than anybody rolls back.
+# Far more than any user rolls back.
 MOST_PROMOTIONS = 1000
-# Nobody is that long about writing a file: who began it has died.
-ABANDONED_S = 3600.0
 
 _NAME = re.compile(r"(\d{6})\.model")
 
@@ -46,22 +45,21 @@ class Registry:
         return self.directory / f"{version:06}.model"
 
     def add(self, model: bytes) -> int:
-        """Its version. The oldest go, where they become too many (`prune`)."""
-        with self._told():
+        """Add a model; its version. Removes the oldest ones where there are too many (`prune`)."""
+        with self._translated():
             self.directory.mkdir(parents=True, exist_ok=True)
-            temporary = self._written(model)
+            version = self._take_number()
             try:
-                version = self._taken()
-                temporary.replace(self.path(version))
-            except BaseException:
-                temporary.unlink(missing_ok=True)
+                write_atomically(self.path(version), [model], durable=True)
+            except OSError:
+                self.path(version).unlink(missing_ok=True)
                 raise
         self.prune()
         return version
 
     def versions(self) -> list[int]:
         """All versions, the oldest first."""
-        with self._told():
+        with self._translated():
             if not self.directory.exists():
                 return []
             # A number that has been taken, but has no contents yet, or never got them, is empty.
@@ -90,14 +88,14 @@ class Registry:
         return promoted[-2]
 
     def prune(self) -> list[int]:
-        """Keeps the newest versions, and in any case the one that serves and the one that did before. Those that went.
+        """Remove the oldest versions, but never the one that serves or the one that served before; those that were removed.
 
-        What others who died have left half done goes too."""
+        Files that killed writers have left half done are removed too."""
         versions, needed = self.versions(), self._promoted()[-2:]
         spare = [version for version in versions if version not in needed]
         room = MOST_VERSIONS - (len(versions) - len(spare))
         gone = spare[: max(0, len(spare) - room)]
-        with self._told():
+        with self._translated():
             for version in gone:
                 self.path(version).unlink(missing_ok=True)
             if self.directory.exists():
@@ -107,9 +105,9 @@ class Registry:
     def _clear_abandoned(self) -> None:
         before_s = time.time() - ABANDONED_S
         for entry in list(self.directory.iterdir()):
-            temporary = entry.name.startswith(".") and entry.suffix == ".tmp"
+            temporary = entry.name.startswith(".") and entry.suffix == TEMPORARY
             if temporary or _NAME.fullmatch(entry.name):
-                with suppress(FileNotFoundError):  # somebody else was faster
+                with suppress(FileNotFoundError):  # another process was faster
                     found = entry.stat()
                     if found.st_mtime < before_s and (temporary or not found.st_size):
                         entry.unlink()
@@ -120,8 +118,8 @@ class Registry:
             if found:
                 yield int(found[1]), entry
 
-    def _taken(self) -> int:
-        """The next number, as an empty file."""
+    def _take_number(self) -> int:
+        """Take the next number by an empty file."""
         version = max((version for version, _ in self._entries()), default=0)
         version = max([version, *self._promoted()])
         while True:
@@ -134,7 +132,7 @@ class Registry:
 
     def _promoted(self) -> list[int]:
         path = self.directory / PROMOTED
-        with self._told():
+        with self._translated():
             try:
                 lines = path.read_text("ascii", "replace").split()
             except FileNotFoundError:
@@ -146,30 +144,12 @@ class Registry:
 
     def _write_promoted(self, versions: list[int]) -> None:
         text = "".join(f"{version:06}\n" for version in versions[-MOST_PROMOTIONS:])
-        with self._told():
-            temporary = self._written(text.encode())
-            try:
-                temporary.replace(self.directory / PROMOTED)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-
-    def _written(self, data: bytes) -> Path:
-        """To a file of its own in the directory, and to the disk."""
-        descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=self.directory)
-        path = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        return path
+        with self._translated():
+            write_atomically(self.directory / PROMOTED, [text.encode()], durable=True)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _translated(self) -> Iterator[None]:
+        """Raises `RegistryError` for an `OSError`."""
         try:
             yield
         except OSError as error:

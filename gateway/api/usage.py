@@ -18,9 +18,9 @@ from fastapi import APIRouter, Request, Response
 
 from gateway.api.instrumented import caller, own_routes
 from gateway.flowcontrol.quotas import DAY_S
+from gateway.flowcontrol.records import HOUR_S, UsageRow
 from gateway.protocol.errors import Forbidden, InvalidRequest, NoState
 from gateway.state import StateError
-from gateway.state.types import HOUR_S, UsageRow
 from gateway.telemetry.request_span import Observer
 from gateway.tenancy.tenants import Tenants
 

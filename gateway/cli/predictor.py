@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from gateway.learning.store import console, kept_store
 from gateway.learning.trainer import TrainSettings, run_train
 from gateway.learning.training import read_note
 from gateway.state import StateError
+from predictor.files import write_atomically
 from predictor.model import ModelError
 from predictor.model import load as load_model
 from predictor.registry import Registry, RegistryError
@@ -214,20 +214,13 @@ async def run_export(settings: ExportSettings) -> int:
 
 
 def _write(agents: list[AgentTrace], out: Path | None) -> None:
-    """A file is there as a whole or not at all, and for its owner alone. Raises `TraceError` and `OSError`."""
+    """To a file, which then is whole or not there at all, or to standard output. Raises `TraceError` and `OSError`."""
     lines = (encode(agent) + b"\n" for agent in agents)
     if out is None:
         sys.stdout.buffer.writelines(lines)
         sys.stdout.buffer.flush()
-        return
-    new = out.with_name(out.name + ".new")
-    try:
-        new.unlink(missing_ok=True)
-        with os.fdopen(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.writelines(lines)
-        new.replace(out)
-    finally:
-        new.unlink(missing_ok=True)
+    else:
+        write_atomically(out, lines)
 
 
 def _time(at: float) -> str:

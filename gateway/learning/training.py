@@ -26,6 +26,7 @@ from gateway.learning.accuracy import Accuracy
 from gateway.learning.serving import Learning
 from gateway.state import StateError, Store
 from gateway.telemetry.metrics import Metrics, TrainingOutcome
+from predictor.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +65,7 @@ def read_note(models: Path) -> Note | None:
 
 def write_note(models: Path, note: Note) -> None:
     """Raises `OSError`."""
-    new = models / f"{NOTE}.new"
-    new.write_bytes(msgspec.json.encode(note))
-    new.replace(models / NOTE)
+    write_atomically(models / NOTE, [msgspec.json.encode(note)])
 
 
 class Training:

@@ -1,7 +1,7 @@
-"""Many steps as one: of each agent its last state, of each sum the total, and who has come and gone as a finished agent.
+"""Many steps as one: of each agent its last state, of each sum the total, and agents that began and ended as finished ones.
 
-A batch is what a store is given. It has the id of its journal and a number, and can be taken apart into steps again: so what
-has to wait is written anew as less.
+A batch is what a store is given. It has the id of its journal and a number, and can be turned into steps again: so a backlog is
+compacted.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from gateway.flowcontrol.records import AgentRecord, Step, UsageRow, finished
 from gateway.state.blobs import pack
 from gateway.state.frames import HEADER, framed
-from gateway.state.types import AgentState, Record, StateError, UsageRow, finished
+from gateway.state.types import StateError
 from predictor.types import FinishedTask
 
 Tasks = dict[int, FinishedTask]  # by their places
@@ -21,21 +22,27 @@ Tasks = dict[int, FinishedTask]  # by their places
 
 @dataclass(slots=True)
 class Batch:
-    """journal, number: its id; no journal, no id. agents: those that live, by run; began: of which no store can know yet.
-    tasks: by run, of those that live and of `over`. over: those that have ended, and of which the store may have something.
-    samples: finished agents, packed."""
+    """What a store applies as a whole, or not at all."""
 
+    # Together its id; without a journal it has none, and is applied each time.
     journal: str = ""
     number: int = 0
-    agents: dict[str, AgentState] = field(default_factory=dict)
+    # Live agents, by run.
+    agents: dict[str, AgentRecord] = field(default_factory=dict)
+    # Runs of those that began in this batch, so that no store has them yet.
     began: set[str] = field(default_factory=set)
+    # By run, of the agents in `agents` and `over`.
     tasks: dict[str, Tasks] = field(default_factory=dict)
-    over: dict[str, AgentState] = field(default_factory=dict)
+    # Agents that have ended, and of which the store may have something, by run.
+    over: dict[str, AgentRecord] = field(default_factory=dict)
+    # Finished agents, packed.
     samples: list[bytes] = field(default_factory=list)
+    # By tenant and hour.
     usage: dict[tuple[str, int], UsageRow] = field(default_factory=dict)
 
 
-def fold(records: Iterable[Record], journal: str = "", number: int = 0) -> Batch:
+def fold(records: Iterable[Step], journal: str = "", number: int = 0) -> Batch:
+    """The batch that comes to the same as these steps."""
     batch = Batch(journal, number)
     for record in records:
         if (usage := record.usage) is not None:
@@ -59,8 +66,8 @@ def fold(records: Iterable[Record], journal: str = "", number: int = 0) -> Batch
     return batch
 
 
-def sample_of(agent: AgentState, tasks: Mapping[int, FinishedTask]) -> bytes | None:
-    """Of an agent that has ended; None if there is nothing to learn from, or not all of it is here. Packed."""
+def sample_of(agent: AgentRecord, tasks: Mapping[int, FinishedTask]) -> bytes | None:
+    """An ended agent as a finished one, packed; None if there is nothing to learn from it, or tasks are missing."""
     if not agent.whole or not agent.answered or len(tasks) != agent.answered:
         return None
     try:
@@ -69,48 +76,48 @@ def sample_of(agent: AgentState, tasks: Mapping[int, FinishedTask]) -> bytes | N
         return None
 
 
-def records_of(batch: Batch) -> Iterator[Record]:
-    """Steps that come to the same."""
+def records_of(batch: Batch) -> Iterator[Step]:
+    """The fewest steps that come to the same as a batch."""
     for row in batch.usage.values():
-        yield Record(usage=row)
+        yield Step(usage=row)
     for sample in batch.samples:
-        yield Record(sample=sample)
+        yield Step(sample=sample)
     for run, tasks in batch.tasks.items():
         for place, task in tasks.items():
-            yield Record(run=run, task=task, place=place)
+            yield Step(run=run, task=task, place=place)
     for run, agent in batch.agents.items():
-        yield Record(agent=agent, first=run in batch.began)
+        yield Step(agent=agent, first=run in batch.began)
     for agent in batch.over.values():
-        yield Record(agent=agent, over=True)
+        yield Step(agent=agent, over=True)
 
 
-def compact(records: Iterable[Record], *, kept_agents: int, limit_bytes: int) -> tuple[bytes, int]:
-    """As little as it takes, as a file; and how many agents had to be given up to stay below the limit.
+def compact(records: Iterable[Step], *, kept_agents: int, limit_bytes: int) -> tuple[bytes, int]:
+    """The fewest steps that come to the same, as a file; and how many agents were dropped to stay below the limit.
 
-    Finished agents go first, the oldest before the others: they are only learned from. Then the tasks of those that live, who
-    then are not learned from. What was used, and where agents stand, stays whatever it takes: a row for each tenant and
-    hour, and one for each agent."""
+    Finished agents are dropped first, the oldest before the others: they are only learned from. Then the tasks of live agents,
+    which then are not learned from. What was used, and the states of agents, stay whatever their size: a row for each tenant
+    and hour, and one for each agent. More finished agents than a store keeps do not count as dropped."""
     batch = fold(records)
     del batch.samples[:-kept_agents]
-    data, given_up = framed(records_of(batch)), 0
+    data, dropped = framed(records_of(batch)), 0
     if len(data) > limit_bytes:
         surplus = len(data) - limit_bytes
         while batch.samples and surplus > 0:
             surplus -= len(batch.samples.pop(0))
-            given_up += 1
+            dropped += 1
         if surplus > 0:
-            given_up += len(batch.tasks)
+            dropped += len(batch.tasks)
             for run in batch.tasks:
                 for agents in (batch.agents, batch.over):
                     if run in agents:
                         agents[run] = msgspec.structs.replace(agents[run], whole=False)
             batch.tasks.clear()
         data = framed(records_of(batch))
-    return data if len(data) > len(HEADER) else b"", given_up
+    return data if len(data) > len(HEADER) else b"", dropped
 
 
-def _end(batch: Batch, agent: AgentState) -> None:
-    """Who came and went within this batch is a finished agent, or nothing. Of the others the store knows more."""
+def _end(batch: Batch, agent: AgentRecord) -> None:
+    """An agent that began and ended within this batch is a finished one, or nothing. The store has more of the others."""
     run = agent.run
     batch.agents.pop(run, None)
     tasks = batch.tasks.get(run, {})

@@ -1,6 +1,6 @@
 """A finished agent as one blob, the same in all stores: packed and unpacked here.
 
-A blob that cannot be unpacked (damaged, or of a version to come) is passed over and counted.
+A blob that cannot be unpacked (damaged, or of a later version) is skipped and counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from predictor.types import FinishedAgent
 
 logger = logging.getLogger(__name__)
 
-# Of one agent, unpacked. What is larger did not come from us.
+# Of one agent, unpacked. A larger one was not written by a gateway.
 LARGEST_BYTES = 2**29
 
 # An agent of ten tasks has 6.7 kB: fast compression makes that 1.1, thorough 0.9 in twice the time.
@@ -27,7 +27,7 @@ _decode = msgspec.msgpack.Decoder(FinishedAgent).decode
 
 
 def pack(agent: FinishedAgent) -> bytes:
-    """Raises `StateError` for what no store can hold, as a client's limit of more than 64 bits."""
+    """A finished agent as a blob. Raises `StateError` for what cannot be packed, such as a limit of more than 64 bits."""
     try:
         return zlib.compress(_encode(agent), _LEVEL)
     except (msgspec.EncodeError, OverflowError, ValueError) as error:
@@ -35,7 +35,7 @@ def pack(agent: FinishedAgent) -> bytes:
 
 
 def without_texts(agent: FinishedAgent) -> FinishedAgent:
-    """Nothing is learned from them, and they can be many times the rest."""
+    """A finished agent without its texts: nothing is learned from them, and they can be many times the rest."""
     if all(task.prompt is None and task.system is None for task in agent.tasks):
         return agent
     replace = msgspec.structs.replace
@@ -43,7 +43,7 @@ def without_texts(agent: FinishedAgent) -> FinishedAgent:
 
 
 def unpack(blobs: Iterable[bytes], *, texts: bool = True) -> tuple[list[FinishedAgent], int]:
-    """The agents, and how many could not be read. Without texts, there are never those of more than one agent."""
+    """The agents, and how many could not be read. With `texts` false, no more than one agent's texts are in memory at once."""
     agents, unreadable = [], 0
     for blob in blobs:
         try:
@@ -53,7 +53,7 @@ def unpack(blobs: Iterable[bytes], *, texts: bool = True) -> tuple[list[Finished
             unreadable += 1
             reason = str(error)
     if unreadable:
-        logger.warning("%d agents of the state store cannot be read and are passed over: %s", unreadable, reason)
+        logger.warning("skipped %d unreadable agents of the state store: %s", unreadable, reason)
     return agents, unreadable
 
 

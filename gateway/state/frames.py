@@ -1,7 +1,7 @@
 """Steps as bytes, and back. A file is a line that names its version, and then frames: length, checksum, and a packed step.
 
-A file may end anywhere, as its writer may have been killed in the middle of a frame: nobody was told that this one was
-written, and it is passed over. A frame that is damaged is passed over and counted.
+A file may end in the middle of a frame, if its writer was killed there: no client has received the end of that answer, and the
+frame is skipped. A damaged frame is skipped and counted.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from gateway.state.types import Record
+from gateway.flowcontrol.records import Step
 
 HEADER = b"justitia journal 1\n"
 
 _FRAME = struct.Struct("<II")
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Record).decode
+_decode = msgspec.msgpack.Decoder(Step).decode
 
 
 class UnknownVersion(Exception):
-    """Another version of justitia has written this, or somebody else."""
+    """The file was written by another version of justitia, or by another program."""
 
 
-def frame(record: Record) -> bytes:
-    """Raises `ValueError`, `TypeError` and `OverflowError` for what cannot be packed."""
+def frame(record: Step) -> bytes:
+    """One step as bytes. Raises `ValueError`, `TypeError` and `OverflowError` for what cannot be packed."""
     packed = _encode(record)
     return _FRAME.pack(len(packed), zlib.crc32(packed)) + packed
 
 
-def framed(records: Iterable[Record]) -> bytes:
-    """A whole file."""
+def framed(records: Iterable[Step]) -> bytes:
+    """Steps as a whole file."""
     return HEADER + b"".join(map(frame, records))
 
 
-def read(data: bytes) -> tuple[list[Record], int]:
+def read(data: bytes) -> tuple[list[Step], int]:
     """The steps of a file, and how many could not be read. Raises `UnknownVersion`."""
     if not data.startswith(HEADER):
         if HEADER.startswith(data):
-            return [], 0  # its writer came no further
+            return [], 0  # its writer was killed here
         raise UnknownVersion(f"it begins with {data[: len(HEADER)]!r}")
     records, unreadable = [], 0
     for packed in _frames(data):
@@ -53,7 +53,7 @@ def read(data: bytes) -> tuple[list[Record], int]:
 
 
 def _frames(data: bytes) -> Iterator[bytes]:
-    """What is damaged comes as something that cannot be unpacked."""
+    """The packed steps of a file; a damaged one as bytes that cannot be unpacked."""
     view, place = memoryview(data), len(HEADER)
     while place + _FRAME.size <= len(view):
         length, checksum = _FRAME.unpack_from(view, place)

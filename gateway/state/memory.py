@@ -1,4 +1,4 @@
-"""No store: what was learned ends with the process."""
+"""A store in memory: what it has ends with the process."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from collections import deque
 from collections.abc import AsyncIterator
 from itertools import islice
 
+from gateway.flowcontrol.records import AgentRecord, UsageRow
 from gateway.state.batch import Batch, Tasks
 from gateway.state.blobs import unpack
 from gateway.state.live import ending, with_tasks
 from gateway.state.store import CHUNK, KEPT_AGENTS, Store
-from gateway.state.types import AgentState, UsageRow
 from predictor.types import FinishedAgent
 
 
 class MemoryStore(Store):
+    """Keeps everything in this process."""
+
     def __init__(self, kept_agents: int = KEPT_AGENTS) -> None:
         self.unreadable = 0
         self._samples: deque[bytes] = deque(maxlen=kept_agents)
         self._added = 0
-        self._agents: dict[str, AgentState] = {}
+        self._agents: dict[str, AgentRecord] = {}
         self._tasks: dict[str, Tasks] = {}
         self._usage: dict[tuple[str, int], UsageRow] = {}
         self._numbers: dict[str, int] = {}
@@ -51,7 +53,7 @@ class MemoryStore(Store):
             self._usage[key] = row if before is None else before.plus(row)
         return known
 
-    async def agents(self) -> list[AgentState]:
+    async def agents(self) -> list[AgentRecord]:
         return [with_tasks(agent, self._tasks.get(run, {})) for run, agent in self._agents.items()]
 
     async def usage(self, since: int, until: int, tenant: str | None = None) -> list[UsageRow]:

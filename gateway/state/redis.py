@@ -1,11 +1,11 @@
 """State that several gateways share, or that outlives the machine: Redis 6.2 or newer, one server and not a cluster.
 
     justitia:agents, …:added      finished agents: a stream of blobs, and how many there have ever been
-    justitia:live                 runs of the live ones; justitia:live:<run> is a hash: `agent`, and a field for each task
-    justitia:usage                hours in which somebody used something; justitia:usage:<hour> is a hash: <tenant>:<what>
+    justitia:live                 runs of the live agents; justitia:live:<run> is a hash: `agent`, and a field for each task
+    justitia:usage                hours with any use; justitia:usage:<hour> is a hash: <tenant>:<what>
     justitia:journal:<id>         number of the last batch of a journal
 
-A batch is one transaction, which comes to pass only if nobody has touched meanwhile what it was made of.
+A batch is one transaction, which fails if another client has changed meanwhile what it was made from.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import DataError, RedisError, WatchError
 
+from gateway.flowcontrol.records import AgentRecord, UsageRow
 from gateway.state.batch import Batch
 from gateway.state.blobs import unpack
 from gateway.state.live import ending, packed, unpack_agent, unpack_tasks, with_tasks
 from gateway.state.store import CHUNK, KEPT_AGENTS, Store
-from gateway.state.types import AgentState, BatchRefused, StateError, UsageRow
+from gateway.state.types import BatchRefused, StateError
 from predictor.types import FinishedAgent
 
 AGENTS, ADDED = "justitia:agents", "justitia:agents:added"
 LIVE, USAGE, JOURNAL = "justitia:live", "justitia:usage", "justitia:journal"
 TIMEOUT_S = 5.0
 CONNECTIONS = 8
-# How often a batch is made anew when others have touched what it was made of.
+# How often a batch is tried when other clients change what it is made from.
 TRIES = 5
-# Seconds for which a journal's number is kept after its last batch: by then nobody gives that one again.
+# Seconds for which a journal's number is kept after its last batch: by then no gateway gives that one again.
 JOURNAL_S = 400 * 86400
 
 _FIELD, _AGENT = b"agent", b"agent"
-_WORDS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens")
+_SUMS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens")
 _KV_COST = "kv_cost"
 
 _Entries: TypeAlias = list[tuple[bytes, dict[bytes, bytes]]]
@@ -45,9 +46,10 @@ _Fields: TypeAlias = dict[bytes, bytes]
 
 
 class RedisStore(Store):
-    """url: `redis://host:port/db`, `rediss://…` or `unix:///path`."""
+    """A Redis server, which several gateways may share."""
 
     def __init__(self, url: str, kept_agents: int = KEPT_AGENTS) -> None:
+        """url: `redis://host:port/db`, `rediss://…` or `unix:///path`."""
         self.unreadable = 0
         self._kept_agents = kept_agents
         pool = redis.asyncio.BlockingConnectionPool.from_url(
@@ -56,7 +58,7 @@ class RedisStore(Store):
             timeout=TIMEOUT_S,
             socket_timeout=TIMEOUT_S,
             socket_connect_timeout=TIMEOUT_S,
-            # Once, for a connection that was cut while it was idle. When to try again otherwise is the caller's to say.
+            # Once, for a connection that was cut while it was idle. The caller decides when to try again otherwise.
             retry=Retry(NoBackoff(), 1),
         )
         self._redis = redis.asyncio.Redis.from_pool(pool)
@@ -65,48 +67,50 @@ class RedisStore(Store):
         for _ in range(TRIES):
             async with self._redis.pipeline(transaction=True) as pipeline:
                 try:
-                    return int(await _asked(self._apply(pipeline, batch)))
-                except _Touched:
+                    return int(await _result(self._apply(pipeline, batch)))
+                except _Conflict:
                     continue
-        raise StateError("redis: others write to the same agents all the time")
+        raise StateError(f"redis: other clients changed the same agents {TRIES} times in a row")
 
-    async def agents(self) -> list[AgentState]:
-        runs = sorted(await _asked(self._redis.smembers(LIVE)))
-        agents: list[AgentState] = []
+    async def agents(self) -> list[AgentRecord]:
+        runs = sorted(await _result(self._redis.smembers(LIVE)))
+        agents: list[AgentRecord] = []
         for begin in range(0, len(runs), CHUNK):
             pipeline = self._redis.pipeline(transaction=False)
             for run in runs[begin : begin + CHUNK]:
                 pipeline.hgetall(_live(run.decode()))
             agents += [
                 with_tasks(agent, self._tasks(fields))
-                for fields in await _asked(pipeline.execute())
+                for fields in await _result(pipeline.execute())
                 if fields and (agent := self._agent(fields)) is not None
             ]
         return agents
 
     async def usage(self, since: int, until: int, tenant: str | None = None) -> list[UsageRow]:
-        hours = [int(hour) for hour in await _asked(self._redis.zrangebyscore(USAGE, since, f"({until}"))]
+        hours = [int(hour) for hour in await _result(self._redis.zrangebyscore(USAGE, since, f"({until}"))]
         rows = []
         for begin in range(0, len(hours), CHUNK):
             chunk = hours[begin : begin + CHUNK]
             pipeline = self._redis.pipeline(transaction=False)
             for hour in chunk:
                 pipeline.hgetall(f"{USAGE}:{hour}")
-            for hour, fields in zip(chunk, await _asked(pipeline.execute()), strict=True):
+            for hour, fields in zip(chunk, await _result(pipeline.execute()), strict=True):
                 rows += [row for row in _rows(hour, fields) if tenant in (None, row.tenant)]
         return rows
 
     async def added(self) -> int:
-        return int(await _asked(self._redis.get(ADDED)) or 0)
+        return int(await _result(self._redis.get(ADDED)) or 0)
 
     async def newest(self, limit: int) -> list[FinishedAgent]:
-        entries: _Entries = await _asked(self._redis.xrevrange(AGENTS, count=limit))
+        entries: _Entries = await _result(self._redis.xrevrange(AGENTS, count=limit))
         return await self._unpack(entries[::-1], texts=False)
 
     async def read(self) -> AsyncIterator[FinishedAgent]:
-        after = "-"
+        # What is added meanwhile is not read: else this would not end while agents are added faster than they are read.
+        last: _Entries = await _result(self._redis.xrevrange(AGENTS, count=1))
+        after, until = "-", last[0][0].decode() if last else "-"
         while True:
-            entries: _Entries = await _asked(self._redis.xrange(AGENTS, min=after, count=CHUNK))
+            entries: _Entries = await _result(self._redis.xrange(AGENTS, min=after, max=until, count=CHUNK))
             if not entries:
                 return
             after = "(" + entries[-1][0].decode()
@@ -117,7 +121,7 @@ class RedisStore(Store):
         await self._redis.aclose()
 
     async def _apply(self, pipeline: Pipeline, batch: Batch) -> int:
-        """Raises `_Touched` when it has to be tried again."""
+        """Apply a batch in one transaction. Raises `_Conflict` when it has to be tried again."""
         try:
             journal = f"{JOURNAL}:{batch.journal}"
             await pipeline.watch(journal, *map(_live, batch.over))
@@ -131,10 +135,10 @@ class RedisStore(Store):
             self.unreadable += in_part
             return known
         except WatchError as error:
-            raise _Touched from error
+            raise _Conflict from error
 
     async def _ended(self, pipeline: Pipeline, batch: Batch) -> tuple[list[bytes], list[str], int]:
-        """Samples, the runs of which nothing is to be left, and of how many of them not all was there."""
+        """Finished agents, the runs of which nothing is to be left, and how many of those were incomplete."""
         samples, gone, in_part = list(batch.samples), [], 0
         for run, agent in batch.over.items():
             fields: _Fields = await pipeline.hgetall(_live(run))  # type: ignore[assignment]  # it never decodes
@@ -163,13 +167,13 @@ class RedisStore(Store):
             pipeline.incrby(ADDED, len(samples))
         for (tenant, hour), row in batch.usage.items():
             pipeline.zadd(USAGE, {str(hour): hour})
-            for word in _WORDS:
-                pipeline.hincrby(f"{USAGE}:{hour}", f"{tenant}:{word}", getattr(row, word))
+            for name in _SUMS:
+                pipeline.hincrby(f"{USAGE}:{hour}", f"{tenant}:{name}", getattr(row, name))
             pipeline.hincrbyfloat(f"{USAGE}:{hour}", f"{tenant}:{_KV_COST}", row.kv_cost)
         if batch.journal:
             pipeline.set(f"{JOURNAL}:{batch.journal}", batch.number, ex=JOURNAL_S)
 
-    def _agent(self, fields: _Fields) -> AgentState | None:
+    def _agent(self, fields: _Fields) -> AgentRecord | None:
         agent = unpack_agent(fields.get(_AGENT, b""))
         self.unreadable += agent is None
         return agent
@@ -186,8 +190,8 @@ class RedisStore(Store):
         return agents
 
 
-class _Touched(Exception):
-    """Somebody else has written to what a transaction was made of."""
+class _Conflict(Exception):
+    """Another client has changed what a transaction was made from."""
 
 
 def _live(run: str) -> str:
@@ -196,16 +200,17 @@ def _live(run: str) -> str:
 
 def _rows(hour: int, fields: _Fields) -> list[UsageRow]:
     used: dict[str, dict[str, Any]] = {}
-    for name, value in fields.items():
-        tenant, _, word = name.decode(errors="replace").rpartition(":")
-        if word in _WORDS or word == _KV_COST:
-            used.setdefault(tenant, {})[word] = float(value) if word == _KV_COST else int(value)
+    for key, value in fields.items():
+        tenant, _, name = key.decode(errors="replace").rpartition(":")
+        if name in _SUMS or name == _KV_COST:
+            used.setdefault(tenant, {})[name] = float(value) if name == _KV_COST else int(value)
     return [UsageRow(tenant, hour, **used[tenant]) for tenant in sorted(used)]
 
 
-async def _asked(answer: Awaitable[Any]) -> Any:
+async def _result(command: Awaitable[Any]) -> Any:
+    """The result of a command. Raises `StateError`."""
     try:
-        return await answer
+        return await command
     except DataError as error:
         raise BatchRefused(f"redis: {error}") from error
     except (RedisError, OSError, ValueError) as error:

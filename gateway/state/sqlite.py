@@ -1,4 +1,4 @@
-"""The embedded default: one file, used by one thread."""
+"""The default store: one SQLite file, used by one thread."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from gateway.flowcontrol.records import AgentRecord, UsageRow
 from gateway.state.batch import Batch, Tasks
 from gateway.state.blobs import unpack
 from gateway.state.live import ending, packed, unpack_agent, unpack_tasks, with_tasks
 from gateway.state.store import CHUNK, KEPT_AGENTS, Store
-from gateway.state.types import AgentState, BatchRefused, StateError, UsageRow
+from gateway.state.types import BatchRefused, StateError
 from predictor.types import FinishedAgent
 
-# agents: the finished ones, as they have been since before there were others. Tasks of a live one: (run, place).
+# agents: the finished ones. tasks: of live agents, by run and place.
 _SCHEMA = """
     CREATE TABLE IF NOT EXISTS agents (id INTEGER PRIMARY KEY AUTOINCREMENT, agent BLOB NOT NULL);
     CREATE TABLE IF NOT EXISTS live (run TEXT PRIMARY KEY, agent BLOB NOT NULL);
@@ -33,7 +34,8 @@ _SCHEMA = """
 """
 _ADDED = "SELECT seq FROM sqlite_sequence WHERE name = 'agents'"
 _NEWEST = "SELECT agent FROM agents ORDER BY id DESC LIMIT ?"
-_AFTER = "SELECT id, agent FROM agents WHERE id > ? ORDER BY id LIMIT ?"
+_LAST = "SELECT coalesce(max(id), 0) FROM agents"
+_BETWEEN = "SELECT id, agent FROM agents WHERE id > ? AND id <= ? ORDER BY id LIMIT ?"
 _USE = """
     INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (hour, tenant) DO UPDATE SET
         requests = requests + excluded.requests, prompt_tokens = prompt_tokens + excluded.prompt_tokens,
@@ -49,9 +51,10 @@ _Result = TypeVar("_Result")
 
 
 class SqliteStore(Store):
-    """path: the file; its directory is made, and both are for their owner alone. Other processes may have it open too."""
+    """A SQLite file, which other processes may have open too."""
 
     def __init__(self, path: str, kept_agents: int = KEPT_AGENTS) -> None:
+        """path: the file; it and its directory are made, readable by their owner alone."""
         self.unreadable = 0
         self._path = Path(path).expanduser()
         self._kept_agents = kept_agents
@@ -71,8 +74,8 @@ class SqliteStore(Store):
 
         return await self._run(write)
 
-    async def agents(self) -> list[AgentState]:
-        def read(connection: sqlite3.Connection) -> list[AgentState]:
+    async def agents(self) -> list[AgentRecord]:
+        def read(connection: sqlite3.Connection) -> list[AgentRecord]:
             with connection:
                 connection.execute("BEGIN")  # both tables at one moment
                 blobs = connection.execute("SELECT agent FROM live").fetchall()
@@ -102,9 +105,11 @@ class SqliteStore(Store):
         return await self._run(read)
 
     async def read(self) -> AsyncIterator[FinishedAgent]:
-        last: int | None = 0
-        while last is not None:
-            last, agents = await self._run(partial(self._chunk, after=last))
+        # What is added meanwhile is not read: else this would not end while agents are added faster than they are read.
+        until = await self._run(lambda connection: int(connection.execute(_LAST).fetchone()[0]))
+        after: int | None = 0
+        while after is not None:
+            after, agents = await self._run(partial(self._chunk, after=after, until=until))
             for agent in agents:
                 yield agent
 
@@ -144,7 +149,7 @@ class SqliteStore(Store):
         if batch.journal:
             connection.execute("INSERT OR REPLACE INTO journals VALUES (?, ?)", (batch.journal, batch.number))
 
-    def _agent(self, blob: bytes) -> AgentState | None:
+    def _agent(self, blob: bytes) -> AgentRecord | None:
         agent = unpack_agent(blob)
         self.unreadable += agent is None
         return agent
@@ -154,9 +159,9 @@ class SqliteStore(Store):
         self.unreadable += unreadable
         return tasks
 
-    def _chunk(self, connection: sqlite3.Connection, after: int) -> tuple[int | None, list[FinishedAgent]]:
-        """The next ones, and the number of their last; None after the end."""
-        rows = connection.execute(_AFTER, (after, CHUNK)).fetchall()
+    def _chunk(self, connection: sqlite3.Connection, after: int, until: int) -> tuple[int | None, list[FinishedAgent]]:
+        """The next agents up to the number `until`, and the number of their last; None after the end."""
+        rows = connection.execute(_BETWEEN, (after, until, CHUNK)).fetchall()
         return (rows[-1][0] if rows else None), self._unpack([blob for _, blob in rows])
 
     def _unpack(self, blobs: list[bytes], *, texts: bool = True) -> list[FinishedAgent]:
@@ -180,7 +185,8 @@ class SqliteStore(Store):
 
 
 def _opened(path: Path) -> sqlite3.Connection:
-    # What SQLite writes beside it is as the file is. One that is there is not touched: to close it would end others' locks.
+    # SQLite gives its other files the mode of this one. An existing file is not opened: closing it would end the locks of other
+    # connections.
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     connection = sqlite3.connect(path, timeout=5)

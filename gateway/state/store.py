@@ -1,4 +1,4 @@
-"""What a store is asked."""
+"""What a store can do."""
 
 from __future__ import annotations
 
@@ -6,54 +6,53 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from gateway.flowcontrol.records import AgentRecord, UsageRow
 from gateway.state.batch import Batch
 from gateway.state.blobs import pack
-from gateway.state.types import AgentState, UsageRow
 from predictor.types import FinishedAgent
 
 KEPT_AGENTS = 10_000
-# Agents that are read at once, where all are read.
+# Agents that are read at a time, where all are read.
 CHUNK = 100
 
 
 class Store(Protocol):
-    """All of it raises `StateError`, and nothing else. Other processes may use the same store meanwhile.
+    """Every method raises `StateError`, and nothing else. Other processes may use the same store at the same time."""
 
-    unreadable: what was passed over because it could not be unpacked, or was there only in part.
-    """
-
+    # What was skipped because it could not be unpacked, or because a part was missing.
     unreadable: int
 
     async def apply(self, batch: Batch) -> int:
-        """Write a batch: all of it or nothing, and not again if the store has had it, whoever gives it. The number of the
-        batch of this journal that the store had last until now, 0 if it had none. Batches of one journal come in order.
+        """Write a batch, whole or not at all; one that the store has had is ignored, whichever gateway gives it. Batches of one
+        journal come in order. Returns the number of this journal's last batch before the call, 0 if there was none.
 
-        Finished agents are kept; beyond as many as are kept the oldest goes. An agent that has gone on elsewhere since it
-        was given up is not ended. Raises `BatchRefused` for what can never be written."""
+        Of finished agents the newest are kept. An agent that has gone on at another gateway is not ended. Raises
+        `BatchRefused` for what can never be written."""
         ...
 
     async def append(self, agent: FinishedAgent) -> None:
         """Keep a finished agent that is not in any journal."""
         await self.apply(Batch(samples=[await asyncio.to_thread(pack, agent)]))
 
-    async def agents(self) -> list[AgentState]:
-        """Those that live, with their tasks but without texts. One of which a task cannot be read is not `whole`."""
+    async def agents(self) -> list[AgentRecord]:
+        """The live agents with their tasks, without texts. An agent with a task that cannot be read is not `whole`."""
         ...
 
     async def usage(self, since: int, until: int, tenant: str | None = None) -> list[UsageRow]:
-        """Of the hours from `since` until before `until`, by hour and tenant; of one tenant, or of all."""
+        """Use in the hours from `since` (inclusive) to `until` (exclusive), by hour and tenant; of one tenant, or of all."""
         ...
 
     async def added(self) -> int:
-        """How many finished agents have ever been kept, by anybody. Never less than before."""
+        """How many finished agents all gateways have ever kept. Never decreases."""
         ...
 
     async def newest(self, limit: int) -> list[FinishedAgent]:
-        """The last so many finished agents, the oldest first, without their texts: so many of those would fill the memory."""
+        """The newest finished agents, the oldest of them first, without texts, which could fill the memory."""
         ...
 
     def read(self) -> AsyncIterator[FinishedAgent]:
-        """All finished agents that are kept, the oldest first, taken from the store some at a time."""
+        """All finished agents that are kept when this begins, the oldest first, read `CHUNK` at a time. Those that go meanwhile
+        may be missing."""
         ...
 
     async def close(self) -> None: ...

@@ -7,9 +7,9 @@ from enum import StrEnum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info
 
+from gateway.flowcontrol.records import UsageRow
 from gateway.learning.accuracy import WINDOW
 from gateway.protocol.errors import Outcome, Reason
-from gateway.state.types import UsageRow
 from gateway.telemetry.counters import Counts, Distributions
 from predictor.types import FinishedTask
 

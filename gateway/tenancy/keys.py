@@ -25,6 +25,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 
 from gateway.config.settings import TENANT_NAME
+from predictor.files import write_atomically
 
 VERSION = 1
 SECRET_BYTES, HASH_BYTES, SALT_BYTES = 32, 32, blake2b.SALT_SIZE
@@ -206,19 +207,5 @@ def _changing(path: Path) -> Iterator[_File]:
 
 
 def _write(path: Path, file: _File) -> None:
-    """On the disk before it is in its place: an empty file after a power cut would be none, and no file lets everybody in."""
-    new = path.with_name(path.name + ".new")
-    try:
-        new.unlink(missing_ok=True)  # of one that was killed
-        with os.fdopen(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as opened:
-            opened.write(msgspec.json.format(msgspec.json.encode(file), indent=1) + b"\n")
-            opened.flush()
-            os.fsync(opened.fileno())
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    """Durable, since an empty file after a power cut counts as no file, and then every client is let in. Raises `OSError`."""
+    write_atomically(path, [msgspec.json.format(msgspec.json.encode(file), indent=1), b"\n"], durable=True)

@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry
 
 from gateway.api.usage import HEADER, MAX_ROWS, to_csv, usage_routes
 from gateway.config.settings import TenantSettings
+from gateway.flowcontrol.records import TenantUsage, UsageRow
 from gateway.state import StateError
-from gateway.state.types import TenantUsage, UsageRow
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.request_span import Observer
 from gateway.tenancy.keys import Keys, add_key

@@ -19,9 +19,10 @@ import msgspec
 
 from gateway.flowcontrol.agents import AgentRecord, state_of
 from gateway.flowcontrol.fairqueue import POLICIES, AgentId, FairQueue, Iterations, KvTokenIterations, Task, TaskId
+from gateway.flowcontrol.records import Step, UsageRow
 from gateway.replay import environment
 from gateway.replay.figures import percentile
-from gateway.state import Journal, Record, UsageRow
+from gateway.state import Journal
 from gateway.state.frames import frame
 from gateway.state.memory import MemoryStore
 from predictor.features import COLUMNS
@@ -54,8 +55,8 @@ async def measure(directory: Path, in_flight: int, steps: int) -> dict[str, Any]
     task = FinishedTask(4000, 1000, 200, 100, arrived_s=1.5, ended_s=3.25, row=bytes(range(256)) * (len(COLUMNS) // 64))
     usage = UsageRow("default", 3600, 1, 1000, 200, 100, 123456.75)
 
-    def made() -> Record:
-        return Record(state_of(record, queue.standing(AGENT), journal.id), False, task, 0, False, usage)
+    def made() -> Step:
+        return Step(state_of(record, queue.standing(AGENT), journal.id), False, task, 0, False, usage)
 
     step = made()
     parts: dict[str, Callable[[], object]] = {

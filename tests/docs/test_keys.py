@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from gateway.api.usage import usage_routes
 from gateway.config.settings import TenantSettings
-from gateway.state.types import UsageRow, hour_of
+from gateway.flowcontrol.records import UsageRow, hour_of
 from gateway.tenancy.keys import Keys
 from tests.wire.conftest import GatewayUnderTest, running_gateway
 from tests.wire.scripted_engine import ScriptedEngine

@@ -24,6 +24,7 @@ from engine.link import (
     READ_MESSAGES,
     READ_S,
     RECEIVE_HIGH_WATER_MARK,
+    SEND_HIGH_WATER_MARK,
     Change,
     Ended,
     EngineLink,
@@ -161,6 +162,35 @@ async def test_a_slow_gateway_reads_the_newest_report(publisher: EngineLink, sub
         read.append(message.iteration)
     assert read == sorted(read)
     assert len(read) < 500
+
+
+async def test_reports_that_keep_coming_are_read_in_pieces(
+    publisher: EngineLink, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one message is read, the next one comes. Between the pieces, other tasks get a turn."""
+    link = GatewayLink(address)
+    messages = link.messages()
+    await take(messages)
+    socket, sent, flood = zmq.Socket.shadow(link._socket.underlying), 0, 4 * SEND_HIGH_WATER_MARK
+
+    def parse_while_more_comes(data: bytes) -> Message:
+        nonlocal sent
+        if sent < flood:
+            sent += 1
+            publisher.publish(report(sent))
+            assert socket.poll(1000 * ANSWER_S)
+        return parse(data)
+
+    monkeypatch.setattr(link_module, "parse", parse_while_more_comes)
+    publisher.publish(report(0))
+    first = await take(messages)
+    assert isinstance(first, Report)
+    assert first.iteration <= SEND_HIGH_WATER_MARK
+    turn = asyncio.Event()
+    asyncio.get_running_loop().call_soon(turn.set)
+    await take(messages)
+    assert turn.is_set()
+    link.close()
 
 
 def test_a_gateway_that_does_not_read_costs_the_engine_nothing(publisher: EngineLink, address: str) -> None:

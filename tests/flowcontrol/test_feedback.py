@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from gateway.flowcontrol.feedback import Feedback
 from prometheus_client import CollectorRegistry
 
 from gateway.flowcontrol.agents import AgentRecord
@@ -18,11 +19,11 @@ from gateway.flowcontrol.fairqueue import (
     Task,
     TaskId,
 )
-from gateway.flowcontrol.feedback import Feedback
+from gateway.flowcontrol.records import TenantUsage, UsageRow, hour_of
 from gateway.flowcontrol.tool_waits import UNKNOWN, ToolWaits
 from gateway.learning.accuracy import Accuracy
 from gateway.protocol.identify import Identity, Roots
-from gateway.state import Journal, TenantUsage, UsageRow, hour_of
+from gateway.state import Journal
 from gateway.state.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
 from predictor.learned import Learned

@@ -8,10 +8,11 @@ import pytest
 import gateway.flowcontrol.agents
 from gateway.flowcontrol.agents import AgentRecord, record_of, state_of
 from gateway.flowcontrol.fairqueue import AgentId, Iterations, KvTokenIterations, Standing, Task, TaskId, VirtualTime
+from gateway.flowcontrol.records import AgentRecord, Step
 from gateway.protocol.body import parse_body
 from gateway.protocol.identify import Identity
 from gateway.protocol.texts import content_of
-from gateway.state import AgentState, Record, StateError
+from gateway.state import StateError
 from gateway.state.batch import fold
 from gateway.state.memory import MemoryStore
 from predictor.features import SCHEMA
@@ -164,7 +165,7 @@ async def test_those_of_a_gateway_that_lives_are_left_to_it() -> None:
     scene.task(1, held=NET)
     await scene.feedback.flush()
     other = Scene(scene.store)
-    other.journal.others.add(scene.journal.id)
+    other.journal.live_journals.add(scene.journal.id)
     await other.recall()
     assert other.feedback.records == {}
     assert len(await scene.store.agents()) == 1
@@ -178,7 +179,7 @@ async def test_who_puts_an_agent_back_has_it_for_itself() -> None:
     assert kept.journal == anew.journal.id
     assert (kept.tasks, kept.whole, kept.settled) == (anew.feedback.records[AgentId("t/a")].tasks, True, 1)
     other = Scene(scene.store)
-    other.journal.others.add(anew.journal.id)
+    other.journal.live_journals.add(anew.journal.id)
     await other.recall()
     assert other.feedback.records == {}
 
@@ -189,7 +190,7 @@ async def test_what_cannot_be_put_back_has_ended(caplog: pytest.LogCaptureFixtur
     nonsense = Standing(-1.0, KvTokenIterations(1), KvTokenIterations(1), VirtualTime(0), 0, 0, 0, False)
     await scene.feedback.flush()
     state = msgspec.structs.replace(state_of(record, nonsense, "j"), last_end_at=2e9)
-    await scene.store.apply(fold([Record(agent=state)], "j", 1))
+    await scene.store.apply(fold([Step(agent=state)], "j", 1))
     anew = await restarted(scene)
     assert anew.feedback.records == {}
     assert [agent.cost for agent in await anew.learned()] == [NET]
@@ -241,7 +242,7 @@ def test_a_record_survives_as_it_is() -> None:
     state = state_of(record, standing, "journal")
     assert (state.name, state.tenant) == ("a", "red")
     packed = msgspec.msgpack.encode(msgspec.structs.replace(state, tasks=record.tasks))
-    assert record_of(msgspec.msgpack.decode(packed, type=AgentState), 50.0) == record
+    assert record_of(msgspec.msgpack.decode(packed, type=AgentRecord), 50.0) == record
 
 
 async def test_a_predictor_copes_without_the_sketches() -> None:

@@ -19,7 +19,7 @@ def agent(arrived_at: float) -> FinishedAgent:
 
 
 def half_written(directory: Path) -> list[Path]:
-    return list(directory.glob("*.new"))
+    return list(directory.glob(".*.tmp"))
 
 
 async def export(*arguments: str) -> int:
@@ -59,7 +59,7 @@ async def test_since(state: State, tmp_path: Path, since: str, count: int) -> No
         (["--state", "redis://127.0.0.1:1/0"], 1, "redis:"),
         (["--since", "2030-01-01"], 1, "no agents are kept since then"),
         (["--out", "/nowhere/trace"], 1, "No such file or directory"),
-        (["--out", "/proc/trace"], 1, "/proc/trace.new"),
+        (["--out", "/proc/trace"], 1, "/proc/.trace."),
     ],
 )
 async def test_what_cannot_be_is_said(

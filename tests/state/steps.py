@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from gateway.flowcontrol.fairqueue import KvTokenIterations, Standing, VirtualTime
-from gateway.state import AgentState, Record, UsageRow
+from gateway.flowcontrol.records import AgentRecord, Step, UsageRow
 from predictor.features import SCHEMA
 from predictor.types import AgentPrediction, FinishedAgent, FinishedTask
 
@@ -41,8 +41,8 @@ class Life:
     tasks: list[FinishedTask] = field(default_factory=list)
 
     @property
-    def state(self) -> AgentState:
-        return AgentState(
+    def state(self) -> AgentRecord:
+        return AgentRecord(
             run=self.run,
             journal=self.journal,
             id=f"{self.tenant}/{self.run}",
@@ -65,24 +65,24 @@ class Life:
     def sample(self) -> FinishedAgent:
         return FinishedAgent("kind", self.tenant, list(self.tasks), SCHEMA, 1e9, 1.0, None)
 
-    def answer(self, *, over: bool = False, **fields: Any) -> Record:
+    def answer(self, *, over: bool = False, **fields: Any) -> Step:
         self.settled += 1
         self.tasks.append(task(len(self.tasks), **fields))
         usage = row(self.tenant)
-        return Record(self.state, self.settled == 1, self.tasks[-1], len(self.tasks) - 1, over, usage)
+        return Step(self.state, self.settled == 1, self.tasks[-1], len(self.tasks) - 1, over, usage)
 
-    def fail(self, *, over: bool = False) -> Record:
+    def fail(self, *, over: bool = False) -> Step:
         self.settled, self.whole = self.settled + 1, False
-        return Record(self.state, self.settled == 1, over=over, usage=row(self.tenant, prompt_tokens=0))
+        return Step(self.state, self.settled == 1, over=over, usage=row(self.tenant, prompt_tokens=0))
 
-    def correct(self, place: int, held: float) -> Record:
+    def correct(self, place: int, held: float) -> Step:
         self.tasks[place] = msgspec.structs.replace(self.tasks[place], held=held)
-        return Record(self.state, task=self.tasks[place], place=place, usage=row(self.tenant, requests=0, kv_cost=1.0))
+        return Step(self.state, task=self.tasks[place], place=place, usage=row(self.tenant, requests=0, kv_cost=1.0))
 
-    def end(self) -> Record:
-        return Record(self.state, over=True)
+    def end(self) -> Step:
+        return Step(self.state, over=True)
 
     @property
-    def living(self) -> AgentState:
+    def living(self) -> AgentRecord:
         """As a store gives it back."""
         return msgspec.structs.replace(self.state, tasks=list(self.tasks))

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.state import Record, pack, unpack
+from gateway.flowcontrol.records import Step
+from gateway.state import pack, unpack
 from gateway.state.batch import compact, fold, records_of
 from gateway.state.frames import HEADER, UnknownVersion, frame, framed, read
 from gateway.state.memory import MemoryStore
@@ -27,7 +28,7 @@ async def content(store: MemoryStore) -> object:
     return agents, samples, await store.usage(0, 2**60), await store.added()
 
 
-def told(batches: Sequence[Sequence[Record]]) -> object:
+def told(batches: Sequence[Sequence[Step]]) -> object:
     async def tell() -> object:
         store = MemoryStore()
         for number, records in enumerate(batches, 1):
@@ -42,7 +43,7 @@ def told(batches: Sequence[Sequence[Record]]) -> object:
 
 def test_what_was_written_is_read() -> None:
     life = Life("a")
-    records = [life.answer(prompt="Why?\ud7ff"), life.fail(), life.correct(0, 7.5), Record(sample=b"blob"), life.end()]
+    records = [life.answer(prompt="Why?\ud7ff"), life.fail(), life.correct(0, 7.5), Step(sample=b"blob"), life.end()]
     assert read(framed(records)) == (records, 0)
     assert read(HEADER) == read(b"") == read(HEADER[:5]) == ([], 0)
 
@@ -95,8 +96,8 @@ def test_who_comes_and_goes_within_a_batch_is_a_finished_agent_and_nothing_else(
 
 
 def test_sums_are_one_row() -> None:
-    records = [Record(usage=row()), Record(usage=row(kv_cost=1.0, cached_tokens=3)), Record(usage=row("blue"))]
-    batch = fold([*records, Record(usage=row(hour=HOUR + 3600))])
+    records = [Step(usage=row()), Step(usage=row(kv_cost=1.0, cached_tokens=3)), Step(usage=row("blue"))]
+    batch = fold([*records, Step(usage=row(hour=HOUR + 3600))])
     assert batch.usage["red", HOUR] == row(requests=2, prompt_tokens=20, kv_cost=3.5, cached_tokens=3)
     assert list(batch.usage) == [("red", HOUR), ("blue", HOUR), ("red", HOUR + 3600)]
 
@@ -115,7 +116,7 @@ steps = st.lists(
 )
 
 
-def lived(steps: Sequence[tuple[str, str]]) -> list[Record]:
+def lived(steps: Sequence[tuple[str, str]]) -> list[Step]:
     lives: dict[str, Life] = {}
     records, runs = [], iter(range(1000))
     for name, what in steps:
@@ -181,7 +182,7 @@ def test_finished_agents_give_way_first_and_what_was_used_never() -> None:
     life = Life("a")
     records = [life.answer() for _ in range(20)]
     samples = [FinishedAgent(f"class-{number}", "t", []) for number in range(100)]
-    records += [Record(sample=pack(sample)) for sample in samples]
+    records += [Step(sample=pack(sample)) for sample in samples]
     whole = len(compact(records, kept_agents=100, limit_bytes=PLENTY)[0])
     data, given_up = compact(records, kept_agents=100, limit_bytes=whole - 200)
     batch = fold(read(data)[0])

@@ -146,10 +146,12 @@ def test_another_file_has_another_stamp(path: Path) -> None:
 
 def test_what_a_killed_one_left_is_no_obstacle(path: Path) -> None:
     add_key(path, "red", "", NOW)
-    path.with_name("keys.json.new").write_text("half a fi")
+    left = path.with_name(".keys.json.x.tmp")
+    left.write_text("half a fi")
+    os.utime(left, (0, 0))
     add_key(path, "red", "", NOW)
     assert len(list(Keys.load(path))) == 2
-    assert not path.with_name("keys.json.new").exists()
+    assert not left.exists()
 
 
 def test_a_link_stays_one(path: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from gateway.config.settings import TenantSettings
 from gateway.flowcontrol.fairqueue import Iterations, ReleaseLimits
 from gateway.flowcontrol.quotas import DAY_S
+from gateway.flowcontrol.records import TenantUsage, UsageRow
 from gateway.protocol.errors import (
     BodyTooLarge,
     Forbidden,
@@ -25,7 +26,6 @@ from gateway.protocol.errors import (
     Unauthorized,
 )
 from gateway.protocol.identify import DEFAULT_TENANT
-from gateway.state.types import TenantUsage, UsageRow
 from gateway.telemetry.metrics import MAX_TENANTS, Metrics
 from gateway.tenancy.keys import Keys, KeysError, add_key, revoke_key
 from gateway.tenancy.tenants import MIB, Tenants

@@ -10,7 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.state import TenantUsage, open_store
+from gateway.flowcontrol.records import TenantUsage
+from gateway.state import open_store
 from tests.redis_server import RedisServer
 from tests.wire.conftest import GatewayUnderTest, StartGateway
 from tests.wire.test_state_restart import COST, FINAL, billed, samples

@@ -15,7 +15,8 @@ import httpx
 import pytest
 
 from gateway.demo.processes import free_port
-from gateway.state import TenantUsage, open_store
+from gateway.flowcontrol.records import TenantUsage
+from gateway.state import open_store
 from predictor.cost import task_cost
 from tests.redis_server import RedisServer
 from tests.wire.scripted_engine import ScriptedEngine, wait_for_word
@@ -223,7 +224,7 @@ async def test_without_a_directory_for_its_journal_it_says_so_and_serves(
         await process.chat("a")
         told = (await process.client.get("/metrics")).text
         assert "justitia_state_unwritten_total 1.0" in told
-        assert "the journal cannot be written" in process.command.said
+        assert "journal write failed" in process.command.said
         assert (await process.client.get("/health")).json()["state"] == "ok"
         await process.command.end(signal.SIGTERM)
     assert (await billed(state)).requests == 1
