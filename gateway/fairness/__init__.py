@@ -47,9 +47,10 @@ predicted and then corrected by what the engine says, stays within β·M, and th
 is decided late, and here.
 
 **Rules of this package.** The standard library only: no I/O, no clock, no asyncio, no logging, no metrics. Every method
-that changes something takes `now` (τ) and first brings the reference up to it. It returns what is to be done and calls
-nobody. A call that is not allowed raises `QueueError`, and nothing has changed. A decision costs O(log N) in the number of
-agents.
+that changes something takes `now` (τ) and, once the call is known to be allowed, brings the reference up to it; only
+`revise` and `unreserve` need no time. Methods return what is to be done and call nothing outside the package. A call
+that is not allowed raises `QueueError`, and nothing has changed, the clock included. A decision costs O(log N) in the
+number of agents.
 
 Sources: Justitia, arXiv 2510.17015; Parekh and Gallager 1993 (GPS); Bennett and Zhang 1996.
 """

@@ -229,6 +229,7 @@ class FairQueue:
     def observe(self, now: Iterations, task_id: TaskId, kv_tokens: float, output_tokens: float) -> None:
         """The engine says what a task in flight holds, and has produced so far, over all of its sequences. Unknown tasks are
         ignored, since the engine's word arrives late."""
+        self._reference.advance(now)
         agent = self._tasks.get(task_id)
         flight = agent.in_flight.get(task_id) if agent else None
         if agent is None or flight is None:
@@ -246,12 +247,12 @@ class FairQueue:
         """An agent that is idle now, as it waits for its tool, has so much KV at the engine, and it is worth keeping for so
         long: later agents of its tenant do not get that memory. It ends when the agent's next task is released, and is then
         charged to it like memory held by a task."""
-        self._reference.advance(now)
         agent = self._idle(agent_id)
         if not (0 <= tokens < math.inf and 0 <= iterations < math.inf):
             raise QueueError(
                 f"a reservation is at least 0, and finite, not {tokens} tokens for {iterations} iterations"
             )
+        self._reference.advance(now)
         if iterations > 0:
             self._reserved[agent_id] = Reservation(agent, tokens, now, Iterations(now + iterations))
 
@@ -282,12 +283,14 @@ class FairQueue:
 
     def calibrate(self, now: Iterations, held_tokens: float) -> None:
         """The engine says how much of its KV cache is taken by all that is in flight, in tokens."""
+        self._reference.advance(now)
         self._forecast.calibrate(now, held_tokens)
 
     def requeue(self, now: Iterations, task_id: TaskId) -> None:
         """The engine lost a task in flight: it waits again, in its old place, as if it had never left."""
+        agent, flight = self._in_flight(task_id)
         self._reference.advance(now)
-        agent, flight = self._land(task_id)
+        self._land(agent, task_id)
         self._count_progress(agent, flight, 0.0, 0.0, 0.0)
         self._count_release(agent, -flight.task.cost)
         self._wait(agent, flight.task)
@@ -297,8 +300,9 @@ class FairQueue:
         """A task in flight has ended. `spent`: what it really took. `agent_cost`: see `enqueue`."""
         if not (_sound(spent) and 0 <= agent_cost < math.inf):
             raise QueueError(f"what was spent must be at least 0, and finite: {spent}, agent {agent_cost}")
+        agent, flight = self._in_flight(task_id)
         self._reference.advance(now)
-        agent, flight = self._land(task_id)
+        self._land(agent, task_id)
         self._charge(agent, flight, spent)
         if spent.output_tokens is not None:
             self._forecast.learn(flight.task, spent.output_tokens)
@@ -308,16 +312,16 @@ class FairQueue:
         """A task was given up, waiting or in flight. `spent`: what it really took until then."""
         if not _sound(spent):
             raise QueueError(f"what was spent must be at least 0, and finite: {spent}")
-        self._reference.advance(now)
         agent = self._tasks.get(task_id)
         if agent is None:
             raise QueueError(f"task {task_id} is not in the queue")
-        task = agent.waiting.pop(task_id, None)
-        if task is None:
-            agent, flight = self._land(task_id)
+        self._reference.advance(now)
+        if (flight := agent.in_flight.get(task_id)) is not None:
             task = flight.task
+            self._land(agent, task_id)
             self._charge(agent, flight, spent)
         else:
+            task = agent.waiting.pop(task_id)
             del self._tasks[task_id]
             agent.order.remove(task_id)
             agent.attained = KvTokenIterations(agent.attained + spent.cost)
@@ -328,8 +332,8 @@ class FairQueue:
 
     def evict(self, now: Iterations, agent_id: AgentId) -> None:
         """Forget an agent that has ended. The reference keeps it for as long as it is backlogged there."""
-        self._reference.advance(now)
         agent = self._idle(agent_id)
+        self._reference.advance(now)
         del self._agents[agent_id]
         self._reserved.pop(agent_id, None)
         self._ranking.forget(agent)
@@ -409,15 +413,18 @@ class FairQueue:
         self._ranking.wait(agent, task)
         self._tasks[task.id] = agent
 
-    def _land(self, task_id: TaskId) -> tuple[Agent, Flight]:
-        """The task is no longer at the engine."""
+    def _in_flight(self, task_id: TaskId) -> tuple[Agent, Flight]:
         agent = self._tasks.get(task_id)
-        flight = agent.in_flight.pop(task_id, None) if agent else None
+        flight = agent.in_flight.get(task_id) if agent else None
         if agent is None or flight is None:
             raise QueueError(f"task {task_id} is not in flight")
+        return agent, flight
+
+    def _land(self, agent: Agent, task_id: TaskId) -> None:
+        """The task is no longer at the engine."""
+        del agent.in_flight[task_id]
         del self._tasks[task_id]
         self._forecast.remove(task_id)
-        return agent, flight
 
     def _charge(self, agent: Agent, flight: Flight, spent: Spent) -> None:
         """What was counted for a task gives way to what it really took."""
