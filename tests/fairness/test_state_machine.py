@@ -288,6 +288,13 @@ class QueueMachine(RuleBasedStateMachine):
             assert agent.predicted >= agent.arrived
 
     @invariant()
+    def of_an_idle_agent_all_work_has_been_released_and_attained(self) -> None:
+        for agent in self.queue.agents.values():
+            if not agent.busy:
+                assert agent.attained == pytest.approx(agent.released, abs=1e-6)
+                assert agent.arrived == pytest.approx(agent.released, abs=1e-6)
+
+    @invariant()
     def memory_in_flight_is_that_of_tasks_in_flight(self) -> None:
         assert (self.queue.peak_tokens > 0) <= bool(self.in_flight)
 
