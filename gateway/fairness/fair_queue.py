@@ -14,6 +14,7 @@ from gateway.fairness.forecast import Forecast
 from gateway.fairness.nested import NestedReference
 from gateway.fairness.policies import Policy
 from gateway.fairness.ranking import Ranking
+from gateway.fairness.reservations import Reservations
 from gateway.fairness.types import (
     NO_TENANT,
     Agent,
@@ -24,7 +25,6 @@ from gateway.fairness.types import (
     QueueError,
     Release,
     ReleaseLimits,
-    Reservation,
     Spent,
     Standing,
     Task,
@@ -43,7 +43,7 @@ class FairQueue:
         self._ranking = Ranking(policy, self._agents)
         self._tasks: dict[TaskId, Agent] = {}
         self._forecast = Forecast()
-        self._reserved: dict[AgentId, Reservation] = {}
+        self._reservations = Reservations()
         self._next_seq = 0
 
     # What can be seen
@@ -217,7 +217,8 @@ class FairQueue:
             tag = agent.tenant.start_tag
             agent.in_flight[task.id] = Flight(task, rank, rank, tag, agent.released, task.prompt_tokens)
             self._forecast.add(now, task)
-            self._charge_reservation(now, agent)
+            if kept := self._reservations.end(now, agent):
+                self._count_extra(agent, kept)
             agent.prompt_tokens += task.prompt_tokens
             agent.forming = False
             self._count_release(agent, task.cost)
@@ -253,12 +254,11 @@ class FairQueue:
                 f"a reservation is at least 0, and finite, not {tokens} tokens for {iterations} iterations"
             )
         self._reference.advance(now)
-        if iterations > 0:
-            self._reserved[agent_id] = Reservation(agent, tokens, now, Iterations(now + iterations))
+        self._reservations.make(now, agent, tokens, iterations)
 
     def unreserve(self) -> None:
         """Nothing that was reserved is kept any more."""
-        self._reserved.clear()
+        self._reservations.clear()
 
     def correct(self, now: Iterations, agent_id: AgentId, difference: KvTokenIterations) -> None:
         """A task that has ended turns out to have cost more, or less, than it was charged. An agent that is not here any more
@@ -335,7 +335,7 @@ class FairQueue:
         agent = self._idle(agent_id)
         self._reference.advance(now)
         del self._agents[agent_id]
-        self._reserved.pop(agent_id, None)
+        self._reservations.drop(agent_id)
         self._ranking.forget(agent)
         self._reference.forget(agent.tenant.id, agent_id)
 
@@ -364,31 +364,10 @@ class FairQueue:
             return self._forecast.held(now) + task.prompt_tokens <= room
         if not self._forecast.fits(now, task, room):
             return False
-        return not self._reserved or self._forecast.fits(now, task, room - self._kept_from(now, task, room))
-
-    def _kept_from(self, now: Iterations, task: Task, room: float) -> float:
-        """Tokens of KV that are kept for earlier agents of its tenant; no more of them are looked at than fill the room."""
-        agent = self._agents[task.agent_id]
-        tokens = 0.0
-        for reservation in self._reserved.values():
-            other = reservation.agent
-            if (
-                reservation.until > now
-                and other.tenant is agent.tenant
-                and other is not agent
-                and other.finish_tag < agent.finish_tag
-            ):
-                tokens += reservation.tokens
-                if tokens >= room:
-                    break
-        return tokens
-
-    def _charge_reservation(self, now: Iterations, agent: Agent) -> None:
-        """Its KV is in use again. That it was held back from others was not free of charge."""
-        reservation = self._reserved.pop(agent.id, None)
-        if reservation is not None:
-            iterations = min(now, reservation.until) - reservation.since
-            self._count_extra(agent, KvTokenIterations(reservation.tokens * max(0.0, iterations)))
+        if not self._reservations:
+            return True
+        kept = self._reservations.kept_from(now, self._agents[task.agent_id], room)
+        return self._forecast.fits(now, task, room - kept)
 
     def _count_extra(self, agent: Agent, cost: KvTokenIterations) -> None:
         """Memory that the agent has had beyond what its tasks were charged."""

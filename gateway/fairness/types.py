@@ -149,12 +149,3 @@ class Standing:
     output_tokens: float
     lift: float
     forming: bool
-
-
-class Reservation(NamedTuple):
-    """The KV of an agent that waits for its tool, kept for it."""
-
-    agent: Agent
-    tokens: float
-    since: Iterations
-    until: Iterations
