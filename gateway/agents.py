@@ -86,17 +86,12 @@ def estimated_finishes(
     finishes: dict[AgentId, float] = {}
     before = 0.0
     for agent in in_order:
-        before += _to_come(agent)
+        before += agent.left_to_release
         finishes[agent.id] = (beside + before) / work_per_s
     for agent in agents:
         if agent.in_flight and not agent.waiting:
-            finishes[agent.id] = (beside + _to_come(agent)) / work_per_s
+            finishes[agent.id] = (beside + agent.left_to_release) / work_per_s
     return finishes
-
-
-def _to_come(agent: Agent) -> float:
-    """Work that is predicted, and has not been released."""
-    return max(0.0, agent.predicted - agent.released)
 
 
 def _find(parts: Parts, who: Tenant, name: str, tenant: str | None) -> AgentRecord:

@@ -212,8 +212,7 @@ class FairQueue:
                 displacing = True  # one at a time: whom it has displaced, the engine will say
             rank = self._ranking.rank(agent)
             releases.append(Release(task, rank))
-            del agent.waiting[task.id]
-            agent.order.remove(task.id)
+            agent.stop_waiting(task.id)
             tag = agent.tenant.start_tag
             agent.in_flight[task.id] = Flight(task, rank, rank, tag, agent.released, task.prompt_tokens)
             self._forecast.add(now, task)
@@ -321,9 +320,8 @@ class FairQueue:
             self._land(agent, task_id)
             self._charge(agent, flight, spent)
         else:
-            task = agent.waiting.pop(task_id)
+            task = agent.stop_waiting(task_id)
             del self._tasks[task_id]
-            agent.order.remove(task_id)
             agent.attained = KvTokenIterations(agent.attained + spent.cost)
             self._count_release(agent, spent.cost)
             if not agent.waiting:

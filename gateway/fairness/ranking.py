@@ -46,7 +46,10 @@ class Ranking:
     def wait(self, agent: Agent, task: Task) -> None:
         """A task more of this agent waits."""
         agent.waiting[task.id] = task
-        agent.order.put(task.id, (self.policy.task_rank(task), task.id))
+        if agent.order is not None:
+            agent.order.put(task.id, self._task_place(task))
+        elif len(agent.waiting) > 1:  # one task needs no order, and most agents have no more
+            self._order_tasks(agent)
 
     def place(self, agent: Agent) -> None:
         """Put the agent where it now belongs, and its tenant too."""
@@ -75,7 +78,7 @@ class Ranking:
             tag: float = tenant.start_tag
             for number, agent_id in enumerate(tenant.order):
                 agent = self._agents[agent_id]
-                tag += _left_to_release(agent) / tenant.weight
+                tag += agent.left_to_release / tenant.weight
                 nested = (tag, tenant.seq, number)
                 turns.append((nested if self.policy.nested else (*tenant.order.place(agent_id), 0), agent))
         return (agent for _, agent in sorted(turns, key=lambda turn: turn[0]))
@@ -100,8 +103,8 @@ class Ranking:
         self.policy = policy
         policy.begin(self._agents.values())
         for agent in self._agents.values():
-            for task in agent.waiting.values():
-                agent.order.put(task.id, (policy.task_rank(task), task.id))
+            if agent.order is not None:
+                self._order_tasks(agent)
             self.place(agent)
             for flight in agent.in_flight.values():
                 flight.lasting_rank = policy.rank(agent, flight.task)
@@ -129,6 +132,14 @@ class Ranking:
             return self.policy.rank(agent, flight.task)
         return flight.tenant_tag + max(0.0, agent.predicted - flight.agent_released) / agent.tenant.weight
 
+    def _order_tasks(self, agent: Agent) -> None:
+        agent.order = Order()
+        for task in agent.waiting.values():
+            agent.order.put(task.id, self._task_place(task))
+
+    def _task_place(self, task: Task) -> Place:
+        return self.policy.task_rank(task), task.id
+
     def _place_tenant(self, tenant: Tenant) -> None:
         first = tenant.order.first()
         if first is None:
@@ -139,8 +150,4 @@ class Ranking:
     def _turn(self, tenant: Tenant, first: AgentId) -> Place:
         if not self.policy.nested:
             return tenant.order.place(first)
-        return tenant.start_tag + _left_to_release(self._agents[first]) / tenant.weight, tenant.seq
-
-
-def _left_to_release(agent: Agent) -> float:
-    return max(0.0, agent.predicted - agent.released)
+        return tenant.start_tag + self._agents[first].left_to_release / tenant.weight, tenant.seq

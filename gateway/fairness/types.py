@@ -123,7 +123,12 @@ class Agent:
     forming: bool = True  # none of its tasks has been released yet
     waiting: dict[TaskId, Task] = field(default_factory=dict)
     in_flight: dict[TaskId, Flight] = field(default_factory=dict)
-    order: Order[TaskId] = field(default_factory=Order)  # of its waiting tasks
+    order: Order[TaskId] | None = None  # of its waiting tasks; made when a second one waits
+
+    @property
+    def left_to_release(self) -> float:
+        """Predicted work that has not been released, in token·iterations."""
+        return max(0.0, self.predicted - self.released)
 
     @property
     def busy(self) -> bool:
@@ -131,8 +136,19 @@ class Agent:
 
     def head(self) -> Task | None:
         """The task of this agent that goes next."""
+        if self.order is None:
+            return next(iter(self.waiting.values()), None)
         first = self.order.first()
         return None if first is None else self.waiting[first]
+
+    def stop_waiting(self, task_id: TaskId) -> Task:
+        """The task no longer waits. Raises `KeyError` for one that does not."""
+        task = self.waiting.pop(task_id)
+        if not self.waiting:
+            self.order = None
+        elif self.order is not None:
+            self.order.remove(task_id)
+        return task
 
 
 @dataclass(frozen=True, slots=True)

@@ -502,3 +502,20 @@ def test_agents_that_were_evicted_are_not_remembered_for_revision() -> None:
         queue.queue.evict(queue.now, AgentId(f"a{number}"))
     assert len(queue.queue._ranking._revised) <= 1
     assert revised(queue) == {}
+
+
+def test_an_order_of_its_tasks_is_kept_only_for_an_agent_of_which_several_wait() -> None:
+    """Most agents wait with one task: an order of one would cost 400 bytes for nothing."""
+    queue = Driver("sjf", ReleaseLimits(beta=10, in_flight=3))
+    first = queue.enqueue("a", 30)
+    agent = queue.queue.agents[AgentId("a")]
+    assert agent.order is None and agent.head() == agent.waiting[first]
+    second = queue.enqueue("a", 10)
+    third = queue.enqueue("a", 20)
+    assert agent.head() == agent.waiting[second]
+    queue.cancel(second)
+    assert agent.head() == agent.waiting[third]
+    queue.release()
+    assert agent.order is None and agent.head() is None
+    queue.queue.requeue(queue.now, first)
+    assert agent.order is None and agent.head() == agent.waiting[first]
