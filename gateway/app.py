@@ -165,15 +165,11 @@ def _add_routes(app: Gateway) -> None:
     app.include_router(agent_routes(app.dispatcher, app.tenants, app.observer))
     app.include_router(usage_routes(app.tenants, app.observer, app.journal.store, app.journal.flush))
     app.include_router(
-        operation_routes(
-            app.dispatcher, app.journal, app.accuracy, app.learning, app.live, version=app.version
-        )
+        operation_routes(app.dispatcher, app.journal, app.accuracy, app.learning, app.live, version=app.version)
     )
 
 
-def _lifespan(
-    app: Gateway, settings: GatewaySettings
-) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(app: Gateway, settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         restart = Restart(app.dispatcher, app.journal, app.outcomes)
@@ -212,9 +208,7 @@ def _learning_loops(app: Gateway, settings: GatewaySettings) -> list[Callable[[]
     if settings.state == "memory:":
         logger.info("no models are trained: the state is in memory (--state)")
     else:
-        loops.append(
-            Training(app.live, models, app.journal.store, app.learning, app.accuracy, app.metrics).watch
-        )
+        loops.append(Training(app.live, models, app.journal.store, app.learning, app.accuracy, app.metrics).watch)
     return loops
 
 

@@ -1,7 +1,6 @@
-"""The agents that have not ended, for those whose they are: who is in the queue, what it will cost, when it should be done,
-and an end to it.
+"""The endpoints of live agents: their place in the queue, predicted cost and estimated finish, and a way to end one.
 
-A tenant sees its own. Another's is not there: 404, as if nobody had ever heard of it.
+A tenant sees its own agents. For another tenant's agent the answer is 404, as for one that never existed.
 """
 
 from __future__ import annotations
@@ -70,13 +69,13 @@ def state_of(agent: Agent | None) -> str:
 def estimated_finishes(
     agents: Collection[Agent], in_order: Iterable[Agent], work_per_s: float | None
 ) -> dict[AgentId, float]:
-    """Seconds until each busy agent should have finished; empty while it is not known how fast the engine is. in_order: those
-    of the agents that wait, as `FairQueue.in_order` has them.
+    """Seconds until each busy agent should have finished; empty while the engine's speed is unknown. in_order: the agents that
+    wait, as `FairQueue.in_order` returns them.
 
-    It is the work that is before it or beside it, and its own, over the KV token·iterations a second that the engine has
-    done lately: what is left of all that is in flight, what is predicted to come yet of the agents that go before it, and of
-    itself. Later arrivals that will go first are not in it, nor waits for tools; a small agent beside large ones ends
-    sooner. So it is a guess, not a promise: the bound is another matter.
+    The estimate is the work before and beside the agent, and its own, over the KV token·iterations a second that the engine
+    has done lately: what is left of all tasks in flight, and what is predicted but not yet released of the agents that go
+    before it, and of itself. Later arrivals that will go first do not count, nor do waits for tools; a small agent beside
+    large ones ends sooner. So it is a guess, not a promise: the bound is another matter.
     """
     if work_per_s is None:
         return {}
@@ -86,17 +85,12 @@ def estimated_finishes(
     finishes: dict[AgentId, float] = {}
     before = 0.0
     for agent in in_order:
-        before += _to_come(agent)
+        before += agent.left_to_release
         finishes[agent.id] = (beside + before) / work_per_s
     for agent in agents:
         if agent.in_flight and not agent.waiting:
-            finishes[agent.id] = (beside + _to_come(agent)) / work_per_s
+            finishes[agent.id] = (beside + agent.left_to_release) / work_per_s
     return finishes
-
-
-def _to_come(agent: Agent) -> float:
-    """Work that is predicted, and has not been released."""
-    return max(0.0, agent.predicted - agent.released)
 
 
 def _find(flow: FlowController, tenants: Tenants, caller: Tenant, name: str, tenant: str | None) -> LiveAgent:

@@ -60,9 +60,7 @@ def _link(engine: EngineState) -> str:
     return "reporting" if engine.up and engine.reporting else "silent"
 
 
-def _refresh(
-    metrics: Metrics, flow: FlowController, journal: Journal, accuracy: Accuracy, learning: Learning
-) -> None:
+def _refresh(metrics: Metrics, flow: FlowController, journal: Journal, accuracy: Accuracy, learning: Learning) -> None:
     """Gauges are read off at the time of the scrape."""
     queue, engine = flow.queue, flow.engine
     metrics.queue_is(
@@ -73,9 +71,7 @@ def _refresh(
     for tenant in flow.quotas:
         metrics.virtual_time_is(tenant.name, queue.virtual_time(TenantId(tenant.name)))
     states = [state_of(queue.agents[agent.id]) for agent in flow.agents]
-    metrics.agents_are(
-        waiting=states.count("waiting"), running=states.count("running"), idle=states.count("idle")
-    )
+    metrics.agents_are(waiting=states.count("waiting"), running=states.count("running"), idle=states.count("idle"))
     metrics.state_is(
         up=journal.up, waiting_bytes=journal.waiting_bytes, unreadable=journal.store.unreadable + journal.unreadable
     )

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from gateway.config.settings import Live
 from gateway.http import writing as answers
 from gateway.http.disconnect import Client
-from gateway.http.reading import ClientGone, HeldBody, headers_of, read_body
+from gateway.http.reading import BodyBudget, ClientGone, HeldBody, headers_of, read_body
 from gateway.protocol.dialects import ANTHROPIC, OPENAI, Dialect
 from gateway.protocol.errors import EngineLost, GatewayError, NoEngine, NotFound, Outcome, QueueFull, outcome_of
-from gateway.relay.engine_client import EVENTS, EngineUnreachable
+from gateway.relay.engine_client import EVENTS, EngineClient, EngineUnreachable
 from gateway.relay.responses import owns
-from gateway.telemetry.request_span import RequestSpan
+from gateway.telemetry.request_span import Observer, RequestSpan
+from gateway.tenancy.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 

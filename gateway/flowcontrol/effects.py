@@ -7,7 +7,7 @@ from typing import NamedTuple, NewType
 
 import msgspec
 
-from gateway.flowcontrol.fairqueue import AgentId, Release, TaskId
+from gateway.flowcontrol.fairqueue import Release, TaskId
 from gateway.flowcontrol.records import AgentRecord, Step
 from gateway.protocol.errors import GatewayError, Outcome
 from gateway.protocol.usage import Usage
@@ -96,7 +96,7 @@ class Effects:
 
     releases: list[Release] = field(default_factory=list)  # tasks to be sent to the engine, in order
     revised: list[Release] = field(default_factory=list)  # tasks at the engine whose rank has changed
-    keep: dict[AgentId, int] = field(default_factory=dict)  # agents, and iterations for which to keep their KV
+    keep: dict[str, int] = field(default_factory=dict)  # agents, and iterations for which to keep their KV
     steps: list[Step] = field(default_factory=list)  # for the journal, before the end of an answer is sent
     completed: list[Charged] = field(default_factory=list)  # tasks, as their usage reports them
     charged: list[Charged] = field(default_factory=list)  # tasks whose cost will not change any more

@@ -6,9 +6,9 @@ import re
 
 from gateway.protocol.dialects import Dialect
 from gateway.protocol.errors import EngineLost
-from gateway.protocol.usage import Usage, parse_usage
+from gateway.protocol.usage import Usage, UsageReports
 
-# The largest event, which is held until its end is here: the last one of a response holds all of its text.
+# The largest event. It is held until it is whole: the last one of a response holds all of its text.
 MAX_EVENT_BYTES = 2**26
 _END = b"\n\n"
 _DATA = re.compile(rb"(?:\A|\n)data: ?")
@@ -17,18 +17,22 @@ _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 
 
 class UsageFilter:
-    """Watches a stream for the usage, which the engine is always asked for, and withholds the event that carries nothing
-    else from a client that did not ask. Only whole events leave; most leave as the very bytes that came."""
+    """Reads the usage from a stream, since the gateway always asks the engine for it, and withholds the event that carries
+    nothing else from a client that did not ask. Only whole events leave; most leave as the very bytes that came."""
 
     def __init__(self, dialect: Dialect, *, show: bool) -> None:
-        self.usage: Usage | None = None
         self.events = 0  # with a token
-        self.done = False  # the stream has said that it is over
-        self.failed = False  # by an error
+        self.done = False  # the event that ends the stream has come
+        self.failed = False  # that event was an error
+        self._reports = UsageReports()
         self._ends, self._counts = dialect.ends.search, dialect.counts
         self._show = show or not dialect.hides_usage
         self._rest: list[bytes] = []
         self._rest_bytes = 0
+
+    @property
+    def usage(self) -> Usage | None:
+        return self._reports.usage
 
     def feed(self, chunk: bytes) -> bytes:
         """What may be passed on now. Raises `EngineLost` for an event that does not end."""
@@ -61,9 +65,8 @@ class UsageFilter:
     def _filter(self, whole: bytes) -> bytes:
         shown = []
         for event in whole.split(_END)[:-1]:
-            usage = parse_usage(_data(event)) if _USAGE.search(event) else None
-            self.usage = usage or self.usage
-            if usage is None or self._show or not _NO_CHOICES.search(event):
+            has_usage = _USAGE.search(event) is not None and self._reports.add(_data(event))
+            if not has_usage or self._show or not _NO_CHOICES.search(event):
                 shown.append(event + _END)
         return b"".join(shown)
 

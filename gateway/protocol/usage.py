@@ -1,4 +1,4 @@
-"""What the engine says a task used, and what that costs."""
+"""The usage that the engine reports of a task, and what that costs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _Details(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
-    """As OpenAI's completions tell it, its responses, and Anthropic's messages, which count what was cached apart."""
+    """The fields of OpenAI's completions, of its responses, and of Anthropic's messages, which count cached tokens apart."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -33,7 +33,7 @@ class _Billed(msgspec.Struct):
 
 
 class _Meta(msgspec.Struct):
-    """Where Cohere's embeddings have it."""
+    """Where Cohere's embeddings report it."""
 
     billed_units: _Billed | None = None
 
@@ -52,12 +52,12 @@ class _Answer(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Answer).decode
-# With objects in it, such as the details. Inside a text its quotes would have backslashes before them.
-MOST_TOLD_BYTES = 4096
+# A usage may hold objects, such as the details. Inside a text its quotes would have backslashes before them.
+MOST_USAGE_BYTES = 4096
 _FLAT = rb"\{[^{}]{0,999}\}"
 _DETAILS = rb"\{[^{}]{0,999}(?:" + _FLAT + rb"[^{}]{0,999}){0,4}\}"
-_TOLD = re.compile(rb'"(usage|meta)"\s*:\s*(\{[^{}]{0,999}(?:' + _DETAILS + rb"[^{}]{0,999}){0,4}\})")
-# More are no tokens of any engine.
+_REPORTED = re.compile(rb'"(usage|meta)"\s*:\s*(\{[^{}]{0,999}(?:' + _DETAILS + rb"[^{}]{0,999}){0,4}\})")
+# No engine counts more tokens.
 _MOST = 2**32
 
 
@@ -69,26 +69,36 @@ class Usage(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
+class UsageReports:
+    """The usage that the events of one answer report. A field that a later event leaves out keeps the value of an earlier one:
+    Anthropic reports the prompt when a message starts, and its output alone when it ends."""
+
+    def __init__(self) -> None:
+        self.usage: Usage | None = None
+        self._fields: _Usage | None = None
+
+    def add(self, event: bytes) -> bool:
+        """Whether there is a usage in the data of this event. What cannot be a usage changes nothing."""
+        fields = _reported(event)
+        if fields is None:
+            return False
+        if self._fields is not None:
+            fields = _merged(self._fields, fields)
+        usage = _sum(fields)
+        if usage is None:
+            return False
+        self._fields, self.usage = fields, usage
+        return True
+
+
 def parse_usage(answer: bytes) -> Usage | None:
     """The usage in an answer's body, or in the data of one of its events; None if there is none to be read."""
-    try:
-        told = _decode(answer)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    inner = told.response or told.message
-    usage = told.usage or (None if inner is None else inner.usage)
-    if usage is None and told.meta is not None and (billed := told.meta.billed_units) is not None:
-        usage = _Usage(prompt_tokens=(billed.input_tokens or 0) + (billed.image_tokens or 0))
-    if usage is None:
-        return None
-    prompt, completion, cached = _of_openai(usage) if usage.input_tokens is None else _of_input(usage)
-    if not (0 <= prompt <= _MOST and 0 <= completion <= _MOST):
-        return None
-    return Usage(prompt, completion, max(0, min(cached, prompt)))
+    fields = _reported(answer)
+    return None if fields is None else _sum(fields)
 
 
 class UsageSearch:
-    """The same, for an answer that goes by in parts. Of several the largest: a client may have put one into its answer."""
+    """The usage of an answer that passes in parts. Of several it is the largest: a client can have put one into its answer."""
 
     def __init__(self) -> None:
         self.usage: Usage | None = None
@@ -96,15 +106,41 @@ class UsageSearch:
 
     def feed(self, part: bytes) -> None:
         data = self._rest + part
-        for name, told in _TOLD.findall(data):
-            found = parse_usage(b'{"%b":%b}' % (name, told))
+        for name, reported in _REPORTED.findall(data):
+            found = parse_usage(b'{"%b":%b}' % (name, reported))
             if found is not None and (self.usage is None or _tokens(found) > _tokens(self.usage)):
                 self.usage = found
-        self._rest = data[-MOST_TOLD_BYTES:]
+        self._rest = data[-MOST_USAGE_BYTES:]
 
 
 def _tokens(usage: Usage) -> int:
     return usage.prompt_tokens + usage.completion_tokens
+
+
+def _reported(answer: bytes) -> _Usage | None:
+    try:
+        decoded = _decode(answer)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    inner = decoded.response or decoded.message
+    usage = decoded.usage or (None if inner is None else inner.usage)
+    if usage is None and decoded.meta is not None and (billed := decoded.meta.billed_units) is not None:
+        usage = _Usage(prompt_tokens=(billed.input_tokens or 0) + (billed.image_tokens or 0))
+    return usage
+
+
+def _merged(earlier: _Usage, later: _Usage) -> _Usage:
+    pairs = zip(msgspec.structs.astuple(later), msgspec.structs.astuple(earlier), strict=True)
+    return _Usage(*(kept if new is None else new for new, kept in pairs))
+
+
+def _sum(usage: _Usage) -> Usage | None:
+    """None for numbers that no engine counts."""
+    is_openai = usage.prompt_tokens is not None or usage.completion_tokens is not None
+    prompt, completion, cached = _of_openai(usage) if is_openai and usage.input_tokens is None else _of_input(usage)
+    if not (0 <= prompt <= _MOST and 0 <= completion <= _MOST):
+        return None
+    return Usage(prompt, completion, max(0, min(cached, prompt)))
 
 
 def _of_openai(usage: _Usage) -> tuple[int, int, int]:
@@ -121,7 +157,7 @@ def _of_input(usage: _Usage) -> tuple[int, int, int]:
 
 
 def finished_task(usage: Usage, body: Body, held: float | None = None) -> FinishedTask:
-    """A row for the predictor; its `.cost` is the true cost of the task. held: KV token·iterations, by the engine's word."""
+    """A row for the predictor; its `.cost` is the true cost of the task. held: KV token·iterations that the engine measured."""
     return FinishedTask(
         prompt_bytes=body.prompt_bytes,
         prompt_tokens=usage.prompt_tokens,

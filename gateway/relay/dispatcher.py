@@ -66,8 +66,7 @@ class Turn:
 
     async def wait(self) -> Release:
         """Until the task may go to the engine. Raises `WaitedTooLong`, `ShuttingDown`, or what it was aborted with."""
-        if self._aborted is not None:
-            raise self._aborted
+        self._raise_if_aborted()
         if self._release is None:
             self._released = self._dispatcher.loop.create_future()
             try:
@@ -79,8 +78,7 @@ class Turn:
     @contextmanager
     def at_engine(self) -> Iterator[None]:
         """Around what is awaited of the engine: `abort` breaks it off, and then this raises the error."""
-        if self._aborted is not None:
-            raise self._aborted
+        self._raise_if_aborted()
         owner = asyncio.current_task(self._dispatcher.loop)
         assert owner is not None
         self._owners += (owner,)
@@ -124,6 +122,10 @@ class Turn:
         self._release = release
         if self._released is not None and not self._released.done():
             self._released.set_result(release)
+
+    def _raise_if_aborted(self) -> None:
+        if self._aborted is not None:
+            raise self._aborted
 
     def is_over(self) -> None:
         if self._over is not None and not self._over.done():

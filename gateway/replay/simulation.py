@@ -23,7 +23,7 @@ from gateway.agent_trace import AgentTrace, Prefix, TaskTrace, TraceError
 from gateway.flowcontrol import ENGINE, Arriving, Effects, Ending, FlowController, Now, Options, Quotas
 from gateway.flowcontrol import Ended as AgentEnded
 from gateway.flowcontrol.estimate import Cost
-from gateway.flowcontrol.fairqueue import POLICIES, FairQueue, Policy, ReleaseLimits, TaskId, TenantId
+from gateway.flowcontrol.fairqueue import POLICIES, AgentId, FairQueue, Policy, ReleaseLimits, TaskId, TenantId
 from gateway.protocol.errors import Outcome
 from gateway.protocol.usage import Usage
 from gateway.replay.predictors import Believed, content_of
@@ -261,7 +261,7 @@ class _Simulation:
         for revised in effects.revised:
             self._engine.change_tag(int(revised.task.id), to_tag(revised.rank))
         for agent_id, iterations in effects.keep.items():
-            self._engine.keep(self._flow.agents.by_id[agent_id].record.name, iterations)
+            self._engine.keep(self._flow.agents.by_id[AgentId(agent_id)].record.name, iterations)
         for ended in effects.ended:
             self._finish(self._journeys[ended.record.name], ended)
 

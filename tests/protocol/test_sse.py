@@ -68,6 +68,93 @@ def test_other_dialects_pass_whole_and_tell_their_usage(dialect: Dialect, stream
     assert events.done
 
 
+CACHED_START = {
+    "input_tokens": 400,
+    "cache_creation_input_tokens": 40,
+    "cache_read_input_tokens": 60,
+    "output_tokens": 1,
+}
+STARTED = event("message_start", message={"id": "msg_1", "role": "assistant", "content": [], "usage": CACHED_START})
+
+
+def in_the_order_of_anthropic(*deltas: dict[str, Any]) -> bytes:
+    """The events of Anthropic's own API, in its order, with these usages at the end of the message."""
+    block = {"type": "text", "text": ""}
+    return b"".join(
+        (
+            STARTED,
+            event("content_block_start", index=0, content_block=block),
+            event("ping"),
+            event("content_block_delta", index=0, delta={"type": "text_delta", "text": "Hi"}),
+            event("content_block_stop", index=0),
+            *(event("message_delta", delta={"stop_reason": "end_turn"}, usage=usage) for usage in deltas),
+            event("message_stop"),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("deltas", "usage"),
+    [
+        ([{"output_tokens": 15}], Usage(500, 15, 60)),
+        ([{"output_tokens": 7}, {"output_tokens": 15}], Usage(500, 15, 60)),
+        ([{"input_tokens": None, "output_tokens": 15}], Usage(500, 15, 60)),
+        ([{"input_tokens": 410, "output_tokens": 15}], Usage(510, 15, 60)),
+        ([{**CACHED_START, "output_tokens": 15, "server_tool_use": {"web_search_requests": 1}}], Usage(500, 15, 60)),
+        ([{}], Usage(500, 1, 60)),
+        ([{"output_tokens": -1}, {"output_tokens": 15}], Usage(500, 15, 60)),
+        ([{"output_tokens": "15"}], Usage(500, 1, 60)),
+        ([], Usage(500, 1, 60)),
+    ],
+)
+@given(data=st.data())
+def test_what_a_later_event_of_a_message_leaves_out_keeps_its_value(
+    deltas: list[dict[str, Any]], usage: Usage, data: st.DataObject
+) -> None:
+    stream = in_the_order_of_anthropic(*deltas)
+    cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=5))
+    events = UsageFilter(ANTHROPIC, show=False)
+    out = b"".join(events.feed(stream[b:e]) for b, e in itertools.pairwise([0, *sorted(cuts), len(stream)]))
+    assert out == stream
+    assert (events.usage, events.done) == (usage, True)
+
+
+def of_chunk(usage: dict[str, Any] | None, *, choices: bool = True) -> bytes:
+    return b"data: " + json.dumps({"choices": [{"index": 0}] if choices else [], "usage": usage}).encode() + b"\n\n"
+
+
+def test_what_a_later_chunk_of_a_completion_leaves_out_keeps_its_value() -> None:
+    """The order of OpenAI: null until the last chunk; and that of `continuous_usage_stats`, where every chunk has one."""
+    details = {"cached_tokens": 2}
+    last = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8, "prompt_tokens_details": details}
+    null_first = UsageFilter(OPENAI, show=True)
+    null_first.feed(of_chunk(None) + of_chunk(None) + of_chunk(last, choices=False) + DONE)
+    assert null_first.usage == Usage(5, 3, 2)
+
+    continuous = UsageFilter(OPENAI, show=True)
+    continuous.feed(of_chunk({"prompt_tokens": 5, "completion_tokens": 1, "prompt_tokens_details": details}))
+    assert continuous.usage == Usage(5, 1, 2)
+    continuous.feed(of_chunk({"completion_tokens": 2}))
+    assert continuous.usage == Usage(5, 2, 2)
+    continuous.feed(of_chunk({"prompt_tokens": 5, "completion_tokens": 3}, choices=False) + DONE)
+    assert continuous.usage == Usage(5, 3, 2)
+
+
+@pytest.mark.parametrize("end", ["response.completed", "response.incomplete", "response.failed"])
+def test_the_usage_of_a_response_is_that_of_its_last_event(end: str) -> None:
+    """The order of OpenAI's Responses: null until the event that ends it."""
+    usage = {"input_tokens": 5, "input_tokens_details": {"cached_tokens": 2}, "output_tokens": 3, "total_tokens": 8}
+    events = UsageFilter(RESPONSES, show=False)
+    for kind in ("response.created", "response.in_progress"):
+        events.feed(event(kind, response={"status": "in_progress", "usage": None}))
+    events.feed(event("response.output_item.added", item={"type": "message"}))
+    events.feed(event("response.output_text.delta", delta="Hi"))
+    events.feed(event("response.output_text.done", text="Hi"))
+    assert events.usage is None
+    events.feed(event(end, response={"status": end.removeprefix("response."), "usage": usage}))
+    assert events.usage == Usage(5, 3, 2)
+
+
 @pytest.mark.parametrize(("dialect", "stream"), [(OPENAI, STREAM), (ANTHROPIC, OF_MESSAGES), (RESPONSES, OF_RESPONSES)])
 def test_a_stream_that_is_cut_off_is_not_done(dialect: Dialect, stream: bytes) -> None:
     whole = stream.split(b"\n\n")[:-2]
@@ -121,6 +208,8 @@ def test_usage_beside_choices_is_seen_and_stays() -> None:
         ({"usage": {"prompt_tokens": 7, "total_tokens": 7}}, Usage(7, 0, 0)),
         ({"usage": {"prompt_tokens": 7, "completion_tokens": 1, "prompt_tokens_details": None}}, Usage(7, 1, 0)),
         ({"usage": {"input_tokens": 7, "output_tokens": 2, "cache_creation_input_tokens": 1}}, Usage(8, 2, 0)),
+        ({"usage": {"output_tokens": 2}}, Usage(0, 2, 0)),
+        ({"usage": {"cache_read_input_tokens": 3, "output_tokens": 2}}, Usage(3, 2, 3)),
         ({"usage": {"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 9}}}, Usage(3, 0, 3)),
         ({"usage": {"prompt_tokens": 9, "prompt_tokens_details": {"multimodal_tokens": {"image": 5}}}}, Usage(9, 0, 0)),
         ({"meta": {"billed_units": {"input_tokens": 4, "image_tokens": 2}}}, Usage(6, 0, 0)),

@@ -1,7 +1,7 @@
 """The fair queue: agents, their tasks, and the verbs that move them.
 
-A task is enqueued, released, and then completed or cancelled; a waiting one can be cancelled too, and one that the engine
-lost is requeued. An agent that has nothing waiting and nothing in flight can be evicted.
+A task is enqueued, released, and then completed or cancelled. A waiting task can be cancelled too, and a task that the
+engine lost is requeued. An agent that has nothing waiting and nothing in flight can be evicted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from gateway.flowcontrol.fairqueue.forecast import Forecast
 from gateway.flowcontrol.fairqueue.nested import NestedReference
 from gateway.flowcontrol.fairqueue.policies import Policy
 from gateway.flowcontrol.fairqueue.ranking import Ranking
+from gateway.flowcontrol.fairqueue.reservations import Reservations
 from gateway.flowcontrol.fairqueue.types import (
     NO_TENANT,
     Agent,
@@ -24,7 +25,6 @@ from gateway.flowcontrol.fairqueue.types import (
     QueueError,
     Release,
     ReleaseLimits,
-    Reservation,
     Spent,
     Standing,
     Task,
@@ -35,7 +35,10 @@ from gateway.flowcontrol.fairqueue.types import (
 
 
 class FairQueue:
-    def __init__(self, policy: Policy, limits: ReleaseLimits = ReleaseLimits()) -> None:  # noqa: B008 (it is frozen)
+    """The fair queue of the package's docstring. It is one class, though a long one: its verbs move one state machine, and each
+    keeps the reference, the ranking, the forecast and the agents' own sums consistent with one another."""
+
+    def __init__(self, policy: Policy, limits: ReleaseLimits = ReleaseLimits()) -> None:  # noqa: B008 (the default is frozen)
         self.limits = limits
         self._reference = NestedReference()
         self._capacity_tokens = 0.0
@@ -43,7 +46,7 @@ class FairQueue:
         self._ranking = Ranking(policy, self._agents)
         self._tasks: dict[TaskId, Agent] = {}
         self._forecast = Forecast()
-        self._reserved: dict[AgentId, Reservation] = {}
+        self._reservations = Reservations()
         self._next_seq = 0
 
     # What can be seen
@@ -62,16 +65,16 @@ class FairQueue:
 
     @property
     def peak_tokens(self) -> float:
-        """The most memory that what is in flight will come to hold, by the predicted lengths."""
+        """The most tokens of KV that the tasks in flight will hold at one time, by their predicted lengths."""
         return self._forecast.peak(self._reference.now)
 
     @property
     def capacity_tokens(self) -> float:
-        """M."""
+        """M, in tokens."""
         return self._capacity_tokens
 
     def virtual_time(self, tenant: TenantId = NO_TENANT) -> VirtualTime:
-        """V of the tenant's agents, as of the last call that took `now`."""
+        """V of the tenant's agents, at the last call that took `now`."""
         return self._reference.virtual_time(tenant)
 
     @property
@@ -80,15 +83,15 @@ class FairQueue:
         return self._reference.outer_virtual_time
 
     def backlog_tag(self, agent_id: AgentId) -> VirtualTime:
-        """B of an agent. Raises `KeyError` for one that is not here."""
+        """B of an agent. Raises `KeyError` for an unknown agent."""
         return self._reference.backlog_tag(self._agents[agent_id].tenant.id, agent_id)
 
     def in_order(self) -> Iterator[Agent]:
-        """The agents with waiting tasks, the next one first. O(N log N): for people, not for decisions."""
+        """The agents with waiting tasks, the next one first. O(N log N): for reports, not for decisions."""
         return self._ranking.in_order()
 
     def standing(self, agent_id: AgentId) -> Standing:
-        """What `restore` needs, as of the last call that took `now`. Raises `KeyError` for an agent that is not here."""
+        """What `restore` needs, at the last call that took `now`. Raises `KeyError` for an unknown agent."""
         agent = self._agents[agent_id]
         tenant, flights = agent.tenant.id, agent.in_flight.values()
         backlog = self._reference.backlog_tag(tenant, agent_id) - agent.unfinished / agent.weight
@@ -107,8 +110,8 @@ class FairQueue:
     # The verbs
 
     def set_capacity(self, now: Iterations, tokens: float, served_tokens: float | None = None) -> None:
-        """M, when the engine has said it, or another one. `served_tokens`: the part of it that the engine was seen to hold
-        while tasks waited, which is what the reference then shares out."""
+        """M, in tokens, once it is known and whenever it changes. `served_tokens`: the part of M that the engine was measured
+        to hold while tasks waited; the reference then shares out that part."""
         if not (0 <= tokens < math.inf and (served_tokens is None or 0 <= served_tokens < math.inf)):
             raise QueueError(
                 f"capacity must be at least 0 tokens, and finite, not {tokens}, of which {served_tokens} served"
@@ -127,7 +130,7 @@ class FairQueue:
         tenant: TenantId = NO_TENANT,
         tenant_weight: float = 1.0,
     ) -> None:
-        """A task arrives. `agent_cost` is what its agent is now predicted to cost in total; it counts while the agent is
+        """A task arrives. `agent_cost` is the total cost that is now predicted for its agent; it counts while the agent is
         forming, and when the work that has arrived outgrows the earlier prediction. `weight` and `tenant` count when the
         agent is new, `tenant_weight` from now on."""
         if task.id in self._tasks:
@@ -171,10 +174,10 @@ class FairQueue:
         tenant_weight: float = 1.0,
     ) -> None:
         """Put back an agent that was here before a restart. It is idle, as after a busy period, and F - V is what it was then.
-        Where several are put back, the one that came first goes first."""
+        Put several back in the order of their arrival: ties go to the first."""
         weights_are_sound = 0 < standing.weight < math.inf and 0 < tenant_weight < math.inf
         if agent_id in self._agents or not (weights_are_sound and _restorable(standing)):
-            raise QueueError(f"agent {agent_id!r} is here already, or was kept with what cannot be: {standing}")
+            raise QueueError(f"agent {agent_id!r} is in the queue already, or its standing is invalid: {standing}")
         self._reference.advance(now)
         seq = self._seq()
         agent = Agent(
@@ -199,7 +202,8 @@ class FairQueue:
         self._settle_tag(agent, standing.predicted)
 
     def release(self, now: Iterations, engine_waiting: int = 0) -> list[Release]:
-        """The tasks to send to the engine now, in order. `engine_waiting`: tasks in the engine's own queue."""
+        """Release the tasks that go to the engine now, and return them in order. `engine_waiting`: tasks in the engine's own
+        queue."""
         self._reference.advance(now)
         releases: list[Release] = []
         displacing = engine_waiting > 0
@@ -209,15 +213,15 @@ class FairQueue:
             if self.in_flight and not self._fits(now, task, engine_waiting):
                 if displacing or not self._displaces(agent):
                     break
-                displacing = True  # one at a time: whom it has displaced, the engine will say
+                displacing = True  # one at a time: a report must first show what the engine displaced
             rank = self._ranking.rank(agent)
             releases.append(Release(task, rank))
-            del agent.waiting[task.id]
-            agent.order.remove(task.id)
+            agent.stop_waiting(task.id)
             tag = agent.tenant.start_tag
             agent.in_flight[task.id] = Flight(task, rank, rank, tag, agent.released, task.prompt_tokens)
             self._forecast.add(now, task)
-            self._charge_reservation(now, agent)
+            if kept := self._reservations.end(now, agent):
+                self._count_extra(agent, kept)
             agent.prompt_tokens += task.prompt_tokens
             agent.forming = False
             self._count_release(agent, task.cost)
@@ -227,8 +231,9 @@ class FairQueue:
         return releases
 
     def observe(self, now: Iterations, task_id: TaskId, kv_tokens: float, output_tokens: float) -> None:
-        """The engine says what a task in flight holds, and has produced so far, over all of its sequences. Unknown tasks are
-        ignored, since the engine's word arrives late."""
+        """The engine reports the KV tokens that a task in flight holds, and the output tokens that it has produced, over all of
+        its sequences. Unknown tasks are ignored, since reports arrive late."""
+        self._reference.advance(now)
         agent = self._tasks.get(task_id)
         flight = agent.in_flight.get(task_id) if agent else None
         if agent is None or flight is None:
@@ -243,25 +248,23 @@ class FairQueue:
                 self._ranking.place(agent)
 
     def reserve(self, now: Iterations, agent_id: AgentId, tokens: float, iterations: float) -> None:
-        """An agent that is idle now, as it waits for its tool, has so much KV at the engine, and it is worth keeping for so
-        long: later agents of its tenant do not get that memory. It ends when the agent's next task is released, and is then
-        charged to it like memory held by a task."""
-        self._reference.advance(now)
+        """Keep this many tokens of KV, for at most this many iterations, for an idle agent that waits for its tool: see
+        `reservations`."""
         agent = self._idle(agent_id)
         if not (0 <= tokens < math.inf and 0 <= iterations < math.inf):
             raise QueueError(
-                f"a reservation is at least 0, and finite, not {tokens} tokens for {iterations} iterations"
+                f"a reservation must be at least 0, and finite, not {tokens} tokens for {iterations} iterations"
             )
-        if iterations > 0:
-            self._reserved[agent_id] = Reservation(agent, tokens, now, Iterations(now + iterations))
+        self._reference.advance(now)
+        self._reservations.make(now, agent, tokens, iterations)
 
     def unreserve(self) -> None:
-        """Nothing that was reserved is kept any more."""
-        self._reserved.clear()
+        """End all reservations, without a charge."""
+        self._reservations.clear()
 
     def correct(self, now: Iterations, agent_id: AgentId, difference: KvTokenIterations) -> None:
-        """A task that has ended turns out to have cost more, or less, than it was charged. An agent that is not here any more
-        is passed over."""
+        """A settled task turns out to have cost more, or less, than it was charged. An agent that has been evicted is passed
+        over."""
         if not math.isfinite(difference):
             raise QueueError(f"a correction must be finite, not {difference}")
         self._reference.advance(now)
@@ -270,56 +273,59 @@ class FairQueue:
             self._count_extra(agent, difference)
 
     def revise(self) -> list[Release]:
-        """The tasks in flight that the engine is to order otherwise than it was told: more is known of their agents now, or
-        the policy is another one."""
+        """In-flight tasks whose rank has changed since the engine last received it, because more is known of their agents or
+        the policy is another one; marks them as sent."""
         return self._ranking.revise()
 
     def change_policy(self, now: Iterations, policy: Policy) -> None:
-        """Another order from now on, of what waits at once, and of what is in flight by `revise`. The reference and all tags go
-        on as they are: no policy has a say in them."""
+        """Order by another policy from now on: waiting tasks at once, tasks in flight by `revise`. The reference and all tags
+        stay as they are, since they do not depend on the policy."""
         self._reference.advance(now)
         self._ranking.change_policy(policy)
 
     def calibrate(self, now: Iterations, held_tokens: float) -> None:
-        """The engine says how much of its KV cache is taken by all that is in flight, in tokens."""
+        """The engine reports how many tokens of its KV cache all tasks in flight hold together."""
+        self._reference.advance(now)
         self._forecast.calibrate(now, held_tokens)
 
     def requeue(self, now: Iterations, task_id: TaskId) -> None:
-        """The engine lost a task in flight: it waits again, in its old place, as if it had never left."""
+        """The engine lost a task in flight. The task waits again, in its old place, as if it had never been released."""
+        agent, flight = self._in_flight(task_id)
         self._reference.advance(now)
-        agent, flight = self._land(task_id)
+        self._land(agent, task_id)
         self._count_progress(agent, flight, 0.0, 0.0, 0.0)
         self._count_release(agent, -flight.task.cost)
         self._wait(agent, flight.task)
         self._ranking.place(agent)
 
     def complete(self, now: Iterations, task_id: TaskId, spent: Spent, agent_cost: KvTokenIterations) -> None:
-        """A task in flight has ended. `spent`: what it really took. `agent_cost`: see `enqueue`."""
+        """A task in flight has ended. `spent`: its true cost. `agent_cost`: see `enqueue`."""
         if not (_sound(spent) and 0 <= agent_cost < math.inf):
-            raise QueueError(f"what was spent must be at least 0, and finite: {spent}, agent {agent_cost}")
+            raise QueueError(f"spent costs and tokens must be at least 0, and finite: {spent}, agent {agent_cost}")
+        agent, flight = self._in_flight(task_id)
         self._reference.advance(now)
-        agent, flight = self._land(task_id)
+        self._land(agent, task_id)
         self._charge(agent, flight, spent)
         if spent.output_tokens is not None:
             self._forecast.learn(flight.task, spent.output_tokens)
         self._reconcile(agent, flight.task, spent.cost, agent_cost)
 
     def cancel(self, now: Iterations, task_id: TaskId, spent: Spent) -> None:
-        """A task was given up, waiting or in flight. `spent`: what it really took until then."""
+        """A task was given up, waiting or in flight. `spent`: its true cost until then, which a waiting task has only if the
+        engine lost it before."""
         if not _sound(spent):
-            raise QueueError(f"what was spent must be at least 0, and finite: {spent}")
-        self._reference.advance(now)
+            raise QueueError(f"spent costs and tokens must be at least 0, and finite: {spent}")
         agent = self._tasks.get(task_id)
         if agent is None:
             raise QueueError(f"task {task_id} is not in the queue")
-        task = agent.waiting.pop(task_id, None)
-        if task is None:
-            agent, flight = self._land(task_id)
+        self._reference.advance(now)
+        if (flight := agent.in_flight.get(task_id)) is not None:
             task = flight.task
+            self._land(agent, task_id)
             self._charge(agent, flight, spent)
         else:
+            task = agent.stop_waiting(task_id)
             del self._tasks[task_id]
-            agent.order.remove(task_id)
             agent.attained = KvTokenIterations(agent.attained + spent.cost)
             self._count_release(agent, spent.cost)
             if not agent.waiting:
@@ -327,21 +333,21 @@ class FairQueue:
         self._reconcile(agent, task, spent.cost, agent.predicted)
 
     def evict(self, now: Iterations, agent_id: AgentId) -> None:
-        """Forget an agent that has ended. The reference keeps it for as long as it is backlogged there."""
-        self._reference.advance(now)
+        """Forget an agent that has ended. The reference keeps it while it is backlogged there."""
         agent = self._idle(agent_id)
+        self._reference.advance(now)
         del self._agents[agent_id]
-        self._reserved.pop(agent_id, None)
+        self._reservations.drop(agent_id)
         self._ranking.forget(agent)
         self._reference.forget(agent.tenant.id, agent_id)
 
     # How they work
 
     def _idle(self, agent_id: AgentId) -> Agent:
-        """The agent, which has nothing waiting and nothing in flight."""
+        """The agent. Raises `QueueError` if it is unknown, or has anything waiting or in flight."""
         agent = self._agents.get(agent_id)
         if agent is None or agent.busy:
-            raise QueueError(f"agent {agent_id!r} is " + ("not known" if agent is None else "not idle"))
+            raise QueueError(f"agent {agent_id!r} is " + ("unknown" if agent is None else "not idle"))
         return agent
 
     def _seq(self) -> int:
@@ -354,40 +360,19 @@ class FairQueue:
             return False
         if limits.in_flight is not None and self.in_flight >= limits.in_flight:
             return False
-        # M is 0 until somebody has said it. Then slots are the only limit.
+        # M is 0 until it is known. Until then slots are the only limit.
         room = limits.beta * self._capacity_tokens or math.inf
         if not limits.foresight:
             return self._forecast.held(now) + task.prompt_tokens <= room
         if not self._forecast.fits(now, task, room):
             return False
-        return not self._reserved or self._forecast.fits(now, task, room - self._kept_from(now, task, room))
-
-    def _kept_from(self, now: Iterations, task: Task, room: float) -> float:
-        """Tokens of KV that are kept for earlier agents of its tenant; no more of them are looked at than fill the room."""
-        agent = self._agents[task.agent_id]
-        tokens = 0.0
-        for reservation in self._reserved.values():
-            other = reservation.agent
-            if (
-                reservation.until > now
-                and other.tenant is agent.tenant
-                and other is not agent
-                and other.finish_tag < agent.finish_tag
-            ):
-                tokens += reservation.tokens
-                if tokens >= room:
-                    break
-        return tokens
-
-    def _charge_reservation(self, now: Iterations, agent: Agent) -> None:
-        """Its KV is in use again. That it was held back from others was not free of charge."""
-        reservation = self._reserved.pop(agent.id, None)
-        if reservation is not None:
-            iterations = min(now, reservation.until) - reservation.since
-            self._count_extra(agent, KvTokenIterations(reservation.tokens * max(0.0, iterations)))
+        if not self._reservations:
+            return True
+        kept = self._reservations.kept_from(now, self._agents[task.agent_id], room)
+        return self._forecast.fits(now, task, room - kept)
 
     def _count_extra(self, agent: Agent, cost: KvTokenIterations) -> None:
-        """Memory that the agent has had beyond what its tasks were charged."""
+        """Charge the agent for memory that it had beyond what its tasks were charged."""
         self._reference.correct(agent.tenant.id, agent.id, cost)
         agent.arrived = KvTokenIterations(max(0.0, agent.arrived + cost))
         agent.attained = KvTokenIterations(max(0.0, agent.attained + cost))
@@ -395,7 +380,7 @@ class FairQueue:
         self._settle_tag(agent, agent.predicted)
 
     def _displaces(self, agent: Agent) -> bool:
-        """Whether the engine has somebody who is to make room for its next task."""
+        """Whether some task in flight may be preempted to make room for the agent's next task."""
         margin, slots = self.limits.displace_margin, self.limits.in_flight
         if margin is None or (slots is not None and self.in_flight >= slots):
             return False
@@ -409,18 +394,22 @@ class FairQueue:
         self._ranking.wait(agent, task)
         self._tasks[task.id] = agent
 
-    def _land(self, task_id: TaskId) -> tuple[Agent, Flight]:
-        """The task is no longer at the engine."""
+    def _in_flight(self, task_id: TaskId) -> tuple[Agent, Flight]:
+        """Raises `QueueError` for a task that is not in flight."""
         agent = self._tasks.get(task_id)
-        flight = agent.in_flight.pop(task_id, None) if agent else None
+        flight = agent.in_flight.get(task_id) if agent else None
         if agent is None or flight is None:
             raise QueueError(f"task {task_id} is not in flight")
-        del self._tasks[task_id]
-        self._forecast.remove(task_id)
         return agent, flight
 
+    def _land(self, agent: Agent, task_id: TaskId) -> None:
+        """The task is no longer at the engine."""
+        del agent.in_flight[task_id]
+        del self._tasks[task_id]
+        self._forecast.remove(task_id)
+
     def _charge(self, agent: Agent, flight: Flight, spent: Spent) -> None:
-        """What was counted for a task gives way to what it really took."""
+        """Replace what was counted for a task by what it really took."""
         prompt = flight.prompt_tokens if spent.prompt_tokens is None else spent.prompt_tokens
         output = flight.output_tokens if spent.output_tokens is None else spent.output_tokens
         self._count_progress(agent, flight, spent.cost, prompt, output)
@@ -450,7 +439,7 @@ class FairQueue:
             self._reference.end_busy_period()
 
     def _settle_tag(self, agent: Agent, agent_cost: KvTokenIterations) -> None:
-        """F = max(S + Ĉ/w, B), with Ĉ renewed where the constitution says so."""
+        """F = max(S + Ĉ/w, B), with Ĉ renewed as the constitution has it."""
         if agent.forming or agent.arrived > agent.predicted:
             agent.predicted = KvTokenIterations(max(agent_cost, agent.arrived))
         whole = VirtualTime(agent.start_tag + agent.predicted / agent.weight)

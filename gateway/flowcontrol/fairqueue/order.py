@@ -1,7 +1,7 @@
 """Keys in the order of their places: a binary heap with lazy removal.
 
-To put, move, remove, or find the first costs O(log N) amortised: a key that is moved leaves its old entry behind, which is
-skipped when it comes to the front, and the heap is built anew when most of it is such entries.
+Putting, moving, removing and finding the first cost O(log N), amortised: a key that moves leaves its old entry behind. Such
+an entry is skipped when it comes to the front, and the heap is built anew when most of its entries are old.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class Order(Generic[Key]):
     __slots__ = ("_entries", "_heap")
 
     def __init__(self) -> None:
-        self._entries: dict[Key, tuple[float, int, Key]] = {}  # those that hold; all others in the heap are old
+        self._entries: dict[Key, tuple[float, int, Key]] = {}  # the valid ones; all others in the heap are old
         self._heap: list[tuple[float, int, Key]] = []
 
     def put(self, key: Key, place: Place) -> None:
-        """A new key, or another place for a known one."""
+        """Put a new key, or move a known one to another place."""
         known = self._entries.get(key)
         if known is not None and known[:2] == place:
             return
@@ -31,18 +31,18 @@ class Order(Generic[Key]):
         self._drop_old()
 
     def remove(self, key: Key) -> None:
-        """Nothing happens if it is not there."""
+        """Nothing happens for an unknown key."""
         if self._entries.pop(key, None) is not None:
             self._drop_old()
 
     def _drop_old(self) -> None:
-        """When most entries are old ones."""
+        """Build the heap anew if most of its entries are old."""
         if len(self._heap) > 64 + 4 * len(self._entries):
             self._heap = list(self._entries.values())
             heapq.heapify(self._heap)
 
     def first(self) -> Key | None:
-        """The key with the smallest place."""
+        """The key with the smallest place; None if there is none."""
         while self._heap:
             entry = self._heap[0]
             if self._entries.get(entry[2]) is entry:
@@ -51,7 +51,7 @@ class Order(Generic[Key]):
         return None
 
     def place(self, key: Key) -> Place:
-        """Raises `KeyError` for a key that is not there."""
+        """Raises `KeyError` for an unknown key."""
         return self._entries[key][:2]
 
     def __len__(self) -> int:
@@ -61,5 +61,5 @@ class Order(Generic[Key]):
         return key in self._entries
 
     def __iter__(self) -> Iterator[Key]:
-        """In order, at O(N log N) for all: for people, not for decisions."""
+        """The keys in order. O(N log N): for reports, not for decisions."""
         return iter(sorted(self._entries, key=lambda key: self._entries[key][:2]))

@@ -1,8 +1,8 @@
-"""The fluid reference: what each flow would have been given by ideal fair sharing.
+"""The fluid reference: the service that each flow would have had under ideal fair sharing.
 
-`advance(now)` is the only way that virtual time moves, but for `end_busy_period`. A flow leaves the backlogged set when V
-reaches its backlog tag B, whatever the real engine has done; to remove it when it really finishes would let V run fast and
-give later arrivals tags that are too late.
+Only `advance` and `end_busy_period` move virtual time. A flow leaves the backlogged set when V reaches its backlog tag B,
+whatever the real engine has done: removing it when it really finishes would let V run too fast, and give later arrivals
+tags that are too late.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ class _Flow:
     weight: float
     backlog_tag: VirtualTime
     backlogged: bool = False
-    forgotten: bool = False  # ended, and kept only until V has reached its end
+    forgotten: bool = False  # ended, and kept only until V reaches B
 
 
 class Reference(Generic[FlowId]):
-    """GPS over flows. Costs in token·iterations, time in engine iterations, capacity M in tokens."""
+    """GPS (generalized processor sharing) over flows. Costs in token·iterations, time in engine iterations, M in tokens."""
 
     def __init__(self, capacity_tokens: float = 0.0) -> None:
         self.virtual_time = VirtualTime(0.0)
         self.now = Iterations(0.0)
         self._capacity_tokens = capacity_tokens
-        self._backlogged_weight = 0.0  # of all the backlogged
+        self._backlogged_weight = 0.0  # sum over the backlogged flows
         self._flows: dict[FlowId, _Flow] = {}
-        self._ends: Order[FlowId] = Order()  # of the backlogged, by B
+        self._ends: Order[FlowId] = Order()  # the backlogged flows, by B
 
     def advance(self, now: Iterations) -> None:
-        """Bring V up to `now`. Between two flows' ends V is a straight line of slope M / Σ w."""
+        """Bring V up to `now`. Between the ends of two flows V is a straight line of slope M / Σ w. Raises `QueueError`, and
+        changes nothing, if `now` goes back."""
         if not now >= self.now:
             raise QueueError(f"the service clock went back from {self.now} to {now}")
         left = now - self.now
@@ -44,7 +45,7 @@ class Reference(Generic[FlowId]):
             end = self._flows[first].backlog_tag
             slope = self._capacity_tokens / self._backlogged_weight
             if not slope:
-                break  # too little to be told from nothing
+                break  # so small that it rounds to 0
             until_end = (end - self.virtual_time) / slope
             if until_end > left:
                 self.virtual_time = VirtualTime(self.virtual_time + left * slope)
@@ -55,7 +56,7 @@ class Reference(Generic[FlowId]):
         self.now = now
 
     def set_capacity(self, tokens: float) -> None:
-        """M from now on, in tokens. With 0 (an engine not yet known) V stands still."""
+        """M from now on, in tokens. With 0 (the engine is not yet known) V stands still."""
         if not tokens >= 0:
             raise QueueError(f"capacity must be at least 0 tokens, not {tokens}")
         self._capacity_tokens = tokens
@@ -77,13 +78,13 @@ class Reference(Generic[FlowId]):
         self._move(flow_id, flow, cost)
 
     def restore(self, flow_id: FlowId, weight: float) -> None:
-        """A flow that was here before, and of which nothing is left to serve: B = V. What passes from now on is idleness."""
+        """A flow that was here before, with nothing left to serve: B = V. It counts as idle from now on."""
         flow = self._flows.setdefault(flow_id, _Flow(weight, self.virtual_time))
         flow.forgotten = False
 
     def correct(self, flow_id: FlowId, difference: KvTokenIterations) -> KvTokenIterations:
-        """A cost turned out to be larger (or, negative, smaller) than it was said to be at its arrival. Returns by how much
-        the work that is left to serve has changed."""
+        """A cost turned out to be larger (or, negative, smaller) than was predicted at its arrival. Returns the change in the
+        work that is left to serve."""
         flow = self._flows[flow_id]
         before = max(0.0, flow.backlog_tag - self.virtual_time)
         self._move(flow_id, flow, difference)
@@ -91,7 +92,7 @@ class Reference(Generic[FlowId]):
         return KvTokenIterations((after - before) * flow.weight)
 
     def backlog_tag(self, flow_id: FlowId) -> VirtualTime:
-        """B; for a flow that is not known, V: nothing of it is left to serve."""
+        """B; for an unknown flow V, since nothing of it is left to serve."""
         flow = self._flows.get(flow_id)
         return flow.backlog_tag if flow else self.virtual_time
 
@@ -100,7 +101,7 @@ class Reference(Generic[FlowId]):
         return flow is not None and flow.backlogged
 
     def forget(self, flow_id: FlowId) -> None:
-        """Drop a flow that has ended: at once if it is idle here, else when V reaches its end."""
+        """Drop a flow that has ended: at once if it is idle here, else when V reaches B."""
         flow = self._flows.get(flow_id)
         if flow is None:
             return
@@ -110,7 +111,7 @@ class Reference(Generic[FlowId]):
             del self._flows[flow_id]
 
     def end_busy_period(self) -> None:
-        """Nothing waits and nothing is in flight: all work is done, so V moves to the largest B."""
+        """No task waits or is in flight: all work is done, so V moves to the largest B."""
         while (first := self._ends.first()) is not None:
             self.virtual_time = self._flows[first].backlog_tag
             self._go_idle(first)
@@ -131,7 +132,7 @@ class Reference(Generic[FlowId]):
         self._ends.remove(flow_id)
         before = self._backlogged_weight
         self._backlogged_weight = before - flow.weight
-        if self._backlogged_weight <= 1e-9 * before:  # whatever rounding did
+        if self._backlogged_weight <= 1e-9 * before:  # rounding may have left a little
             self._backlogged_weight = sum((self._flows[other].weight for other in self._ends), 0.0)
         if flow.forgotten:
             del self._flows[flow_id]

@@ -1,4 +1,4 @@
-"""Units, and the things that the fair queue holds."""
+"""Units, and the objects that the fair queue holds."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Task(NamedTuple):
     id: TaskId
     agent_id: AgentId
     cost: KvTokenIterations  # ĉ
-    memory_tokens: float  # p + d̂: the KV it will hold at its end
+    memory_tokens: float  # p + d̂: the KV that it will hold at its end
     prompt_tokens: float = 0.0  # p
-    sequences: int = 1  # that decode side by side
+    sequences: int = 1  # decoded side by side
 
 
 class Spent(NamedTuple):
-    """What a task really took. The tokens are None where nobody knows more than the engine has told so far."""
+    """What a task really took. Tokens are None where no more is known than the engine's reports so far."""
 
     cost: KvTokenIterations
     prompt_tokens: float | None = None
@@ -42,7 +42,7 @@ class Spent(NamedTuple):
 
 
 class Release(NamedTuple):
-    """A task to be sent to the engine now, with the rank that the engine is to honour: the smallest first."""
+    """A task that goes to the engine now, with the rank that the engine is to order by: the smallest first."""
 
     task: Task
     rank: float
@@ -50,21 +50,18 @@ class Release(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ReleaseLimits:
-    """When the engine is full enough.
+    """The limits up to which tasks are released to the engine."""
 
-    beta: the share of the KV cache that what is in flight may come to hold.
-    foresight: with it, the memory counts that will be held at worst, by the predicted lengths; without it, only what is
-        held now, which is how an engine admits that knows no lengths.
-    engine_waiting: tasks in the engine's own queue above which none is released; None for no limit.
-    in_flight: tasks at the engine at once (its `max_num_seqs`); None for no limit.
-    displace_margin: by how much a task at the engine has to come later for a more urgent one to be sent though it does not
-        fit, since the engine will displace the other; None if it does not displace. In units of rank.
-    """
-
+    # Share of the KV cache that the tasks in flight may hold.
     beta: float = 1.0
+    # True: their predicted peak counts. False: only what they hold now, as for an engine that knows no lengths.
     foresight: bool = True
+    # Tasks in the engine's own queue above which none is released; None for no limit.
     engine_waiting: int | None = 4
+    # Tasks at the engine at once (its `max_num_seqs`); None for no limit.
     in_flight: int | None = None
+    # Ranks by which a task in flight has to come later for an urgent one to be released though it does not fit, since the
+    # engine will displace the later one; None if the engine does not displace.
     displace_margin: float | None = None
 
     def __post_init__(self) -> None:
@@ -82,9 +79,9 @@ class Flight:
 
     task: Task
     rank: float  # as the engine knows it
-    lasting_rank: float  # what it is to have where the policy does not revise
+    lasting_rank: float  # its rank under a policy that does not revise
     tenant_tag: VirtualTime  # S of its tenant when it was released
-    agent_released: KvTokenIterations  # of its agent's work, before it
+    agent_released: KvTokenIterations  # work of its agent that was released before it
     prompt_tokens: float
     output_tokens: float = 0.0
     attained: KvTokenIterations = KvTokenIterations(0.0)
@@ -92,13 +89,13 @@ class Flight:
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """Who owns agents: the outer level of sharing."""
+    """The owner of agents: the outer level of sharing."""
 
     id: TenantId
     seq: int
     weight: float
-    start_tag: VirtualTime = VirtualTime(0.0)  # outer virtual time up to which it has been served, by what was released
-    order: Order[AgentId] = field(default_factory=Order)  # its agents that wait
+    start_tag: VirtualTime = VirtualTime(0.0)  # outer virtual time that its released work amounts to
+    order: Order[AgentId] = field(default_factory=Order)  # its agents with waiting tasks
 
 
 @dataclass(slots=True, eq=False)
@@ -111,19 +108,26 @@ class Agent:
     weight: float
     predicted: KvTokenIterations  # Ĉ
     arrived: KvTokenIterations = KvTokenIterations(0.0)  # A: predicted costs of its tasks, true ones as they end
-    released: KvTokenIterations = KvTokenIterations(0.0)  # of A: what has left the queue
-    attained: KvTokenIterations = KvTokenIterations(0.0)  # of that: what the engine has done, as far as it has said
-    unfinished: KvTokenIterations = KvTokenIterations(0.0)  # of A: predicted costs of what waits and what is in flight
+    released: KvTokenIterations = KvTokenIterations(0.0)  # of A: what has been released
+    attained: KvTokenIterations = KvTokenIterations(0.0)  # of that: what the engine has done, by its reports
+    unfinished: KvTokenIterations = KvTokenIterations(
+        0.0
+    )  # of A: predicted costs of its tasks that wait or are in flight
     prompt_tokens: float = 0.0  # released
-    output_tokens: float = 0.0  # produced, as far as the engine has said
-    lift: float = 0.0  # a policy's own: see `vtc`
+    output_tokens: float = 0.0  # produced, by the engine's reports
+    lift: float = 0.0  # used by one policy: see `vtc`
     start_tag: VirtualTime = VirtualTime(0.0)  # S
     idle_since: VirtualTime = VirtualTime(0.0)  # V when its last task ended
     finish_tag: VirtualTime = VirtualTime(0.0)  # F
     forming: bool = True  # none of its tasks has been released yet
     waiting: dict[TaskId, Task] = field(default_factory=dict)
     in_flight: dict[TaskId, Flight] = field(default_factory=dict)
-    order: Order[TaskId] = field(default_factory=Order)  # of its waiting tasks
+    order: Order[TaskId] | None = None  # of its waiting tasks; made when a second one waits
+
+    @property
+    def left_to_release(self) -> float:
+        """Predicted work that has not been released, in token·iterations."""
+        return max(0.0, self.predicted - self.released)
 
     @property
     def busy(self) -> bool:
@@ -131,15 +135,28 @@ class Agent:
 
     def head(self) -> Task | None:
         """The task of this agent that goes next."""
+        if self.order is None:
+            return next(iter(self.waiting.values()), None)
         first = self.order.first()
         return None if first is None else self.waiting[first]
+
+    def stop_waiting(self, task_id: TaskId) -> Task:
+        """The task no longer waits. Raises `KeyError` for one that does not."""
+        task = self.waiting.pop(task_id)
+        if not self.waiting:
+            self.order = None
+        elif self.order is not None:
+            self.order.remove(task_id)
+        return task
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Of an agent, as if what is unfinished of it had been given up unserved: all that the queue needs to put it back after a
-    restart. Tags are counted from the virtual time at which it had nothing left to do, neither here nor in the reference:
-    a restart ends the busy period, and V may begin anywhere."""
+    """All that the queue needs to put an agent back after a restart, as if its unfinished tasks had been given up unserved.
+
+    Tags are counted from the virtual time at which the agent had nothing left to do, neither here nor in the reference: a
+    restart ends the busy period, and V may begin anywhere.
+    """
 
     weight: float
     predicted: KvTokenIterations  # Ĉ
@@ -149,12 +166,3 @@ class Standing:
     output_tokens: float
     lift: float
     forming: bool
-
-
-class Reservation(NamedTuple):
-    """The KV of an agent that waits for its tool, kept for it."""
-
-    agent: Agent
-    tokens: float
-    since: Iterations
-    until: Iterations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 from gateway.flowcontrol.fairqueue import (
     POLICIES,
     AgentId,
@@ -76,3 +78,8 @@ class Driver:
 
     def backlog(self, agent: str) -> float:
         return self.queue.backlog_tag(AgentId(agent))
+
+
+def contents(queue: FairQueue) -> bytes:
+    """Everything that the queue holds, down to the last private field: equal if, and only if, nothing has changed."""
+    return pickle.dumps(queue)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 
 from gateway.flowcontrol.fairqueue import (
     POLICIES,
     AgentId,
+    FairQueue,
     Iterations,
     KvTokenIterations,
     QueueError,
@@ -15,7 +20,7 @@ from gateway.flowcontrol.fairqueue import (
     Task,
     TaskId,
 )
-from tests.flowcontrol.fairqueue.driver import Driver, M
+from tests.flowcontrol.fairqueue.driver import Driver, M, contents
 
 
 def test_known_fixture_the_cheaper_of_two_goes_first_with_both_branches() -> None:
@@ -228,49 +233,99 @@ def test_rank_goes_with_the_release() -> None:
 # Refusals change nothing
 
 
+ONE = KvTokenIterations(1)
+NAN = KvTokenIterations(float("nan"))
+
+
+def task(number: int, agent: str, cost: float = 1, *, sequences: int = 1) -> Task:
+    return Task(TaskId(number), AgentId(agent), KvTokenIterations(cost), 1, sequences=sequences)
+
+
+def busy_queue() -> FairQueue:
+    """At 1: task 1 of agent `a` is in flight, its task 2 waits, and agent `idle` has nothing to do."""
+    driver = Driver(limits=ReleaseLimits(beta=10, in_flight=1))
+    done = driver.enqueue("idle", 10)
+    driver.release()
+    driver.complete(done, 10)
+    driver.queue.enqueue(driver.now, task(11, "a", 10), KvTokenIterations(20))
+    driver.queue.enqueue(driver.now, task(12, "a", 10), KvTokenIterations(20))
+    driver.queue.release(Iterations(1.0))
+    return driver.queue
+
+
+IN_FLIGHT, WAITS, UNKNOWN = TaskId(11), TaskId(12), TaskId(99)
+KEPT = busy_queue().standing(AgentId("a"))
+Call = Callable[[FairQueue, Iterations], object]
+
+
 @pytest.mark.parametrize(
     "refused",
     [
-        lambda q: q.queue.complete(q.now, TaskId(2), Spent(KvTokenIterations(1)), KvTokenIterations(1)),  # it waits
-        lambda q: q.queue.complete(q.now, TaskId(1), Spent(KvTokenIterations(float("nan"))), KvTokenIterations(1)),
-        lambda q: q.queue.requeue(q.now, TaskId(2)),
-        lambda q: q.queue.cancel(q.now, TaskId(99), Spent(KvTokenIterations(0))),
-        lambda q: q.queue.cancel(q.now, TaskId(1), Spent(KvTokenIterations(-1))),
-        lambda q: q.queue.evict(q.now, AgentId("a")),
-        lambda q: q.queue.evict(q.now, AgentId("nobody")),
-        lambda q: q.queue.enqueue(q.now, Task(TaskId(1), AgentId("a"), KvTokenIterations(1), 1), KvTokenIterations(1)),
-        lambda q: q.queue.enqueue(q.now, Task(TaskId(9), AgentId("z"), KvTokenIterations(-1), 1), KvTokenIterations(1)),
-        lambda q: q.queue.enqueue(
-            q.now, Task(TaskId(9), AgentId("z"), KvTokenIterations(1), 1), KvTokenIterations(1), weight=0
-        ),
-        lambda q: q.queue.set_capacity(q.now, -1),
-        lambda q: q.queue.set_capacity(q.now, -5, 3),
-        lambda q: q.queue.release(Iterations(float("nan"))),
-        lambda q: q.queue.enqueue(
-            q.now, Task(TaskId(9), AgentId("z"), KvTokenIterations(1), 1, sequences=0), KvTokenIterations(1)
-        ),
-        lambda q: q.queue.release(Iterations(q.now - 1)),
+        lambda q, now: q.set_capacity(now, -1),
+        lambda q, now: q.set_capacity(now, -5, 3),
+        lambda q, now: q.set_capacity(now, 5, -3),
+        lambda q, now: q.enqueue(now, task(11, "a"), ONE),
+        lambda q, now: q.enqueue(now, task(9, "z", -1), ONE),
+        lambda q, now: q.enqueue(now, task(9, "z"), NAN),
+        lambda q, now: q.enqueue(now, task(9, "z"), ONE, weight=0),
+        lambda q, now: q.enqueue(now, task(9, "z"), ONE, tenant_weight=0),
+        lambda q, now: q.enqueue(now, task(9, "z", sequences=0), ONE),
+        lambda q, now: q.restore(now, AgentId("a"), KEPT),
+        lambda q, now: q.restore(now, AgentId("z"), replace(KEPT, weight=0.0)),
+        lambda q, now: q.reserve(now, AgentId("a"), 1, 1),
+        lambda q, now: q.reserve(now, AgentId("unknown"), 1, 1),
+        lambda q, now: q.reserve(now, AgentId("idle"), -1, 1),
+        lambda q, now: q.reserve(now, AgentId("idle"), 1, math.inf),
+        lambda q, now: q.correct(now, AgentId("a"), NAN),
+        lambda q, now: q.requeue(now, WAITS),
+        lambda q, now: q.requeue(now, UNKNOWN),
+        lambda q, now: q.complete(now, WAITS, Spent(ONE), ONE),
+        lambda q, now: q.complete(now, UNKNOWN, Spent(ONE), ONE),
+        lambda q, now: q.complete(now, IN_FLIGHT, Spent(NAN), ONE),
+        lambda q, now: q.complete(now, IN_FLIGHT, Spent(ONE), NAN),
+        lambda q, now: q.cancel(now, UNKNOWN, Spent(ONE)),
+        lambda q, now: q.cancel(now, IN_FLIGHT, Spent(KvTokenIterations(-1))),
+        lambda q, now: q.evict(now, AgentId("a")),
+        lambda q, now: q.evict(now, AgentId("unknown")),
     ],
 )
-def test_a_refused_call_changes_nothing(refused) -> None:  # type: ignore[no-untyped-def]
-    queue = Driver(limits=ReleaseLimits(beta=10, in_flight=1))
-    queue.enqueue("a", 10)
-    queue.enqueue("a", 10)
-    queue.now = Iterations(1)
-    queue.release()
-    before = _snapshot(queue)
+def test_a_refused_call_changes_nothing_not_even_the_clock(refused: Call) -> None:
+    queue = busy_queue()
+    before = contents(queue)
     with pytest.raises(QueueError):
-        refused(queue)
-    assert _snapshot(queue) == before
+        refused(queue, Iterations(100.0))
+    assert contents(queue) == before
+    queue.enqueue(Iterations(50.0), task(9, "z"), ONE)
 
 
-def _snapshot(driver: Driver) -> object:
-    queue = driver.queue
-    agents = [
-        (a.id, a.predicted, a.arrived, a.finish_tag, a.forming, set(a.waiting), set(a.in_flight))
-        for a in queue.agents.values()
-    ]
-    return agents, queue.virtual_time(), queue.waiting, queue.in_flight, queue.peak_tokens, queue.capacity_tokens
+@pytest.mark.parametrize("now", [0.5, math.nan])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q, now: q.set_capacity(now, 5),
+        lambda q, now: q.enqueue(now, task(9, "z"), ONE),
+        lambda q, now: q.restore(now, AgentId("z"), KEPT),
+        lambda q, now: q.release(now),
+        lambda q, now: q.observe(now, IN_FLIGHT, 20, 10),
+        lambda q, now: q.reserve(now, AgentId("idle"), 1, 1),
+        lambda q, now: q.correct(now, AgentId("a"), ONE),
+        lambda q, now: q.change_policy(now, POLICIES["fcfs"]()),
+        lambda q, now: q.calibrate(now, 20),
+        lambda q, now: q.requeue(now, IN_FLIGHT),
+        lambda q, now: q.complete(now, IN_FLIGHT, Spent(ONE), ONE),
+        lambda q, now: q.cancel(now, WAITS, Spent(ONE)),
+        lambda q, now: q.cancel(now, IN_FLIGHT, Spent(ONE)),
+        lambda q, now: q.evict(now, AgentId("idle")),
+    ],
+)
+def test_every_verb_refuses_a_clock_that_goes_back(call: Call, now: float) -> None:
+    queue = busy_queue()
+    before = contents(queue)
+    with pytest.raises(QueueError):
+        call(queue, Iterations(now))
+    assert contents(queue) == before
+    call(queue, Iterations(2.0))
+    assert contents(queue) != before, "the same call at a later time is allowed, and moves the clock"
 
 
 def test_many_changes_leave_no_stale_entries_behind() -> None:
@@ -447,3 +502,20 @@ def test_agents_that_were_evicted_are_not_remembered_for_revision() -> None:
         queue.queue.evict(queue.now, AgentId(f"a{number}"))
     assert len(queue.queue._ranking._revised) <= 1
     assert revised(queue) == {}
+
+
+def test_an_order_of_its_tasks_is_kept_only_for_an_agent_of_which_several_wait() -> None:
+    """Most agents wait with one task: an order of one would cost 400 bytes for nothing."""
+    queue = Driver("sjf", ReleaseLimits(beta=10, in_flight=3))
+    first = queue.enqueue("a", 30)
+    agent = queue.queue.agents[AgentId("a")]
+    assert agent.order is None and agent.head() == agent.waiting[first]
+    second = queue.enqueue("a", 10)
+    third = queue.enqueue("a", 20)
+    assert agent.head() == agent.waiting[second]
+    queue.cancel(second)
+    assert agent.head() == agent.waiting[third]
+    queue.release()
+    assert agent.order is None and agent.head() is None
+    queue.queue.requeue(queue.now, first)
+    assert agent.order is None and agent.head() == agent.waiting[first]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.flowcontrol.fairqueue.forecast import Forecast
@@ -116,6 +116,32 @@ def test_who_has_ended_is_forgotten() -> None:
         both.remove(TaskId(2))
 
 
+def test_calibration_is_the_mean_over_the_last_hundred_reports() -> None:
+    """The engine holds 150 for 100 reckoned: one report moves the forecast by a hundredth of the difference that is left."""
+    one = forecast(task(1, 100, 50))
+    for reports in range(1, 301):
+        one.calibrate(Iterations(0), 150)
+        assert one.held(Iterations(0)) == pytest.approx(150 - 50 * 0.99**reports)
+    assert peak(one, 0) == pytest.approx(1.5 * 150, rel=0.05)
+
+
+@given(st.lists(st.floats(20, 500), min_size=1, max_size=50))
+def test_a_single_report_moves_the_forecast_by_a_hundredth_at_most(reports: list[float]) -> None:
+    """A burst of strange reports cannot open or close the engine, whatever they say."""
+    one = forecast(task(1, 100, 50))
+    for held_tokens in reports:
+        before = one.held(Iterations(0))
+        one.calibrate(Iterations(0), held_tokens)
+        assert one.held(Iterations(0)) - before == pytest.approx((held_tokens - before) / 100)
+
+
+@pytest.mark.parametrize("held_tokens", [0.0, -5.0, float("inf"), float("nan")])
+def test_a_report_that_cannot_be_calibrates_nothing(held_tokens: float) -> None:
+    one = forecast(task(1, 100, 50))
+    one.calibrate(Iterations(0), held_tokens)
+    assert one.held(Iterations(0)) == 100
+
+
 class Stepped:
     """The same by stepping through time, a quarter of an iteration each. Tasks: began, ends, prompt, tokens an iteration."""
 
@@ -138,7 +164,6 @@ class Stepped:
 tasks = st.tuples(st.integers(0, 60), st.integers(1, 25), st.integers(1, 3))  # prompt, iterations, sequences
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 8), st.none() | tasks, st.integers(0, 5)), max_size=20))
 def test_agrees_with_stepping_through_time(steps: list[tuple[int, tuple[int, int, int] | None, int]]) -> None:
     """A task begins, or one ends; at every step the peak is the highest point of what is to come."""

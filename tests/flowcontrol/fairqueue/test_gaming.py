@@ -182,6 +182,31 @@ def test_who_idles_earns_no_credit(began: int, ends: int, idles: int, total: int
     assert queue.backlog("a") >= now + 60 / weight - 1e-6
 
 
+@given(
+    work=st.integers(1, 500),
+    idles=st.integers(0, 60),
+    cost=st.integers(1, 1000),
+    weight=st.sampled_from([0.5, 1, 2]),
+)
+def test_a_tenant_that_idles_earns_no_credit(work: int, idles: int, cost: int, weight: float) -> None:
+    """When it comes back it starts at the outer virtual time: beside a tenant that has just come for the first time, with the
+    same weight and an agent of the same cost, it has the same turn, and an earlier one by no amount of idling."""
+    queue = Driver()
+    queue.enqueue("busy", 1_000_000, tenant="busy")
+    early = queue.enqueue("early", work, tenant="idle", tenant_weight=weight)
+    queue.release()
+    queue.now = Iterations(20)
+    queue.complete(early, work)
+    queue.now = Iterations(20 + idles)
+    queue.enqueue("back", cost, tenant="idle", tenant_weight=weight)
+    queue.enqueue("new", cost, tenant="new", tenant_weight=weight)
+    v = queue.queue.outer_virtual_time
+    idle, new = (queue.queue.agents[AgentId(name)].tenant.start_tag for name in ("back", "new"))
+    assert new == v, "a new tenant begins now"
+    assert idle == max(v, work / weight), "one that idled begins now too, or where its service has already brought it"
+    assert idle >= new
+
+
 def test_a_tool_that_takes_long_does_not_bring_its_agent_forward() -> None:
     """x waits 300 iterations for its tool in the middle, y works all along, and both have as much left when x is back. y, which
     stood first, has the smaller tag."""

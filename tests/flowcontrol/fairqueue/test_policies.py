@@ -224,3 +224,19 @@ def test_cancel_leaves_what_was_really_done() -> None:
     agent = queue.queue.agents["a"]  # type: ignore[index]
     assert (agent.attained, agent.released, agent.arrived) == (126, 126, 126)
     assert (agent.prompt_tokens, agent.output_tokens) == (40, 3), "as far as the engine had said"
+
+
+@pytest.mark.parametrize(("policy", "rank_of_a"), [("las", 60.0), ("srjf", 940.0)])
+def test_cancel_of_a_waiting_task_charges_what_the_engine_had_done_before_it_lost_it(
+    policy: str, rank_of_a: float
+) -> None:
+    """The work was done for the agent, though nothing came of it: las sees 60 more done, and srjf 60 less to do."""
+    queue = Driver(policy, ONE_AT_A_TIME)
+    lost = queue.enqueue("a", 500, total=1000)
+    queue.enqueue("a", 300, total=1000)
+    queue.release()
+    queue.queue.requeue(queue.now, lost)
+    queue.cancel(lost, cost=60)
+    agent = queue.queue.agents["a"]  # type: ignore[index]
+    assert (agent.attained, agent.released, agent.arrived) == (60, 60, 360)
+    assert rank(queue) == ("a", rank_of_a)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -20,10 +22,11 @@ from gateway.flowcontrol.fairqueue import (
     TaskId,
     TenantId,
 )
+from tests.fairness.driver import contents
 
 costs = st.floats(0, 1e4)
 agents = st.sampled_from(["a", "b", "c", "d", "e"])
-nobody = TaskId(10**9)
+unknown = TaskId(10**9)
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -159,33 +162,47 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data(), prompt=st.floats(0, 300), output=st.floats(0, 200))
     def observe(self, data: st.DataObject, prompt: float, output: float) -> None:
-        task = data.draw(st.sampled_from([*sorted(self.in_flight), nobody]))
+        task = data.draw(st.sampled_from([*sorted(self.in_flight), unknown]))
         self.queue.observe(self.now, task, prompt + output, output)
 
-    @rule(cost=costs)
-    def a_refused_call_changes_nothing(self, cost: float) -> None:
+    @rule(cost=costs, later=st.floats(0, 100))
+    def a_refused_call_changes_nothing(self, cost: float, later: float) -> None:
+        """Be it at a later time: the clock stands still too."""
         self.queue.set_capacity(self.now, self.capacity)  # so that the clock has been brought up to now
-        before = self.state()
+        seen = self.state()  # first: to read V brings a tenant's share up to date
+        before = contents(self.queue)
+        now = Iterations(self.now + later)
         spent, total = Spent(KvTokenIterations(cost)), KvTokenIterations(cost)
+        negative = KvTokenIterations(-1.0 - cost)
         known = next(iter((*self.waiting.values(), *self.in_flight.values())), None)
-        waits = next(iter(self.waiting), nobody)
+        waits = next(iter(self.waiting), unknown)
+        busy = known.agent_id if known else AgentId("unknown")
         for refused in (
-            lambda: self.queue.complete(self.now, waits, spent, total),
-            lambda: self.queue.requeue(self.now, waits),
-            lambda: self.queue.cancel(self.now, nobody, spent),
-            lambda: self.queue.cancel(self.now, waits, Spent(KvTokenIterations(-1.0 - cost))),
-            lambda: self.queue.evict(self.now, known.agent_id if known else AgentId("nobody")),
-            lambda: self.queue.enqueue(self.now, known or Task(nobody, AgentId("a"), total, -1), total),
+            lambda: self.queue.complete(now, waits, spent, total),
+            lambda: self.queue.complete(now, next(iter(self.in_flight), unknown), spent, negative),
+            lambda: self.queue.requeue(now, waits),
+            lambda: self.queue.cancel(now, unknown, spent),
+            lambda: self.queue.cancel(now, waits, Spent(negative)),
+            lambda: self.queue.evict(now, busy),
+            lambda: self.queue.reserve(now, busy, cost, cost),
+            lambda: self.queue.correct(now, busy, KvTokenIterations(math.inf)),
+            lambda: self.queue.set_capacity(now, -1.0 - cost),
+            lambda: self.queue.enqueue(now, known or Task(unknown, AgentId("a"), total, -1), total),
             lambda: self.queue.release(Iterations(self.now - 1)),
             lambda: self.queue.change_policy(Iterations(self.now - 1), POLICIES["fcfs"]()),
+            lambda: self.queue.calibrate(Iterations(self.now - 1), cost),
+            lambda: self.queue.observe(Iterations(self.now - 1), next(iter(self.in_flight), unknown), cost, cost),
         ):
             with pytest.raises(QueueError):
                 refused()
-        assert self.state() == before
+            assert contents(self.queue) == before
+        assert self.state() == seen
+        self.queue.set_capacity(self.now, self.capacity)  # an earlier time than that of the refused calls is allowed
 
     def state(self) -> object:
         order = [agent.id for agent in self.queue.in_order()]
-        return self.tags(), order, self.queue.peak_tokens
+        ranks = [flight.rank for agent in self.queue.agents.values() for flight in agent.in_flight.values()]
+        return self.tags(), order, ranks, self.queue.peak_tokens, self.queue.capacity_tokens
 
     def tags(self) -> object:
         agents = [
@@ -271,6 +288,13 @@ class QueueMachine(RuleBasedStateMachine):
             assert agent.predicted >= agent.arrived
 
     @invariant()
+    def of_an_idle_agent_all_work_has_been_released_and_attained(self) -> None:
+        for agent in self.queue.agents.values():
+            if not agent.busy:
+                assert agent.attained == pytest.approx(agent.released, abs=1e-6)
+                assert agent.arrived == pytest.approx(agent.released, abs=1e-6)
+
+    @invariant()
     def memory_in_flight_is_that_of_tasks_in_flight(self) -> None:
         assert (self.queue.peak_tokens > 0) <= bool(self.in_flight)
 
@@ -288,4 +312,4 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 TestQueueMachine = QueueMachine.TestCase
-TestQueueMachine.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
+TestQueueMachine.settings = settings(max_examples=250, stateful_step_count=40)

@@ -1,4 +1,4 @@
-"""The orders in which agents can be served: one small class to fulfil, a file for each."""
+"""The orders in which agents can be served: one small interface, `Policy`, and a file for each order."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""First come, first served by agent: all tasks of the agent that came first, also those that it sends late.
+"""First come, first served by agent: all tasks of the agent that came first, including those that it sends late.
 
-The order of Parrot (Lin et al., OSDI 2024), which schedules the requests of one application together.
+This is the order of Parrot (Lin et al., OSDI 2024), which schedules the requests of one application together.
 """
 
 from __future__ import annotations

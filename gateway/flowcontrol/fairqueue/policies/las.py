@@ -1,7 +1,7 @@
-"""Least attained service: the agent for which the engine has done least so far, in KV token·iterations.
+"""Least attained service: the agent goes first for which the engine has done least so far, in KV token·iterations.
 
-The order of Autellix (Luo et al., arXiv 2502.13965), which counts the service of a whole program, here without its discrete
-levels: nothing has to be known in advance, and small agents overtake large ones that have grown.
+This is the order of Autellix (Luo et al., arXiv 2502.13965), which counts the service of a whole program, here without its
+discrete levels. Nothing has to be predicted, and small agents overtake large ones that have grown.
 """
 
 from __future__ import annotations

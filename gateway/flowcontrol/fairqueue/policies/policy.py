@@ -1,4 +1,4 @@
-"""What a policy is asked."""
+"""The interface of a policy."""
 
 from __future__ import annotations
 
@@ -8,31 +8,29 @@ from gateway.flowcontrol.fairqueue.types import Agent, Task
 
 
 class Policy:
-    """Ranks an agent by what is known of it and of its next task. The smallest rank goes first; ties go to the agent that
-    came first. The queue asks again whenever something about the agent has changed.
+    """Ranks agents. The smallest rank goes first; ties go to the agent that came first."""
 
-    nested: tenants share first, and agents within their tenant. Otherwise tenants do not count.
-    by_progress: the rank changes with what the engine produces, token by token.
-    revised: tasks that the engine has are given the rank anew when their agent's changes. Where it changes with all that
-        happens, they keep that of their release, or of the moment at which the policy began.
-    """
-
+    # Tenants share first, and agents within their tenant. Otherwise tenants do not count.
     nested = False
+    # The rank changes with each token that the engine produces.
     by_progress = False
+    # The engine receives the new rank of a task in flight when its agent's rank changes. Otherwise such a task keeps the rank
+    # of its release, or of the moment at which the policy began: for ranks that change with everything that happens.
     revised = False
 
     def rank(self, agent: Agent, head: Task) -> float:
+        """By what is known of the agent and of its next task. The queue asks again whenever the agent has changed."""
         raise NotImplementedError
 
     def task_rank(self, task: Task) -> float:
-        """Among the tasks of one agent; ties go to the task that came first."""
+        """The rank among the tasks of one agent; ties go to the task that came first."""
         return 0.0
 
     def begin(self, agents: Iterable[Agent]) -> None:
-        """The policy takes over from another one, with these agents, busy or not."""
+        """The policy takes over from another one. `agents`: all known ones, busy or not."""
 
     def woke(self, agent: Agent, least: float | None) -> None:
-        """The agent, of which nothing waited, has a task that waits. `least`: the smallest rank among the others that wait."""
+        """A task of the agent waits, the only one. `least`: the smallest rank among the other agents that wait."""
 
     def slept(self, agent: Agent) -> None:
-        """Nothing of the agent waits any more."""
+        """No task of the agent waits any more."""

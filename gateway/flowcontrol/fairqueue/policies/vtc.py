@@ -1,9 +1,9 @@
-"""The virtual token counter, with the agent in the client's place: whoever has been given least goes next.
+"""The virtual token counter, with agents in the place of clients: the agent that has been served least goes next.
 
 Sheng et al., Fairness in Serving Large Language Models, OSDI 2024, algorithm 2: a counter adds the prompt's tokens when a
 task is admitted and each output token, worth twice as much, when it is produced. An agent that comes back to a queue
-in which it had nothing is lifted to the least counter among those that wait, or, when nobody waits, to that of the one
-that left last: idling earns no credit. When it takes over from another policy, all counters begin at zero.
+in which it had nothing is lifted to the least counter among those that wait, or, when none waits, to that of the agent
+that left last: idling earns no credit. When this policy takes over from another one, all counters begin at zero.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Vtc(Policy):
         return _counter(agent)
 
     def begin(self, agents: Iterable[Agent]) -> None:
-        """All are level: what they were given under another order is no debt here, and no credit."""
+        """All agents start level: service under another policy is no debt here, and no credit."""
         for agent in agents:
             agent.lift -= _counter(agent)
 
