@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Protocol
 
 import msgspec
 
@@ -19,8 +17,6 @@ from gateway.protocol.errors import InvalidRequest
 
 MAX_ID_CHARS = 255
 MAX_WEIGHT = 1e6
-# Of sub-agents whose roots are remembered, over all tenants.
-MAX_ALIASES = 100_000
 
 # Until API keys are configured there is one tenant, and ids are its own.
 DEFAULT_TENANT = "default"
@@ -107,46 +103,6 @@ def identify(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> I
         expected_tasks=_count(headers, "x-agent-tasks"),
         weight=_weight(headers, "x-agent-weight"),
     )
-
-
-class Restored(Protocol):
-    """name: of the root. aliases: of its sub-agents."""
-
-    tenant: str
-    name: str
-    aliases: set[str]
-
-
-class Roots:
-    """Whose part a sub-agent is, by tenant. Those not heard of for longest are forgotten first; they would then be agents of
-    their own, if they came back without naming their parent."""
-
-    def __init__(self) -> None:
-        self._roots: OrderedDict[tuple[str, str], str] = OrderedDict()
-
-    def fold(self, tenant: str, name: str, parent: str | None) -> str:
-        """The root of an agent: of its parent, if it names one, now or earlier; else itself."""
-        if parent is not None and (root := self._root(tenant, parent)) != name:
-            self._roots[tenant, name] = root
-            if len(self._roots) > MAX_ALIASES:
-                self._roots.popitem(last=False)
-        return self._root(tenant, name)
-
-    def restore(self, record: Restored) -> None:
-        """An agent has come back after a restart, with its sub-agents."""
-        for alias in record.aliases:
-            self.fold(record.tenant, alias, record.name)
-
-    def _root(self, tenant: str, name: str) -> str:
-        # There is no circle: who is its own parent's root is not put below it.
-        below = []
-        while (above := self._roots.get((tenant, name))) is not None:
-            self._roots.move_to_end((tenant, name))
-            below.append(name)
-            name = above
-        for descendant in below[:-1]:  # else a long chain would be gone through each time
-            self._roots[tenant, descendant] = name
-        return name
 
 
 def _named(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> tuple[str | None, str | None, str]:

@@ -6,9 +6,6 @@ import re
 
 import msgspec
 
-from gateway.protocol.body import Body
-from predictor.types import FinishedTask
-
 
 class _Details(msgspec.Struct):
     cached_tokens: int | None = None
@@ -154,18 +151,3 @@ def _of_input(usage: _Usage) -> tuple[int, int, int]:
         return prompt, usage.output_tokens or 0, details.cached_tokens or 0
     cached = usage.cache_read_input_tokens or 0
     return prompt + cached + (usage.cache_creation_input_tokens or 0), usage.output_tokens or 0, cached
-
-
-def finished_task(usage: Usage, body: Body, held: float | None = None) -> FinishedTask:
-    """A row for the predictor; its `.cost` is the true cost of the task. held: KV token·iterations that the engine measured."""
-    return FinishedTask(
-        prompt_bytes=body.prompt_bytes,
-        prompt_tokens=usage.prompt_tokens,
-        cached_tokens=usage.cached_tokens,
-        # A prompt that is only read is held for the iteration in which it is: as if one token were decoded.
-        decode_tokens=usage.completion_tokens if body.endpoint.decodes else body.sequences,
-        prompts=body.prompts,
-        sequences=body.sequences,
-        held=held,
-        max_tokens=body.max_tokens,
-    )

@@ -12,7 +12,7 @@ import anthropic
 import openai
 import pytest
 
-from gateway.flowcontrol.feedback import agent_id_of
+from gateway.flowcontrol import agent_id_of
 from gateway.protocol.identify import DEFAULT_TENANT
 from predictor.types import FinishedTask
 from tests.conftest import LiveEngine
@@ -38,7 +38,7 @@ class Both(Generic[Sdk]):
 async def real(engine: LiveEngine) -> AsyncIterator[GatewayUnderTest]:
     engine.wait_ready()
     async with running_gateway(engine=engine.url, link=engine.link_address) as one:
-        await one.until(lambda: one.parts.engine.up and one.parts.engine.reporting)
+        await one.until(lambda: one.app.flow.engine.up and one.app.flow.engine.reporting)
         yield one
 
 
@@ -90,7 +90,7 @@ def anthropic_client(url: str, *, max_retries: int = 0, **options: object) -> an
 
 async def charged(one: GatewayUnderTest, agent: str = RUN) -> list[FinishedTask]:
     """The tasks of an agent, when the engine has said of each what it held: it knows their numbers, so it was told them."""
-    record = one.parts.feedback.records[agent_id_of(DEFAULT_TENANT, agent)]
+    record = one.app.flow.agents.by_id[agent_id_of(DEFAULT_TENANT, agent)]
     await one.until(lambda: bool(record.tasks) and all(task.held is not None for task in record.tasks))
     return record.tasks
 

@@ -91,7 +91,7 @@ async def test_tokens_are_counted(anthropic_sdk: Sdks, real: GatewayUnderTest, c
     through = await anthropic_sdk.through.messages.count_tokens(**fields)
     assert plain(through) == plain(direct)
     assert through.input_tokens > 0
-    assert real.parts.feedback.records == {}, "nobody is charged for that"
+    assert real.app.flow.agents.by_id == {}, "nobody is charged for that"
 
 
 async def test_models(anthropic_sdk: Sdks) -> None:
@@ -121,7 +121,7 @@ async def test_what_the_engine_refuses_is_refused_in_its_words(
         await anthropic_sdk.direct.messages.create(**{**asked("text"), **fields}, stream=stream)
     assert through.value.body == direct.value.body
     assert through.value.body["type"] == "error"  # type: ignore[index]
-    assert real.parts.queue.agents[f"default/{RUN}"].arrived == 0  # type: ignore[index]
+    assert real.app.flow.queue.agents[f"default/{RUN}"].arrived == 0  # type: ignore[index]
 
 
 async def test_both_ways_to_send_a_key_reach_the_engine(real: GatewayUnderTest) -> None:

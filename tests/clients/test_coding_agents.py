@@ -133,8 +133,8 @@ async def _order_of_release(
         if number >= 8:
             request.body["top_p"] = 0.5  # to be known by at the engine
         sending.append(asyncio.create_task(send(gateway, request)))
-        await gateway.until(lambda so_far=number: gateway.parts.queue.waiting == so_far, *sending)  # type: ignore[misc]
-    assert gateway.parts.queue.in_flight == 1
+        await gateway.until(lambda so_far=number: gateway.app.flow.queue.waiting == so_far, *sending)  # type: ignore[misc]
+    assert gateway.app.flow.queue.in_flight == 1
     engine.go.set()
     await asyncio.gather(*sending)
     return released(engine)

@@ -188,7 +188,7 @@ async def test_a_queue_that_takes_too_long(sdks: Sdks, start: StartGateway, scri
 async def test_no_engine(sdks: Sdks, start: StartGateway, scripted: ScriptedEngine, way: str) -> None:
     gateway = await start()
     scripted.healthy = False
-    await gateway.until(lambda: not gateway.parts.engine.up)
+    await gateway.until(lambda: not gateway.app.flow.engine.up)
     error = await sdks.refused(way, gateway)
     assert error.status_code == 503
     assert isinstance(
@@ -244,7 +244,7 @@ async def test_a_stream_that_fails_in_the_middle(
     assert gateway.is_empty()
     assert {
         sample.labels["outcome"]: sample.value
-        for family in gateway.parts.metrics.registry.collect()
+        for family in gateway.app.metrics.registry.collect()
         for sample in family.samples
         if sample.name == "justitia_requests_total"
     } == {"failed": 1}
@@ -288,7 +288,7 @@ async def test_the_sdks_try_again_when_the_engine_is_to_be_back(
 ) -> None:
     gateway = await start()
     scripted.healthy = False
-    await gateway.until(lambda: not gateway.parts.engine.up)
+    await gateway.until(lambda: not gateway.app.flow.engine.up)
     begun = time.monotonic()
     again = [asyncio.ensure_future(sdks.ask(way, gateway, max_retries=1)) for way in WAYS]
     await gateway.until(lambda: _rejected(gateway) == 3, *again)
@@ -302,16 +302,16 @@ async def _fill(gateway: GatewayUnderTest, engine: ScriptedEngine) -> list[async
     """The one slot, and the one place in the queue."""
     engine.default = in_dialect_when_told
     kept = [asyncio.create_task(gateway.chat("kept"))]
-    await gateway.until(lambda: gateway.parts.queue.in_flight == 1, *kept)
+    await gateway.until(lambda: gateway.app.flow.queue.in_flight == 1, *kept)
     kept.append(asyncio.create_task(gateway.chat("kept")))
-    await gateway.until(lambda: gateway.parts.queue.waiting == 1, *kept)
+    await gateway.until(lambda: gateway.app.flow.queue.waiting == 1, *kept)
     return kept
 
 
 def _rejected(gateway: GatewayUnderTest) -> float:
     return sum(
         sample.value
-        for family in gateway.parts.metrics.registry.collect()
+        for family in gateway.app.metrics.registry.collect()
         for sample in family.samples
         if sample.name == "justitia_requests_total" and sample.labels["outcome"] == "rejected"
     )

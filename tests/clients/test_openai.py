@@ -170,7 +170,7 @@ async def test_what_the_engine_refuses_is_refused_in_its_words(
     with pytest.raises(openai.BadRequestError) as direct:
         await chat(openai_sdk.direct, stream, fields)
     assert through.value.body == direct.value.body
-    assert real.parts.queue.agents[f"default/{RUN}"].arrived == 0  # type: ignore[index]
+    assert real.app.flow.queue.agents[f"default/{RUN}"].arrived == 0  # type: ignore[index]
 
 
 async def test_models_and_tokens(openai_sdk: Sdks, real: GatewayUnderTest, engine_url: str) -> None:
@@ -185,7 +185,7 @@ async def test_models_and_tokens(openai_sdk: Sdks, real: GatewayUnderTest, engin
             answer = await real.client.post(path, json=body)
             expected = await direct.post(path, json=body)
             assert (answer.status_code, answer.content) == (expected.status_code, expected.content)
-    assert real.parts.feedback.records == {}, "nobody is charged for that"
+    assert real.app.flow.agents.by_id == {}, "nobody is charged for that"
 
 
 async def test_the_agent_and_where_it_was_found_come_back(openai_sdk: Sdks) -> None:

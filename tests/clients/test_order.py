@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from engine.hints import Hints, to_fields
-from gateway.flowcontrol.feedback import agent_id_of
+from gateway.flowcontrol import agent_id_of
 from gateway.protocol.identify import DEFAULT_TENANT
 from tests.conftest import LiveEngine
 from tests.wire.conftest import running_gateway
@@ -30,7 +30,7 @@ async def test_between_a_smaller_tag_and_a_larger_one(engine: LiveEngine) -> Non
         httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=60) as direct,
         running_gateway(engine=engine.url, link=engine.link_address, max_engine_waiting=10, beta=10) as gateway,
     ):
-        view = gateway.parts.engine
+        view = gateway.app.flow.engine
         await gateway.until(lambda: view.up and view.reporting)
 
         async def at_once(name: str, tag: int, tokens: list[int], key: str) -> None:
@@ -67,10 +67,10 @@ async def test_between_a_smaller_tag_and_a_larger_one(engine: LiveEngine) -> Non
         assert ended[6:] == ["last"]
         assert all(FIRST < int(answer.headers["x-justitia-finish-tag"]) < LAST for answer in told)
         for path in asked:
-            (task,) = gateway.parts.feedback.records[agent_id_of(DEFAULT_TENANT, path)].tasks
+            (task,) = gateway.app.flow.agents.by_id[agent_id_of(DEFAULT_TENANT, path)].tasks
             await gateway.until(lambda path=path: _held(gateway, path))  # type: ignore[misc]
             assert task.decode_tokens == 3
 
 
 def _held(gateway: Any, path: str) -> bool:
-    return bool(gateway.parts.feedback.records[agent_id_of(DEFAULT_TENANT, path)].tasks[0].held)
+    return bool(gateway.app.flow.agents.by_id[agent_id_of(DEFAULT_TENANT, path)].tasks[0].held)

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from engine.launcher import EngineProcess, EngineSpec
-from gateway.flowcontrol.feedback import agent_id_of
+from gateway.flowcontrol import agent_id_of
 from gateway.protocol.identify import DEFAULT_TENANT
 from predictor.types import FinishedTask
 from tests.clients.comparing import plain
@@ -67,7 +67,7 @@ def pooling_engine(session_dir: Path, tiny_model_dir: Path, loop_thread: LoopThr
 @pytest.fixture
 async def pooling(pooling_engine: EngineSpec) -> AsyncIterator[GatewayUnderTest]:
     async with running_gateway(engine=pooling_engine.url, link=pooling_engine.link_address) as one:
-        await one.until(lambda: one.parts.engine.up and one.parts.engine.reporting)
+        await one.until(lambda: one.app.flow.engine.up and one.app.flow.engine.reporting)
         yield one
 
 
@@ -79,7 +79,7 @@ async def direct(pooling_engine: EngineSpec) -> AsyncIterator[httpx.AsyncClient]
 
 
 def tasks_of(one: GatewayUnderTest) -> list[FinishedTask]:
-    return one.parts.feedback.records[agent_id_of(DEFAULT_TENANT, RUN)].tasks
+    return one.app.flow.agents.by_id[agent_id_of(DEFAULT_TENANT, RUN)].tasks
 
 
 @pytest.mark.engine
@@ -134,7 +134,7 @@ async def test_embeddings_in_bytes(pooling: GatewayUnderTest, direct: httpx.Asyn
     answer = await pooling.client.post("/v1/embeddings", json=body, headers={"X-Agent-ID": "untold"})
     assert answer.content == expected.content
     assert "metadata" not in answer.headers
-    assert pooling.parts.queue.agents["default/untold"].arrived > 0, "nobody says what it used"  # type: ignore[index]
+    assert pooling.app.flow.queue.agents["default/untold"].arrived > 0, "nobody says what it used"  # type: ignore[index]
 
 
 @pytest.mark.engine
@@ -171,10 +171,10 @@ async def test_they_wait_their_turn_with_a_priority(start: StartGateway, scripte
         return await gateway.client.post(path, json={"model": "tiny", **fields}, headers={"X-Agent-ID": agent})
 
     asking = [asyncio.create_task(ask("first", "/v1/embeddings", input="x"))]
-    await gateway.until(lambda: gateway.parts.queue.in_flight == 1, *asking)
+    await gateway.until(lambda: gateway.app.flow.queue.in_flight == 1, *asking)
     for waiting, (agent, words) in enumerate((("large", 500), ("small", 5)), 1):
         asking.append(asyncio.create_task(ask(agent, "/rerank", query="x", documents=["word " * words] * 3)))
-        await gateway.until(lambda so_many=waiting: gateway.parts.queue.waiting == so_many, *asking)  # type: ignore[misc]
+        await gateway.until(lambda so_many=waiting: gateway.app.flow.queue.waiting == so_many, *asking)  # type: ignore[misc]
     scripted.go.set()
     assert {answer.status_code for answer in await asyncio.gather(*asking)} == {200}
     assert [len(str(body.get("documents", ""))) > 1000 for body in scripted.bodies] == [False, False, True]

@@ -132,7 +132,7 @@ async def test_one_in_the_background_holds_its_turn_until_it_is_done(
     sdk = openai_sdk.through
     started = await create(sdk, **of_length(engine, 60), background=True)
     assert started.status == "queued"
-    assert real.parts.queue.in_flight == 1, "its client has been answered, and it is at the engine all the same"
+    assert real.app.flow.queue.in_flight == 1, "its client has been answered, and it is at the engine all the same"
     done = await ended(sdk, started)
     assert done.status == "completed"
     (task,) = await charged(real)
@@ -150,7 +150,7 @@ async def test_one_in_the_background_can_be_watched_and_left(
         first = await anext(stream)
         assert first.type == "response.created"
         await anext(stream)
-    assert real.parts.queue.in_flight == 1, "nobody watches, and the engine goes on"
+    assert real.app.flow.queue.in_flight == 1, "nobody watches, and the engine goes on"
     done = await ended(sdk, await sdk.responses.retrieve(first.response.id))
     assert done.status == "completed"
     (task,) = await charged(real)
@@ -165,12 +165,12 @@ async def test_one_that_is_cancelled_frees_its_turn_and_is_charged_what_it_held(
 ) -> None:
     sdk = openai_sdk.through
     started = await create(sdk, **of_length(engine, 1800), background=True)
-    await real.until(lambda: real.parts.engine.held_tokens > 0)
+    await real.until(lambda: real.app.flow.engine.held_tokens > 0)
     cancelled = await sdk.responses.cancel(started.id)
     assert cancelled.status == "cancelled"
     await real.until(real.is_empty)
-    await real.until(lambda: real.parts.engine.held_tokens == 0 and real.parts.engine.running == 0)
-    record = real.parts.feedback.records[f"default/{RUN}"]  # type: ignore[index]
+    await real.until(lambda: real.app.flow.engine.held_tokens == 0 and real.app.flow.engine.running == 0)
+    record = real.app.flow.agents.by_id[f"default/{RUN}"]  # type: ignore[index]
     assert (record.tasks, record.whole) == ([], False)
     assert outcomes_of_responses(real) == {"cancelled": 1}
 
@@ -185,7 +185,7 @@ async def test_one_that_is_cancelled_while_it_is_watched(
     assert first.type == "response.created"
     await anext(stream)
     watching = asyncio.ensure_future(_rest(stream))
-    await real.until(lambda: real.parts.engine.held_tokens > 0)
+    await real.until(lambda: real.app.flow.engine.held_tokens > 0)
     await sdk.responses.cancel(first.response.id)
     await real.until(real.is_empty)
     assert outcomes_of_responses(real) == {"cancelled": 1}
@@ -203,7 +203,7 @@ async def _rest(stream: AsyncIterator[ResponseStreamEvent]) -> None:
 def outcomes_of_responses(real: GatewayUnderTest) -> dict[str, float]:
     return {
         sample.labels["outcome"]: sample.value
-        for family in real.parts.metrics.registry.collect()
+        for family in real.app.metrics.registry.collect()
         if family.name == "justitia_requests"
         for sample in family.samples
         if sample.name == "justitia_requests_total" and sample.labels["endpoint"] == "/v1/responses"

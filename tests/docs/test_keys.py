@@ -64,10 +64,10 @@ async def gateway(tmp_path: Path):  # type: ignore[no-untyped-def]
     async with ScriptedEngine().serving() as engine:
         keys = tmp_path / "justitia" / "keys.json"
         async with running_gateway(engine=engine.url, keys=keys) as gateway:
-            await gateway.until(lambda: gateway.parts.engine.up)
+            await gateway.until(lambda: gateway.app.flow.engine.up)
             app: FastAPI = gateway.running._server.config.app
             if "/v1/usage" not in {route.path for route in app.routes}:
-                app.include_router(usage_routes(gateway.parts.tenants, Books(), gateway.parts.feedback.flush))
+                app.include_router(usage_routes(gateway.app.tenants, Books(), gateway.app.feedback.flush))
             yield gateway
 
 
@@ -106,7 +106,7 @@ async def test_the_commands_do_what_they_say(gateway: GatewayUnderTest, shell: S
     listed = await shell.run(make)
     (key,) = Keys.load(tmp_path / "justitia" / "keys.json")
     assert key.tenant == "red" and key.id in listed and "laptop of the red team" in listed
-    await gateway.until(lambda: gateway.parts.tenants.keys.configured)
+    await gateway.until(lambda: gateway.app.tenants.keys.configured)
     (answer,) = documents(await shell.run(ask))
     assert answer["choices"]
     hours, days = documents(await shell.run(use))
@@ -118,7 +118,7 @@ async def test_the_commands_do_what_they_say(gateway: GatewayUnderTest, shell: S
     assert [each["id"] for each in listed_agents["data"]] == [agent["id"]] == [ended["id"]] == ["run-1"]
     assert ended["deleted"]
     await shell.run(revoke)
-    await gateway.until(lambda: all(key.revoked for key in gateway.parts.tenants.keys))
+    await gateway.until(lambda: all(key.revoked for key in gateway.app.tenants.keys))
     ask_again = f'curl -w "%{{http_code}}" -o refused -H "Authorization: Bearer $KEY" {gateway.url}/v1/agents || true'
     assert await shell.run(ask_again) == "401"
 

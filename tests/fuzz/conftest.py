@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.parts import Parts
+from gateway.app import Gateway
 from gateway.tenancy.keys import add_key
 from tests.conftest import LoopThread
 from tests.fuzz.strict_engine import StrictEngine
@@ -36,12 +36,12 @@ class _Complaints(logging.Handler):
 class Fuzzed:
     """A gateway before a strict engine, both in a thread of their own. key: that it wants, if it wants one."""
 
-    def __init__(self, loop: LoopThread, url: str, parts: Parts, engine: StrictEngine, key: str | None) -> None:
+    def __init__(self, loop: LoopThread, url: str, app: Gateway, engine: StrictEngine, key: str | None) -> None:
         self.url = url
         self.engine = engine
         self.key = key
         self.complaints = _Complaints()
-        self._loop, self._parts = loop, parts
+        self._loop, self._app = loop, app
 
     @property
     def address(self) -> tuple[str, int]:
@@ -65,14 +65,14 @@ class Fuzzed:
         async with asyncio.timeout(SETTLE_S):
             while not self._is_empty():
                 await asyncio.sleep(0.005)
-        for record in self._parts.feedback.records.values():
-            assert record.tasks_arrived > 0
-            assert not record.final, record.name
-            assert record.awaited == 0
+        for agent in self._app.flow.agents:
+            assert agent.arrived > 0
+            assert not agent.record.final, agent.id
+            assert agent.awaited == 0
 
     def _is_empty(self) -> bool:
-        parts = self._parts
-        return not (parts.queue.waiting or parts.queue.in_flight or parts.background._tasks)
+        queue = self._app.flow.queue
+        return not (queue.waiting or queue.in_flight or self._app.background._tasks)
 
 
 def _running(keys: Path | None = None) -> Iterator[Fuzzed]:
@@ -84,8 +84,8 @@ def _running(keys: Path | None = None) -> Iterator[Fuzzed]:
         engine = await stack.enter_async_context(StrictEngine().serving())
         settings = {} if keys is None else {"keys": keys}
         gateway = await stack.enter_async_context(running_gateway(engine=engine.url, max_body_mib=16, **settings))
-        await gateway.until(lambda: gateway.parts.engine.up and gateway.parts.engine.reporting)
-        return Fuzzed(thread, gateway.url, gateway.parts, engine, key)
+        await gateway.until(lambda: gateway.app.flow.engine.up and gateway.app.flow.engine.reporting)
+        return Fuzzed(thread, gateway.url, gateway.app, engine, key)
 
     fuzzed = thread.call(begin())
     yield fuzzed

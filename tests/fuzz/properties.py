@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 
 from engine.hints import Hints
-from gateway.flowcontrol.engine_state import MOST_COUNTED, EngineView
+from gateway.flowcontrol.engine_state import EngineState
+from gateway.flowcontrol.settlement import cost_of_finished
 from gateway.http.writing import ascii_headers
 from gateway.protocol.body import LARGEST_LIMIT, MAX_SEQUENCES, Body, parse_body
 from gateway.protocol.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
@@ -22,9 +23,11 @@ from gateway.protocol.errors import InvalidRequest
 from gateway.protocol.identify import MAX_ID_CHARS, MAX_WEIGHT, Identity, identify
 from gateway.protocol.sse import UsageFilter
 from gateway.protocol.texts import content_of, texts_of
-from gateway.protocol.usage import finished_task, parse_usage
+from gateway.protocol.usage import parse_usage
+from gateway.relay.stock_metrics import MOST_COUNTED, StockMetrics
+from predictor.cost import task_cost
 from predictor.learned import Learned
-from predictor.types import AgentProgress
+from predictor.types import AgentProgress, FinishedTask
 
 HINTS = Hints(tag=-5, agent="default/a", task=7)
 OURS = {"priority", "vllm_xargs", "stream_options", "request_id", "agent_id", "program_id"}
@@ -155,22 +158,27 @@ def usage_holds(data: bytes) -> None:
         return
     assert 0 <= usage.cached_tokens <= usage.prompt_tokens
     assert usage.completion_tokens >= 0
-    for body in (parse_body(b"{}"), parse_body(b'{"n": 2048}')):
-        cost = finished_task(usage, body).cost
+    for sequences in (1, 2048):
+        done = FinishedTask(
+            2, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, sequences, sequences=sequences
+        )
+        cost = cost_of_finished(done, task_cost)
         assert math.isfinite(cost)
         assert cost >= 0
 
 
 def metrics_hold(expositions: Sequence[str]) -> None:
     """One after the other: what is refused changes nothing, and the clock never goes back."""
-    view = EngineView()
+    view, stock = EngineState(), StockMetrics()
     for now_s, exposition in enumerate(expositions):
-        before, iterations = deepcopy(view), view.iterations
+        before, iterations = deepcopy(vars(stock)), view.iterations
         try:
-            view.read_metrics(exposition, float(now_s))
+            messages = stock.messages(exposition)
         except ValueError:
-            assert view == before
+            assert vars(stock) == before
         else:
+            for message in messages:
+                view.take(message, float(now_s), linked=False)
             assert view.reporting
         assert iterations <= view.iterations <= iterations + MOST_COUNTED
         for number in (view.capacity_tokens, view.held_tokens, float(view.running), float(view.waiting)):

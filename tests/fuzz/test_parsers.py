@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway.flowcontrol.feedback import agent_id_of
+from gateway.flowcontrol import agent_id_of
 from gateway.protocol.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
 from gateway.protocol.endpoints import CHAT, COMPLETIONS, Endpoint
 from gateway.protocol.identify import ID_FIELDS, Roots

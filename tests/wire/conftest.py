@@ -10,10 +10,13 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.app import Gateway
 from gateway.config.settings import GatewaySettings
-from gateway.parts import Parts
-from gateway.protocol.identify import Identity
+from gateway.flowcontrol import Arriving
+from gateway.flowcontrol.fairqueue import TaskId
+from gateway.relay.dispatcher import now
 from gateway.server import RunningGateway, start_gateway
+from predictor.types import TaskContent
 from tests.wire.scripted_engine import ScriptedEngine
 
 
@@ -24,8 +27,8 @@ class GatewayUnderTest:
         self.client = client
 
     @property
-    def parts(self) -> Parts:
-        return self.running.parts
+    def app(self) -> Gateway:
+        return self.running.app
 
     async def chat(
         self, agent: str | None = "a", *, headers: dict[str, str] | None = None, **fields: Any
@@ -45,10 +48,12 @@ class GatewayUnderTest:
 
     def has_agent(self, tenant: str, name: str) -> None:
         """A tenant has an agent, which has done nothing yet."""
-        self.parts.feedback.arrived(tenant, name, Identity(name, "x-agent-id", None, final=False))
+        flow = self.app.flow
+        arriving = Arriving(TaskId(0), tenant, name, "x-agent-id", TaskContent(40))
+        flow.agents.add(flow.lives.known_or_new(now(), arriving))
 
     def is_empty(self) -> bool:
-        queue = self.parts.queue
+        queue = self.app.flow.queue
         return queue.waiting == 0 and queue.in_flight == 0
 
 
@@ -81,7 +86,7 @@ async def start(scripted: ScriptedEngine) -> AsyncIterator[StartGateway]:
 
         async def start_one(**settings: Any) -> GatewayUnderTest:
             gateway = await stack.enter_async_context(running_gateway(engine=scripted.url, **settings))
-            await gateway.until(lambda: gateway.parts.engine.up and gateway.parts.engine.reporting)
+            await gateway.until(lambda: gateway.app.flow.engine.up and gateway.app.flow.engine.reporting)
             return gateway
 
         yield start_one

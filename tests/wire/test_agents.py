@@ -36,7 +36,7 @@ async def in_the_queue(gateway: GatewayUnderTest, scripted: ScriptedEngine, *age
     for place, agent in enumerate(agents):
         tasks.append(asyncio.create_task(gateway.chat(agent)))
         if place:
-            await gateway.until(lambda place=place: gateway.parts.queue.waiting == place)
+            await gateway.until(lambda place=place: gateway.app.flow.queue.waiting == place)
         else:
             await scripted.until(lambda engine: len(engine.bodies) == 1)
     return tasks
@@ -66,14 +66,14 @@ async def test_when_agents_should_be_done(busy: GatewayUnderTest, scripted: Scri
     begin = scripted.metrics.replace("perc 0\n", "perc 0.5\n")
     iterations = 100
     async with asyncio.timeout(20):
-        while busy.parts.dispatcher.rate.per_s() is None:
+        while busy.app.flow.engine.rate.per_s() is None:
             iterations += 50
             scripted.metrics = begin.replace("count 100\n", f"count {iterations}\n")
             await asyncio.sleep(0.1)
     waits, runs = (await busy.client.get("/v1/agents")).json()["data"]
-    rate = busy.parts.dispatcher.rate.per_s()
+    rate = busy.app.flow.engine.rate.per_s()
     assert rate is not None
-    predicted = {agent.id: agent.predicted for agent in busy.parts.queue.agents.values()}
+    predicted = {agent.id: agent.predicted for agent in busy.app.flow.queue.agents.values()}
     assert runs["estimated_finish_s"] == pytest.approx(predicted[AgentId("default/a")] / rate, rel=0.2)
     assert waits["estimated_finish_s"] == pytest.approx(sum(predicted.values()) / rate, rel=0.2)
     scripted.go.set()
@@ -97,10 +97,10 @@ async def test_an_agent_that_is_ended_lets_go_of_the_queue_and_the_engine(
     scripted.go.set()
     assert (await other).status_code == 200
     assert len(scripted.bodies) == 2, "what waited never got there"
-    load = busy.parts.tenants.load
+    load = busy.app.flow.quotas.load
     assert (load.waiting, load.in_flight, load.waiting_bytes) == (0, 0, 0)
     assert (await busy.chat("a")).status_code == 200, "a new agent"
-    assert busy.parts.feedback.records[AgentId("default/a")].tasks_arrived == 1
+    assert busy.app.flow.agents.by_id[AgentId("default/a")].tasks_arrived == 1
 
 
 async def test_a_stream_that_is_ended_says_so_and_what_it_held_is_charged(
@@ -113,7 +113,7 @@ async def test_a_stream_that_is_ended_says_so_and_what_it_held_is_charged(
     async with gateway.client.stream("POST", "/v1/chat/completions", json=body, headers={"X-Agent-ID": "a"}) as answer:
         async for data in answer.aiter_bytes():
             if not seen:
-                agent = gateway.parts.queue.agents[AgentId("default/a")]
+                agent = gateway.app.flow.queue.agents[AgentId("default/a")]
                 assert (await gateway.client.delete("/v1/agents/a")).status_code == 200
             seen += data
     assert seen.startswith(chunk("first"))
@@ -129,9 +129,9 @@ async def test_an_agent_that_waits_for_its_tool_can_be_ended(gateway: GatewayUnd
     assert (await gateway.chat("a")).status_code == 200
     answer = await gateway.client.delete("/v1/agents/a")
     assert answer.json()["deleted"] is True and answer.json()["tasks_cancelled"] == 0
-    assert AgentId("default/a") not in gateway.parts.feedback.records
-    assert AgentId("default/a") not in gateway.parts.queue.agents
-    await gateway.parts.feedback.flush()
+    assert AgentId("default/a") not in gateway.app.flow.agents.by_id
+    assert AgentId("default/a") not in gateway.app.flow.queue.agents
+    await gateway.app.journal.flush()
     assert (await gateway.client.delete("/v1/agents/a")).status_code == 404
 
 
@@ -158,7 +158,7 @@ async def test_sdks_do_not_begin_an_ended_agent_again(busy: GatewayUnderTest, sc
             await request
     assert error.value.status_code == 410
     assert len(scripted.bodies) == 1
-    assert AgentId("default/a") not in busy.parts.feedback.records
+    assert AgentId("default/a") not in busy.app.flow.agents.by_id
 
 
 # Tenants
@@ -211,7 +211,7 @@ async def test_anothers_agent_is_as_if_it_were_not_there(keyed: GatewayUnderTest
             assert answer.status_code == 404
             assert answer.json()["error"].keys() == no_such["error"].keys()
             assert answer.json()["error"]["code"] == "not_found"
-    assert AgentId("blue/a") in keyed.parts.feedback.records
+    assert AgentId("blue/a") in keyed.app.flow.agents.by_id
     assert (await keyed.client.get("/v1/agents/a?tenant=red", headers=red)).json()["tenant"] == "red"
     assert (await keyed.client.delete("/v1/agents/a", headers=red)).status_code == 200
     assert await agents(keyed, secrets["boss"]) == [("blue", "a")]
@@ -259,7 +259,7 @@ async def test_keys_that_change_count_within_seconds(
 async def test_another_file_of_keys_is_followed_after_a_reload(
     keyed: GatewayUnderTest, secrets: dict[str, str], tmp_path: Path
 ) -> None:
-    tenants, other = keyed.parts.tenants, tmp_path / "other.json"
+    tenants, other = keyed.app.tenants, tmp_path / "other.json"
     _, green = add_key(other, "green", "", datetime.now(UTC))
     tenants.replace(Keys.load(other), tenants.settings)
     _, more = add_key(other, "green", "", datetime.now(UTC))

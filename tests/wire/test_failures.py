@@ -34,7 +34,7 @@ async def break_at_once(body, send, engine) -> None:  # type: ignore[no-untyped-
 def outcomes(gateway: GatewayUnderTest) -> dict[str, float]:
     return {
         sample.labels["outcome"]: sample.value
-        for family in gateway.parts.metrics.registry.collect()
+        for family in gateway.app.metrics.registry.collect()
         if family.name == "justitia_requests"
         for sample in family.samples
         if sample.name == "justitia_requests_total"
@@ -65,7 +65,7 @@ async def test_a_client_that_leaves_mid_stream_frees_the_engine_and_is_charged_w
             break
     await scripted.until(lambda engine: engine.left == 1)
     await gateway.until(gateway.is_empty)
-    agent = gateway.parts.queue.agents["default/a"]
+    agent = gateway.app.flow.queue.agents["default/a"]
     assert 0 < agent.arrived < 100, "one token of a prompt of a few bytes"
     assert outcomes(gateway) == {"cancelled": 1}
 
@@ -78,10 +78,10 @@ async def test_a_client_that_leaves_the_queue_is_gone_from_it_and_refunded(
     first = asyncio.create_task(gateway.chat("first"))
     await scripted.until(lambda engine: len(engine.bodies) == 1)
     second = asyncio.create_task(gateway.chat("second"))
-    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    await gateway.until(lambda: gateway.app.flow.queue.waiting == 1)
     second.cancel()
-    await gateway.until(lambda: gateway.parts.queue.waiting == 0)
-    assert gateway.parts.queue.agents["default/second"].arrived == 0
+    await gateway.until(lambda: gateway.app.flow.queue.waiting == 0)
+    assert gateway.app.flow.queue.agents["default/second"].arrived == 0
     scripted.go.set()
     assert (await first).status_code == 200
     assert len(scripted.bodies) == 1, "it never reached the engine"
@@ -93,12 +93,12 @@ async def test_a_full_queue_answers_429_with_retry_after(start: StartGateway, sc
     kept = [asyncio.create_task(gateway.chat("a"))]
     await scripted.until(lambda engine: len(engine.bodies) == 1)
     kept.append(asyncio.create_task(gateway.chat("b")))
-    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    await gateway.until(lambda: gateway.app.flow.queue.waiting == 1)
     answer = await gateway.chat("c")
     assert answer.status_code == 429
     assert answer.json()["error"]["code"] == "queue_full"
     assert 1 <= int(answer.headers["retry-after"]) <= 30
-    assert "default/c" not in gateway.parts.feedback.records
+    assert "default/c" not in gateway.app.flow.agents.by_id
     scripted.go.set()
     assert [kept_answer.status_code for kept_answer in await asyncio.gather(*kept)] == [200, 200]
 
@@ -111,7 +111,7 @@ async def test_a_task_that_waits_too_long_is_answered_504(start: StartGateway, s
     answer = await gateway.chat("second")
     assert answer.status_code == 504
     assert answer.json()["error"]["code"] == "waited_too_long"
-    assert gateway.parts.queue.waiting == 0
+    assert gateway.app.flow.queue.waiting == 0
     scripted.go.set()
     assert (await first).status_code == 200
 
@@ -122,22 +122,22 @@ async def test_a_refused_final_task_does_not_end_its_agent(start: StartGateway, 
     kept = [asyncio.create_task(gateway.chat("a"))]
     await scripted.until(lambda engine: len(engine.bodies) == 1)
     kept.append(asyncio.create_task(gateway.chat("b")))
-    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    await gateway.until(lambda: gateway.app.flow.queue.waiting == 1)
     final = {"X-Agent-Final": "true"}
     assert (await gateway.chat("a", headers=final)).status_code == 429
     scripted.go.set()
     await asyncio.gather(*kept)
-    assert "default/a" in gateway.parts.feedback.records
+    assert "default/a" in gateway.app.flow.agents.by_id
     assert (await gateway.chat("a", headers=final)).status_code == 200
-    assert "default/a" not in gateway.parts.feedback.records
+    assert "default/a" not in gateway.app.flow.agents.by_id
 
 
 async def test_slots_are_those_that_the_settings_say(start: StartGateway, scripted: ScriptedEngine) -> None:
     gateway = await start(max_in_flight=2)
     scripted.default = wait_for_word
     requests = [asyncio.create_task(gateway.chat(f"a{number}")) for number in range(9)]
-    await gateway.until(lambda: gateway.parts.queue.waiting == 7)
-    assert gateway.parts.queue.in_flight == 2
+    await gateway.until(lambda: gateway.app.flow.queue.waiting == 7)
+    assert gateway.app.flow.queue.in_flight == 2
     scripted.go.set()
     assert {answer.status_code for answer in await asyncio.gather(*requests)} == {200}
 
@@ -145,10 +145,10 @@ async def test_slots_are_those_that_the_settings_say(start: StartGateway, script
 async def test_an_engine_that_tells_nothing_of_itself_serves_a_few_at_once() -> None:
     silent = ScriptedEngine(default=wait_for_word, metrics="<html>not vLLM</html>")
     async with silent.serving() as engine, running_gateway(engine=engine.url) as gateway:
-        await gateway.until(lambda: gateway.parts.engine.up)
+        await gateway.until(lambda: gateway.app.flow.engine.up)
         requests = [asyncio.create_task(gateway.chat(f"a{number}")) for number in range(12)]
-        await gateway.until(lambda: gateway.parts.queue.waiting == 4)
-        assert gateway.parts.queue.in_flight == 8
+        await gateway.until(lambda: gateway.app.flow.queue.waiting == 4)
+        assert gateway.app.flow.queue.in_flight == 8
         engine.go.set()
         assert {answer.status_code for answer in await asyncio.gather(*requests)} == {200}
         assert (await gateway.client.get("/health")).json()["capacity_tokens"] == 0
@@ -158,7 +158,7 @@ async def test_odd_metrics_once_do_not_stop_the_clock(gateway: GatewayUnderTest,
     good, scripted.metrics = scripted.metrics, "<html>502 Bad Gateway</html>"
     await asyncio.sleep(0.6)  # two polls
     scripted.metrics = good.replace("count 100", "count 5000")
-    await gateway.until(lambda: gateway.parts.engine.iterations == 4900)
+    await gateway.until(lambda: gateway.app.flow.engine.iterations == 4900)
 
 
 async def test_a_task_broken_off_is_charged_what_it_held_and_not_learned(
@@ -177,9 +177,9 @@ async def test_a_task_broken_off_is_charged_what_it_held_and_not_learned(
         async for _ in answer.aiter_bytes():
             break
     await gateway.until(gateway.is_empty)
-    record = gateway.parts.feedback.records["default/a"]  # type: ignore[index]
+    record = gateway.app.flow.agents.by_id["default/a"]  # type: ignore[index]
     assert (record.tasks, record.whole) == ([], False)
-    assert gateway.parts.queue.agents["default/a"].arrived == 2 * (10 * 2 + 3)  # type: ignore[index]
+    assert gateway.app.flow.queue.agents["default/a"].arrived == 2 * (10 * 2 + 3)  # type: ignore[index]
 
 
 async def test_a_whole_answer_that_is_cancelled_costs_the_iterations_it_ran(
@@ -188,12 +188,12 @@ async def test_a_whole_answer_that_is_cancelled_costs_the_iterations_it_ran(
     scripted.default = wait_for_word
     request = asyncio.create_task(gateway.chat("a", max_tokens=10))
     await scripted.until(lambda engine: len(engine.bodies) == 1)
-    predicted = gateway.parts.queue.agents["default/a"].arrived  # type: ignore[index]
+    predicted = gateway.app.flow.queue.agents["default/a"].arrived  # type: ignore[index]
     scripted.metrics = scripted.metrics.replace("count 100", "count 9000")
-    await gateway.until(lambda: gateway.parts.engine.iterations == 8900)
+    await gateway.until(lambda: gateway.app.flow.engine.iterations == 8900)
     request.cancel()
     await gateway.until(gateway.is_empty)
-    assert gateway.parts.queue.agents["default/a"].arrived == predicted  # type: ignore[index]
+    assert gateway.app.flow.queue.agents["default/a"].arrived == predicted  # type: ignore[index]
 
 
 @pytest.mark.parametrize("usage", [b'{"prompt_tokens": 5, "completion_tokens": -1}', b'{"prompt_tokens": "x"}', b"[]"])
@@ -216,13 +216,13 @@ async def test_one_late_health_answer_is_not_the_end(
     seen: list[bool] = []
 
     async def health(self) -> Health:  # type: ignore[no-untyped-def]
-        seen.append(gateway.parts.engine.up)
-        gateway.parts.suspect.set()  # no waiting between checks
-        gateway.parts.suspect.clear()
+        seen.append(gateway.app.flow.engine.up)
+        gateway.app.dispatcher.engine_in_doubt.set()  # no waiting between checks
+        gateway.app.dispatcher.engine_in_doubt.clear()
         return next(answers, Health.DOWN)
 
     monkeypatch.setattr(EngineClient, "health", health)
-    await gateway.until(lambda: not gateway.parts.engine.up)
+    await gateway.until(lambda: not gateway.app.flow.engine.up)
     assert seen == [True] * 6
 
 
@@ -277,17 +277,17 @@ async def test_tasks_wait_while_the_engine_is_away_and_are_served_when_it_is_bac
     async with ScriptedEngine(default=wait_for_word).serving() as engine:
         port = int(engine.url.rpartition(":")[2])
         async with running_gateway(engine=engine.url, max_in_flight=1, max_engine_waiting=0) as gateway:
-            await gateway.until(lambda: gateway.parts.engine.up)
+            await gateway.until(lambda: gateway.app.flow.engine.up)
             requests = [asyncio.create_task(gateway.chat(f"a{number}")) for number in range(3)]
             await engine.until(lambda engine: len(engine.bodies) == 1)
-            await gateway.until(lambda: gateway.parts.queue.waiting == 2)
+            await gateway.until(lambda: gateway.app.flow.queue.waiting == 2)
             engine.healthy = False
             engine.default = break_at_once
-            await gateway.until(lambda: not gateway.parts.engine.up)
+            await gateway.until(lambda: not gateway.app.flow.engine.up)
             assert (await gateway.chat("new")).status_code == 503
             engine.go.set()  # the first is answered all the same; the others must not be released
             assert (await requests[0]).status_code == 200
-            assert gateway.parts.queue.waiting == 2
+            assert gateway.app.flow.queue.waiting == 2
             engine.default = wait_for_word
             engine.healthy = True
             assert [answer.status_code for answer in await asyncio.gather(*requests)] == [200] * 3
@@ -302,7 +302,7 @@ async def test_a_gateway_that_stops_serves_what_it_has_accepted_and_takes_nothin
     accepted = [asyncio.create_task(gateway.chat("first"))]
     await scripted.until(lambda engine: len(engine.bodies) == 1)
     accepted.append(asyncio.create_task(gateway.chat("second")))
-    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    await gateway.until(lambda: gateway.app.flow.queue.waiting == 1)
     stopping = asyncio.create_task(gateway.running.stop())
     await asyncio.sleep(0)
     refused = await gateway.chat("third")
@@ -329,7 +329,7 @@ async def test_what_still_waits_at_the_end_of_the_drain_is_handed_back(
     requests = [asyncio.create_task(gateway.chat("first"))]
     await scripted.until(lambda engine: len(engine.bodies) == 1)
     requests.append(asyncio.create_task(gateway.chat("second")))
-    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    await gateway.until(lambda: gateway.app.flow.queue.waiting == 1)
     async with asyncio.timeout(10):
         await gateway.running.stop()
     for answer in await asyncio.gather(*requests):

@@ -30,7 +30,7 @@ FIRST = [{"role": "system", "content": "Be brief."}, {"role": "user", "content":
 
 async def kept(gateway: GatewayUnderTest, state: str) -> list[FinishedAgent]:
     """When all that was served has been written."""
-    await gateway.parts.feedback.flush()
+    await gateway.app.journal.flush()
     store = open_store(state)
     agents = [agent async for agent in store.read()]
     await store.close()
@@ -87,7 +87,7 @@ async def test_what_was_served_can_be_exported(start: StartGateway, tmp_path: Pa
         final = {"X-Agent-Final": "true"} if number == 2 else {}
         await gateway.chat("a", headers={**HEADERS, **final}, n=1 + number)
     store = open_store(state)
-    await gateway.parts.feedback.flush()
+    await gateway.app.journal.flush()
     (made,) = await traced(store.read())
     await store.close()
     assert {task.id: task.after for task in made.tasks} == {
@@ -126,7 +126,7 @@ async def test_a_predictor_that_raises_is_counted_and_the_gateway_serves(
         raise RuntimeError("as told")
 
     for name in ("arrive", "predict_agent", "learn"):
-        monkeypatch.setattr(gateway.parts.predictor, name, raises)
+        monkeypatch.setattr(gateway.app.predictor, name, raises)
     assert (await gateway.chat("a")).status_code == 200
     (listed,) = (await gateway.client.get("/v1/agents")).json()["data"]
     assert listed["predicted_by"] == "none"
@@ -137,9 +137,9 @@ async def test_a_predictor_that_raises_is_counted_and_the_gateway_serves(
 async def test_a_store_that_fails_is_counted_and_the_gateway_serves(start: StartGateway, tmp_path: Path) -> None:
     gateway = await start(state="redis://127.0.0.1:1/0", train=False, journal=tmp_path)
     assert (await gateway.chat("a", headers={"X-Agent-Final": "true"})).status_code == 200
-    await gateway.parts.feedback.flush()
+    await gateway.app.journal.flush()
     await gateway.client.get("/metrics")
-    errors = gateway.parts.metrics.registry.get_sample_value("justitia_state_errors_total")
+    errors = gateway.app.metrics.registry.get_sample_value("justitia_state_errors_total")
     assert errors is not None
     assert errors >= 2, "to recall, and to keep"
 
@@ -153,13 +153,13 @@ async def test_it_learns_while_it_serves(start: StartGateway, tmp_path: Path) ->
     await store.close()
     gateway = await start(state=state, train_every=100)
     await gateway.chat("before", headers=HEADERS)
-    await gateway.until(lambda: gateway.parts.learning.serves is not None)
+    await gateway.until(lambda: gateway.app.learning.serves is not None)
     assert (await gateway.chat("after", headers=HEADERS)).status_code == 200
     listed = {agent["id"]: agent for agent in (await gateway.client.get("/v1/agents")).json()["data"]}
     assert listed["before"]["predicted_by"] in ("ladder", "xgboost-000001")
     assert listed["after"]["predicted_by"] == "xgboost-000001"
     await gateway.chat("whole", headers={**HEADERS, "X-Agent-Final": "true"})
-    registry, promoted = gateway.parts.metrics.registry, {"outcome": "promoted"}
+    registry, promoted = gateway.app.metrics.registry, {"outcome": "promoted"}
     # The model may serve before the process that made it has ended.
     await gateway.until(lambda: registry.get_sample_value("justitia_trainings_total", promoted) == 1)
     told = (await gateway.client.get("/metrics")).text
@@ -168,7 +168,7 @@ async def test_it_learns_while_it_serves(start: StartGateway, tmp_path: Path) ->
     assert 'justitia_predictor_failures_total{part="model"}' in told
     models = Registry(tmp_path / "models")
     models.promote(models.add(b"damaged"))
-    await gateway.parts.learning.look()
+    await gateway.app.learning.look()
     assert (await gateway.chat("again", headers=HEADERS)).status_code == 200
     told = (await gateway.client.get("/metrics")).text
     assert "justitia_models_refused_total 1.0" in told
@@ -184,7 +184,7 @@ async def test_a_model_that_fails_is_passed_over_and_counted(start: StartGateway
         def predict(self, row: Any) -> Any:
             raise RuntimeError("as told")
 
-    gateway.parts.predictor.model = Fails()  # type: ignore[attr-defined]
+    gateway.app.predictor.model = Fails()  # type: ignore[attr-defined]
     assert (await gateway.chat("a")).status_code == 200
     (listed,) = (await gateway.client.get("/v1/agents")).json()["data"]
     assert listed["predicted_by"] == "ladder"
@@ -203,7 +203,7 @@ async def test_where_no_model_can_be_written_trainings_fail_and_the_gateway_serv
     await store.close()
     gateway = await start(state=state, models="/proc/models")
     failed = {"outcome": "failed"}
-    registry = gateway.parts.metrics.registry
+    registry = gateway.app.metrics.registry
     await gateway.until(lambda: registry.get_sample_value("justitia_trainings_total", failed) == 1)
     assert (await gateway.chat("a")).status_code == 200
 

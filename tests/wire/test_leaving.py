@@ -38,7 +38,7 @@ def ask(gateway: GatewayUnderTest, path: str, **fields: Any) -> Awaitable[Leaver
 def outcomes(gateway: GatewayUnderTest, path: str) -> dict[str, float]:
     return {
         sample.labels["outcome"]: sample.value
-        for family in gateway.parts.metrics.registry.collect()
+        for family in gateway.app.metrics.registry.collect()
         for sample in family.samples
         if sample.name == "justitia_requests_total" and sample.labels["endpoint"] == path
     }
@@ -57,7 +57,7 @@ async def queued(gateway: GatewayUnderTest, engine: ScriptedEngine, path: str) -
     kept = await Leaver.ask(gateway.url, path, BODIES[path], "kept")
     await engine.until(lambda engine: len(engine.bodies) == 1)
     leaver = await ask(gateway, path)
-    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    await gateway.until(lambda: gateway.app.flow.queue.waiting == 1)
     return [leaver, kept]
 
 
@@ -91,7 +91,7 @@ async def queued_again(gateway: GatewayUnderTest, engine: ScriptedEngine, path: 
 
     engine.answers = [die]
     leaver = await ask(gateway, path)
-    await gateway.until(lambda: not gateway.parts.engine.up and gateway.parts.queue.waiting == 1)
+    await gateway.until(lambda: not gateway.app.flow.engine.up and gateway.app.flow.queue.waiting == 1)
     return [leaver]
 
 
@@ -135,11 +135,11 @@ async def test_who_leaves_the_queue_has_held_nothing(
     leaver, *kept = await reach(gateway, scripted, path)
     sent = len(scripted.bodies)
     leaver.leave()
-    assert await time_until(lambda: gateway.parts.queue.waiting == 0) < FREED_S
+    assert await time_until(lambda: gateway.app.flow.queue.waiting == 0) < FREED_S
     await gateway.until(lambda: outcomes(gateway, path) == {"cancelled": 1})
-    assert gateway.parts.queue.agents[ID].arrived == 0  # type: ignore[index]
+    assert gateway.app.flow.queue.agents[ID].arrived == 0  # type: ignore[index]
     scripted.healthy = True
-    await gateway.until(lambda: gateway.parts.engine.up)
+    await gateway.until(lambda: gateway.app.flow.engine.up)
     scripted.go.set()
     await gateway.until(gateway.is_empty)
     assert len(scripted.bodies) == sent, "it was not sent any more"
@@ -155,10 +155,10 @@ async def test_who_leaves_the_engine_pays_for_what_it_held(
     gateway = await start(max_in_flight=1, max_engine_waiting=0)
     (leaver,) = await reach(gateway, scripted, path)
     next_one = asyncio.create_task(gateway.chat("next"))
-    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    await gateway.until(lambda: gateway.app.flow.queue.waiting == 1)
     scripted.metrics = scripted.metrics.replace("count 100", "count 9000")  # iterations, in which it holds its memory
-    await gateway.until(lambda: gateway.parts.engine.iterations == 8900)
-    predicted = gateway.parts.queue.agents[ID].arrived  # type: ignore[index]
+    await gateway.until(lambda: gateway.app.flow.engine.iterations == 8900)
+    predicted = gateway.app.flow.queue.agents[ID].arrived  # type: ignore[index]
     bodies, left = len(scripted.bodies), scripted.left
     scripted.default = in_dialect
     leaver.leave()
@@ -166,7 +166,7 @@ async def test_who_leaves_the_engine_pays_for_what_it_held(
     assert freed_s < FREED_S, "the engine has been told, and the next task has the slot"
     assert (await next_one).status_code == 200
     assert outcomes(gateway, path)["cancelled"] == 1
-    charged = gateway.parts.queue.agents[ID].arrived  # type: ignore[index]
+    charged = gateway.app.flow.queue.agents[ID].arrived  # type: ignore[index]
     if reach is streaming:
         assert 0 < charged < predicted, "a few tokens of a short prompt"
     else:
@@ -181,7 +181,7 @@ async def test_who_leaves_before_its_request_is_whole_never_was_a_task(
     leaver = await Leaver.ask(gateway.url, path, BODIES[path], "leaver", share=0.5)
     leaver.leave()
     await gateway.until(lambda: outcomes(gateway, path) == {"cancelled": 1})
-    assert gateway.parts.feedback.records == {}
+    assert gateway.app.flow.agents.by_id == {}
     assert scripted.bodies == []
 
 
@@ -236,15 +236,15 @@ async def test_a_thousand_that_leave_at_random_leave_nothing_behind(
     await asyncio.gather(*(one(number) for number in range(1000)))
     await gateway.until(gateway.is_empty)
     await gateway.until(lambda: running["now"] == 0)
-    parts = gateway.parts
+    app = gateway.app
     await gateway.until(lambda: open_ones(scripted) <= watching)
     assert len(server.server_state.connections) <= served
     await gateway.until(lambda: not _tasks() - tasks)
-    assert parts.dispatcher._turns == {}
-    assert {record.name for record in parts.feedback.records.values()} <= {"first", *(f"agent-{n}" for n in range(10))}
-    assert set(parts.queue.agents) == set(parts.feedback.records)
-    assert parts.feedback.awaited == {}
-    assert parts.queue.peak_tokens == 0
+    assert app.dispatcher._turns == {}
+    assert {agent.record.name for agent in app.flow.agents} <= {"first", *(f"agent-{n}" for n in range(10))}
+    assert set(app.flow.queue.agents) == set(app.flow.agents.by_id)
+    assert app.flow.agents.awaited == {}
+    assert app.flow.queue.peak_tokens == 0
     ended = sum((Counter(outcomes(gateway, path)) for path in BODIES), Counter())
     assert sum(ended.values()) == 1001, ended
     assert ended["cancelled"] > 300
@@ -284,14 +284,14 @@ async def test_the_kv_of_who_leaves_is_free(engine: LiveEngine, path: str, strea
 
     async def once() -> float:
         async with real_gateway(engine) as gateway:
-            view = gateway.parts.engine
+            view = gateway.app.flow.engine
             leaver = await ask(gateway, path, **fields)
             if stream:
                 await leaver.hear(b"delta")
             await gateway.until(lambda: view.held_tokens > 0 and bool(view.held))
             leaver.leave()
             freed_s = await time_until(lambda: gateway.is_empty() and view.held_tokens == 0 and view.running == 0)
-            assert gateway.parts.queue.agents[ID].arrived > 0  # type: ignore[index]
+            assert gateway.app.flow.queue.agents[ID].arrived > 0  # type: ignore[index]
             assert outcomes(gateway, path) == {"cancelled": 1}
             return freed_s
 
@@ -312,7 +312,7 @@ async def test_who_waits_in_the_engine_leaves_it(engine: LiveEngine, path: str) 
 
     async def once() -> float:
         async with real_gateway(engine, max_engine_waiting=10, beta=10) as gateway:
-            view = gateway.parts.engine
+            view = gateway.app.flow.engine
             fillers = [
                 await Leaver.ask(gateway.url, "/v1/completions", {**fills, "prompt": [token] * 1000}, f"fills-{token}")
                 for token in (100, 101)
@@ -322,9 +322,9 @@ async def test_who_waits_in_the_engine_leaves_it(engine: LiveEngine, path: str) 
             leaver = await ask(gateway, path, **fields)
             await gateway.until(lambda: view.waiting == 1)
             leaver.leave()
-            freed_s = await time_until(lambda: gateway.parts.queue.in_flight == 2 and view.waiting == 0)
+            freed_s = await time_until(lambda: gateway.app.flow.queue.in_flight == 2 and view.waiting == 0)
             assert view.running == 2
-            held = gateway.parts.queue.agents[ID].arrived  # type: ignore[index]
+            held = gateway.app.flow.queue.agents[ID].arrived  # type: ignore[index]
             assert held == 0, "it waited"
             for filler in fillers:
                 filler.leave()
@@ -338,5 +338,5 @@ async def test_who_waits_in_the_engine_leaves_it(engine: LiveEngine, path: str) 
 async def real_gateway(engine: LiveEngine, **settings: Any) -> AsyncIterator[GatewayUnderTest]:
     engine.wait_ready()
     async with running_gateway(engine=engine.url, link=engine.link_address, **settings) as gateway:
-        await gateway.until(lambda: gateway.parts.engine.up and gateway.parts.engine.reporting)
+        await gateway.until(lambda: gateway.app.flow.engine.up and gateway.app.flow.engine.reporting)
         yield gateway

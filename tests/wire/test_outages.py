@@ -284,7 +284,7 @@ async def stopped(*pids: int) -> AsyncIterator[None]:
 async def gateway_here(engine: LiveEngine) -> AsyncIterator[GatewayUnderTest]:
     """In this process, where its tasks can be counted."""
     async with running_gateway(engine=engine.url, link=engine.link_address, max_in_flight=SLOTS) as gateway:
-        await gateway.until(lambda: gateway.parts.engine.up and gateway.parts.engine.reporting)
+        await gateway.until(lambda: gateway.app.flow.engine.up and gateway.app.flow.engine.reporting)
         yield gateway
 
 
@@ -298,7 +298,7 @@ async def test_a_stopped_engine_counts_as_down_and_its_tasks_survive(
     monkeypatch.setattr(gateway.relay.engine_client, "CONTROL_S", 1.0)  # else ten seconds are too short to be noticed
     async with gateway_here(engine) as here:
         tasks = len(asyncio.all_tasks())
-        view = here.parts.engine
+        view = here.app.flow.engine
         crowd = Crowd(here.client, "stopped", "some")
         await crowd.gather()
         await here.until(lambda: view.running > 0)
@@ -309,7 +309,7 @@ async def test_a_stopped_engine_counts_as_down_and_its_tasks_survive(
             assert (view.running, view.held_tokens) == (0, 0)
             assert await ask(here.client, "new", "short") == "no_engine"
             await here.until(lambda: not view.reporting)
-            assert here.parts.queue.in_flight == SLOTS, "they may still be answered"
+            assert here.app.flow.queue.in_flight == SLOTS, "they may still be answered"
             await asyncio.sleep(resume_at - time.monotonic())
         await here.until(lambda: view.up and view.reporting)
         await crowd.finish()
@@ -318,8 +318,8 @@ async def test_a_stopped_engine_counts_as_down_and_its_tasks_survive(
         assert view.iterations > iterations
         await nothing_is_left(here.client, recorder)
         assert here.is_empty()
-        assert here.parts.queue.agents == {}
-        assert here.parts.feedback.records == {}
+        assert here.app.flow.queue.agents == {}
+        assert here.app.flow.agents.by_id == {}
         await as_many_tasks_as(tasks)
 
 
@@ -329,7 +329,7 @@ async def test_a_stopped_core_is_silent_on_the_link_and_its_tasks_survive(
     """The server goes on to say that all is well."""
     async with gateway_here(engine) as here:
         tasks = len(asyncio.all_tasks())
-        view = here.parts.engine
+        view = here.app.flow.engine
         crowd = Crowd(here.client, "core-stopped", "some")
         await crowd.gather()
         async with stopped(engine_core_pid(engine_pid(engine))):
@@ -340,7 +340,7 @@ async def test_a_stopped_core_is_silent_on_the_link_and_its_tasks_survive(
         assert view.reporting
         assert crowd.outcomes == {"answered": RUNNING + WAITING + 2 * IDLE}
         await nothing_is_left(here.client, recorder)
-        assert here.parts.queue.agents == {}
+        assert here.app.flow.queue.agents == {}
         await as_many_tasks_as(tasks)
 
 

@@ -35,7 +35,7 @@ async def test_a_real_prometheus_answers_queries_for_queue_time_jct_and_kv_held(
     engine.wait_ready()
     engine.lengths({"scraped": 400})
     async with running_gateway(engine=engine.url, link=engine.link_address) as gateway:
-        await gateway.until(lambda: gateway.parts.engine.up and gateway.parts.engine.reporting)
+        await gateway.until(lambda: gateway.app.flow.engine.up and gateway.app.flow.engine.reporting)
         port = free_port()
         (tmp_path / "prometheus.yml").write_text(SCRAPE_CONFIG.format(target=gateway.url.removeprefix("http://")))
         prometheus = await asyncio.create_subprocess_exec(
@@ -79,7 +79,7 @@ async def test_a_real_prometheus_answers_queries_for_queue_time_jct_and_kv_held(
                 assert await until_positive("histogram_quantile(0.9, sum by (le) (justitia_agent_jct_seconds_bucket))")
                 assert await until_positive("justitia_queue_seconds_sum / justitia_queue_seconds_count")
                 assert await until_positive("max_over_time(justitia_kv_held_tokens[1m])")
-                await gateway.until(lambda: gateway.parts.engine.held_tokens == 0)
+                await gateway.until(lambda: gateway.app.flow.engine.held_tokens == 0)
         finally:
             prometheus.terminate()
             await prometheus.wait()
@@ -88,7 +88,7 @@ async def test_a_real_prometheus_answers_queries_for_queue_time_jct_and_kv_held(
 async def test_the_exposition_parses_and_has_bounded_labels() -> None:
     async with running_gateway(engine="unix:/tmp/no-engine-is-here.sock") as gateway:
         for number in range(1100):
-            gateway.parts.metrics.agent_finished(f"class-{number}", 1.0)
+            gateway.app.metrics.agent_finished(f"class-{number}", 1.0)
         await gateway.chat()
         families = {
             family.name: family

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.engine
 async def real(engine: LiveEngine) -> AsyncIterator[GatewayUnderTest]:
     engine.wait_ready()
     async with running_gateway(engine=engine.url, link=engine.link_address) as gateway:
-        await gateway.until(lambda: gateway.parts.engine.up and gateway.parts.engine.reporting)
+        await gateway.until(lambda: gateway.app.flow.engine.up and gateway.app.flow.engine.reporting)
         yield gateway
 
 
@@ -55,7 +55,7 @@ async def test_the_openai_sdk_is_answered(sdk: openai.AsyncOpenAI, real: Gateway
     assert completion.choices[0].text
     agents = (await real.client.get("/v1/agents")).json()["data"]
     assert [(agent["id"], agent["tasks"]["ended"]) for agent in agents] == [("run-1", 2)]
-    record = real.parts.feedback.records["default/run-1"]  # type: ignore[index]
+    record = real.app.flow.agents.by_id["default/run-1"]  # type: ignore[index]
     assert [task.decode_tokens for task in record.tasks] == [answer.usage.completion_tokens, 4]
     assert record.tasks[0].prompt_tokens == answer.usage.prompt_tokens
 
@@ -73,7 +73,7 @@ async def test_the_openai_sdk_streams(sdk: openai.AsyncOpenAI, real: GatewayUnde
     chunks = [chunk async for chunk in stream]
     assert sum(len(chunk.choices) for chunk in chunks) >= 2
     assert [bool(chunk.usage) for chunk in chunks].count(True) == (1 if asked else 0)
-    record = real.parts.feedback.records["default/run-1"]  # type: ignore[index]
+    record = real.app.flow.agents.by_id["default/run-1"]  # type: ignore[index]
     assert record.tasks[0].decode_tokens > 0, "the gateway is told the usage all the same"
 
 
@@ -92,7 +92,7 @@ async def test_agents_are_served_in_the_order_of_their_tags(engine: LiveEngine) 
     async with running_gateway(
         engine=engine.url, link=engine.link_address, max_in_flight=3, max_engine_waiting=0
     ) as gateway:
-        await gateway.until(lambda: gateway.parts.engine.up and gateway.parts.engine.reporting)
+        await gateway.until(lambda: gateway.app.flow.engine.up and gateway.app.flow.engine.reporting)
 
         async def one(agent: str) -> None:
             xargs = {"forced_length_key": f"order-{agent}"}
@@ -105,8 +105,8 @@ async def test_agents_are_served_in_the_order_of_their_tags(engine: LiveEngine) 
             for waiting, agent in enumerate(("first", "large", "small")):
                 for _ in range(3):
                     tasks.create_task(one(agent))
-                await gateway.until(lambda waiting=waiting: gateway.parts.queue.waiting == 3 * waiting)  # type: ignore[misc]
-                await gateway.until(lambda: gateway.parts.queue.in_flight == 3)
+                await gateway.until(lambda waiting=waiting: gateway.app.flow.queue.waiting == 3 * waiting)  # type: ignore[misc]
+                await gateway.until(lambda: gateway.app.flow.queue.in_flight == 3)
         assert ended == ["first"] * 3 + ["small"] * 3 + ["large"] * 3
         assert gateway.is_empty()
 
@@ -125,16 +125,16 @@ async def test_forty_agents_whose_clients_are_killed_leave_nothing_behind(
         )
 
     clients = [asyncio.create_task(one(agent)) for agent in range(40)]
-    queue = real.parts.queue
+    queue = real.app.flow.queue
     await real.until(lambda: queue.waiting + queue.in_flight == 40, *clients)
-    await real.until(lambda: real.parts.engine.held_tokens > 0, *clients)
+    await real.until(lambda: real.app.flow.engine.held_tokens > 0, *clients)
     async with asyncio.timeout(10):  # vLLM's own gauge follows a step later
         while not await engine_gauge(engine, "vllm:num_requests_running"):
             await asyncio.sleep(0.01)
     for client in clients:
         client.cancel()
     await real.until(real.is_empty)
-    await real.until(lambda: real.parts.engine.held_tokens == 0 and real.parts.engine.running == 0)
+    await real.until(lambda: real.app.flow.engine.held_tokens == 0 and real.app.flow.engine.running == 0)
     async with asyncio.timeout(10):
         while await engine_gauge(engine, "vllm:num_requests_running") or await engine_gauge(
             engine, "vllm:kv_cache_usage_perc"
@@ -181,7 +181,7 @@ async def test_a_killed_engine_gives_clean_answers_and_is_served_again(
     stream = asyncio.create_task(streaming())
     await started.wait()
     tasks = [asyncio.create_task(whole(agent)) for agent in range(12)]
-    await real.until(lambda: real.parts.queue.waiting + real.parts.queue.in_flight == 13, *tasks)
+    await real.until(lambda: real.app.flow.queue.waiting + real.app.flow.queue.in_flight == 13, *tasks)
     pid = engine.process.pid
     assert pid is not None
     restarts = engine.process.restarts

@@ -43,7 +43,7 @@ async def test_usage_of_a_stream_is_shown_only_if_asked_for(
     answer = await gateway.chat(stream=True, **fields)
     assert scripted.bodies[0]["stream_options"]["include_usage"] is True
     assert answer.content == chunk("hel") + chunk("lo") + (usage_chunk(10, 4) if asked else b"") + DONE
-    assert gateway.parts.feedback.records[next(iter(gateway.parts.feedback.records))].tasks[0].decode_tokens == 4
+    assert gateway.app.flow.agents.by_id[next(iter(gateway.app.flow.agents.by_id))].tasks[0].decode_tokens == 4
 
 
 async def test_a_stream_cut_anywhere_comes_out_whole(gateway: GatewayUnderTest, scripted: ScriptedEngine) -> None:
@@ -70,7 +70,7 @@ def large_answer(size: int) -> bytes:
 @pytest.fixture
 def no_room(gateway: GatewayUnderTest) -> None:
     """Nothing that is large is gathered."""
-    gateway.parts.gathered.limit_bytes = 0
+    gateway.app.gathered.limit_bytes = 0
 
 
 @pytest.mark.usefixtures("no_room")
@@ -91,7 +91,7 @@ async def test_a_large_answer_goes_through_as_it_comes_and_is_charged(
     answer = await gateway.chat("a1")
     assert answer.content == whole
     assert ("content-length" in answer.headers) == length
-    (task,) = gateway.parts.feedback.records[AgentId("default/a1")].tasks
+    (task,) = gateway.app.flow.agents.by_id[AgentId("default/a1")].tasks
     assert (task.prompt_tokens, task.cached_tokens, task.decode_tokens) == (30, 10, 7)
 
 
@@ -104,8 +104,8 @@ async def test_a_large_answer_is_gathered_while_there_is_room(
         await start(send, b"application/json")
         for place in range(0, len(whole), 100_000):
             await push(send, whole[place : place + 100_000])
-        await gateway.until(lambda: gateway.parts.gathered.held_bytes > SMALL_BYTES)
-        held.append(gateway.parts.gathered.held_bytes)
+        await gateway.until(lambda: gateway.app.gathered.held_bytes > SMALL_BYTES)
+        held.append(gateway.app.gathered.held_bytes)
         await push(send, b"", more=False)
 
     scripted.answers.append(in_parts)
@@ -113,7 +113,7 @@ async def test_a_large_answer_is_gathered_while_there_is_room(
     assert answer.content == whole
     assert answer.headers["content-length"] == str(len(whole)), "it was known when the answer began"
     assert held[0] <= len(whole)
-    assert gateway.parts.gathered.held_bytes == 0
+    assert gateway.app.gathered.held_bytes == 0
 
 
 @pytest.mark.usefixtures("no_room")
@@ -138,9 +138,9 @@ async def test_a_large_answer_is_charged_though_its_client_leaves_before_its_end
             if answer.num_bytes_downloaded > SMALL_BYTES:
                 break
     await gateway.until(gateway.is_empty)
-    agent = gateway.parts.queue.agents[AgentId("default/a1")]
-    await gateway.parts.feedback.flush()
-    (row,) = await gateway.parts.journal.store.usage(0, 2**40)
+    agent = gateway.app.flow.queue.agents[AgentId("default/a1")]
+    await gateway.app.journal.flush()
+    (row,) = await gateway.app.journal.store.usage(0, 2**40)
     assert row.kv_cost == pytest.approx(agent.arrived)
     assert row.kv_cost > 100
     assert (row.prompt_tokens, row.completion_tokens) == ((30, 7) if told else (1, 0))
@@ -188,7 +188,7 @@ async def test_the_engines_own_errors_pass_through(gateway: GatewayUnderTest, sc
     assert answer.status_code == 404
     assert answer.json()["error"]["message"] == "no such model"
     assert gateway.is_empty()
-    assert gateway.parts.queue.agents["default/a"].arrived == 0, "a task that was refused costs nothing"
+    assert gateway.app.flow.queue.agents["default/a"].arrived == 0, "a task that was refused costs nothing"
 
 
 async def test_models_are_the_engines(gateway: GatewayUnderTest) -> None:
@@ -256,7 +256,7 @@ async def test_unknown_paths_are_answered_in_openais_shape(
 async def test_sizes_of_a_batch_are_charged_by_sequence(gateway: GatewayUnderTest, scripted: ScriptedEngine) -> None:
     body = {"model": "tiny", "prompt": ["one", "two"], "n": 2, "max_tokens": 5}
     await gateway.client.post("/v1/completions", json=body, headers={"X-Agent-ID": "a"})
-    task = gateway.parts.feedback.records["default/a"].tasks[0]
+    task = gateway.app.flow.agents.by_id["default/a"].tasks[0]
     assert (task.prompts, task.sequences) == (2, 4)
     assert task.cost == 4 * (5 * 1 + 1)  # usage: 10 prompt tokens over 2 prompts, 4 decoded over 4 sequences
 
@@ -287,7 +287,7 @@ async def test_agents_are_listed_in_the_order_of_their_turn(start: StartGateway,
     await scripted.until(lambda engine: len(engine.bodies) == 1)
     for agent, length in (("large", 5000), ("small", 5)):
         requests.append(asyncio.create_task(gateway.chat(agent, messages=[{"role": "user", "content": "x" * length}])))
-    await gateway.until(lambda: gateway.parts.queue.waiting == 2)
+    await gateway.until(lambda: gateway.app.flow.queue.waiting == 2)
     listed = (await gateway.client.get("/v1/agents")).json()
     assert [(agent["id"], agent["state"], agent["position"]) for agent in listed["data"]] == [
         ("small", "waiting", 0),

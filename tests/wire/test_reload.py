@@ -21,11 +21,12 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.app import Gateway
 from gateway.check import Checked
 from gateway.config.problems import Wrong
 from gateway.config.settings import GatewaySettings, TenantSettings
 from gateway.config.sources import Reading
-from gateway.reload import Reloader, reloadable
+from gateway.reload import Check, Reloader, reloadable
 from gateway.tenancy.keys import Keys, add_key
 from tests.wire.conftest import GatewayUnderTest, StartGateway
 from tests.wire.scripted_engine import ScriptedEngine, wait_for_word
@@ -269,12 +270,16 @@ async def test_a_gateway_whose_terminal_is_gone_ends_as_ever_unless_it_is_to_out
 # Inside
 
 
+def reloader_of(app: Gateway, begun: Checked[Any], check: Check) -> Reloader:
+    return Reloader(app.dispatcher, app.tenants, app.bodies, app.observer, app.live, begun, check)
+
+
 def checked(settings: GatewaySettings, keys: Keys | None = None) -> Checked[GatewaySettings]:
     return Checked(Reading(settings, ()), keys or Keys(), ())
 
 
 def reloads(under_test: GatewayUnderTest) -> dict[str, float | None]:
-    registry = under_test.parts.metrics.registry
+    registry = under_test.app.metrics.registry
     return {o: registry.get_sample_value("justitia_reloads_total", {"outcome": o}) for o in ("applied", "refused")}
 
 
@@ -311,20 +316,20 @@ OTHERS: dict[str, Any] = {
 async def test_all_that_is_marked_is_taken_and_the_rest_stays(start: StartGateway) -> None:
     gateway = await start()
     assert OTHERS.keys() == reloadable(GatewaySettings)
-    parts = gateway.parts
+    app = gateway.app
     given = GatewaySettings(state="memory:")  # another engine and port than it has: `serve` sets its own
     level = logging.getLogger().level
     try:
-        await reload(Reloader(parts, checked(given), lambda: checked(given.model_copy(update=OTHERS))))
+        await reload(reloader_of(app, checked(given), lambda: checked(given.model_copy(update=OTHERS))))
         assert logging.getLogger().level == logging.WARNING
     finally:
         logging.getLogger().setLevel(level)
     assert reloads(gateway) == {"applied": 1, "refused": 0}
-    assert {name: getattr(parts.settings, name) for name in OTHERS} == OTHERS
-    limits, engine = parts.queue.limits, parts.engine
+    assert {name: getattr(app.live.settings, name) for name in OTHERS} == OTHERS
+    limits, engine = app.flow.queue.limits, app.flow.engine
     assert (limits.beta, limits.engine_waiting, limits.in_flight) == (2.0, 9, 7)
-    assert (engine.capacity_tokens, parts.queue.capacity_tokens, parts.tenants.max_waiting) == (777, 777, 8)
-    assert (parts.tenants.max_waiting_bytes, parts.bodies.limit_bytes) == (3 * 2**20, 4 * 2**20)
+    assert (engine.capacity_tokens, app.flow.queue.capacity_tokens, app.flow.quotas.max_waiting) == (777, 777, 8)
+    assert (app.flow.quotas.max_waiting_bytes, app.bodies.limit_bytes) == (3 * 2**20, 4 * 2**20)
     assert (await gateway.chat(max_tokens=1, padding="x" * 2**20)).status_code == 413
     assert (await gateway.chat(max_tokens=1)).status_code == 200
 
@@ -334,17 +339,17 @@ async def test_keys_that_would_let_everybody_in_are_refused_and_all_else_with_th
 ) -> None:
     _, secret = add_key(tmp_path / "keys", "red", "", datetime.now(UTC))
     gateway = await start(keys=tmp_path / "keys")
-    given = gateway.parts.settings
+    given = gateway.app.live.settings
     new = given.model_copy(update={"policy": "las", "tenants": {"red": TenantSettings(max_tasks=3)}})
     keys = Keys()
-    reloader = Reloader(gateway.parts, checked(given), lambda: checked(new, keys))
+    reloader = reloader_of(gateway.app, checked(given), lambda: checked(new, keys))
     await reload(reloader)
-    assert (gateway.parts.settings.policy, reloads(gateway)) == ("justitia", {"applied": 0, "refused": 1})
-    red = gateway.parts.tenants.named("red")
+    assert (gateway.app.live.settings.policy, reloads(gateway)) == ("justitia", {"applied": 0, "refused": 1})
+    red = gateway.app.tenants.named("red")
     assert red.settings.max_tasks is None
     keys = Keys.load(tmp_path / "keys")
     await reload(reloader)
-    assert (gateway.parts.settings.policy, reloads(gateway)) == ("las", {"applied": 1, "refused": 1})
+    assert (gateway.app.live.settings.policy, reloads(gateway)) == ("las", {"applied": 1, "refused": 1})
     assert red.settings.max_tasks == 3
     assert (await gateway.chat()).status_code == 401
     assert (await gateway.chat(headers={"Authorization": f"Bearer {secret}"})).status_code == 200
@@ -359,9 +364,9 @@ async def test_whatever_goes_wrong_with_reading_the_gateway_serves_as_before(
     def fails() -> Checked[Any]:
         raise error
 
-    before = gateway.parts.settings
-    await reload(Reloader(gateway.parts, checked(before), fails))
-    assert gateway.parts.settings is before and reloads(gateway) == {"applied": 0, "refused": 1}
+    before = gateway.app.live.settings
+    await reload(reloader_of(gateway.app, checked(before), fails))
+    assert gateway.app.live.settings is before and reloads(gateway) == {"applied": 0, "refused": 1}
     assert (await gateway.chat()).status_code == 200
 
 
@@ -378,7 +383,7 @@ async def test_it_is_read_beside_the_loop_and_once_more_for_all_who_asked_meanwh
         assert goes_on.wait(10)
         return checked(given)
 
-    reloader = Reloader(gateway.parts, checked(given), slow)
+    reloader = reloader_of(gateway.app, checked(given), slow)
     reloader.ask()
     await began.wait()
     for _ in range(5):

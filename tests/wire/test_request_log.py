@@ -112,7 +112,7 @@ async def test_a_client_that_leaves_the_queue_and_one_that_waits_too_long(
     first = asyncio.create_task(gateway.chat("first"))
     await scripted.until(lambda engine: len(engine.bodies) == 1)
     second = asyncio.create_task(gateway.chat())
-    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    await gateway.until(lambda: gateway.app.flow.queue.waiting == 1)
     second.cancel()
     await lines(1)
     assert (await gateway.chat()).status_code == 504
@@ -133,7 +133,7 @@ async def test_a_task_for_which_there_is_no_place(
     kept = [asyncio.create_task(gateway.chat("b"))]
     await scripted.until(lambda engine: len(engine.bodies) == 1)
     kept.append(asyncio.create_task(gateway.chat("c")))
-    await gateway.until(lambda: gateway.parts.queue.waiting == 1)
+    await gateway.until(lambda: gateway.app.flow.queue.waiting == 1)
     answer = await gateway.chat()
     (row,) = await lines(1)
     assert answer.headers["x-request-id"] == row["request_id"]

@@ -126,7 +126,7 @@ async def test_redis_is_killed_under_load_and_comes_back(
             server.start()
             await until_state(gateway, "ok")
             assert await metric(gateway, "state_up") == 1
-    await gateway.parts.journal.flush()
+    await gateway.app.journal.flush()
     assert await metric(gateway, "state_waiting_bytes") == 0
     assert await metric(gateway, "state_errors_total") >= 3
     assert await metric(gateway, "state_given_up_total") == 0
@@ -155,7 +155,7 @@ async def test_redis_comes_back_empty(start: StartGateway, forgetful: RedisServe
         await until_state(gateway, "ok")
         await load.more()
     await gateway.chat("longer-0", headers={"X-Agent-Final": "true"})
-    await gateway.parts.journal.flush()
+    await gateway.app.journal.flush()
     found = await samples(forgetful.url)
     assert len(found) >= load.finished - finished
     assert {len(costs) for agent_class, costs in found if agent_class == "kind"} == {3}, "whole ones only"
@@ -173,7 +173,7 @@ async def test_a_gateway_starts_while_redis_is_away(start: StartGateway, server:
     for agent in ("a", "b"):
         await before.chat(agent)
     await before.chat("done", headers=FINAL)
-    await before.parts.journal.flush()
+    await before.app.journal.flush()
     server.kill()
     await before.chat("a")
     await before.running.stop()
@@ -184,9 +184,9 @@ async def test_a_gateway_starts_while_redis_is_away(start: StartGateway, server:
     await gateway.chat("c", headers=FINAL)
     server.start()
     await until_state(gateway, "ok")
-    records = gateway.parts.feedback.records
+    records = gateway.app.flow.agents.by_id
     assert {record.name: len(record.tasks) for record in records.values()} == {"a": 2, "b": 1}, "b was cut in two"
-    assert gateway.parts.queue.agents.keys() == {"default/a", "default/b"}
+    assert gateway.app.flow.queue.agents.keys() == {"default/a", "default/b"}
     await gateway.chat("a", headers=FINAL)
     await gateway.running.stop()
     assert await billed(server.url) == TenantUsage(7, 70, 0, 28, 7 * COST)
@@ -207,7 +207,7 @@ async def test_a_gateway_stops_while_redis_is_away_and_what_waits_is_written_at_
     server.start()
     assert (await billed(server.url)).requests <= 1
     again = await start(**settings)
-    assert [len(record.tasks) for record in again.parts.feedback.records.values()] == [2]
+    assert [len(record.tasks) for record in again.app.flow.agents.by_id.values()] == [2]
     assert (await billed(server.url)).requests == 2
 
 
@@ -223,5 +223,5 @@ async def test_a_redis_that_hangs_holds_up_nobody(
         await load.more()
         server.go_on()
         await until_state(gateway, "ok")
-    await gateway.parts.journal.flush()
+    await gateway.app.journal.flush()
     assert (await billed(server.url)).requests == load.answered

@@ -44,7 +44,7 @@ async def traced(collector: Collector, name: str = CHAT, count: int = 1) -> Told
 
 
 def dropped(gateway: GatewayUnderTest) -> float:
-    value = gateway.parts.metrics.registry.get_sample_value("justitia_spans_dropped_total")
+    value = gateway.app.metrics.registry.get_sample_value("justitia_spans_dropped_total")
     assert value is not None
     return value
 
@@ -200,7 +200,7 @@ async def test_a_disabled_sdk_is_no_tracing(
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
     gateway = await start(otlp_endpoint=collector.url)
     await gateway.chat(headers=CONTEXT)
-    assert gateway.parts.observer.tracing is None
+    assert gateway.app.observer.tracing is None
     assert scripted.headers[0]["traceparent"] == CONTEXT["traceparent"]
 
 
@@ -281,7 +281,7 @@ from gateway.config.settings import GatewaySettings
 async def main():
     settings = {"engine": "http://127.0.0.1:1", "state": "memory:"}
     app = await create_app(GatewaySettings(**settings))
-    print(app.state.parts.observer.tracing)
+    print(app.state.app.observer.tracing)
     try:
         await create_app(GatewaySettings(**settings, otlp_endpoint="http://127.0.0.1:1"))
     except NoOpenTelemetry as error:
@@ -321,7 +321,7 @@ async def test_vllms_own_spans_hang_below_ours(
         await process.wait_ready(START_TIMEOUT_S)
         link = spec.link_address
         async with running_gateway(engine=spec.url, link=link, otlp_endpoint=collector.url) as gateway:
-            await gateway.until(lambda: gateway.parts.engine.up and gateway.parts.engine.reporting)
+            await gateway.until(lambda: gateway.app.flow.engine.up and gateway.app.flow.engine.reporting)
             assert (await gateway.chat(max_tokens=4, headers=CONTEXT)).status_code == 200
             await collector.until(lambda: collector.named(CHAT) and collector.named("llm_request"))
     finally:
