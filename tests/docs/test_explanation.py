@@ -68,7 +68,7 @@ def test_what_the_ladder_predicts_of_a_new_class() -> None:
 
 
 def finished(agent_class: str, tenant: str, *costs: float) -> FinishedAgent:
-    return FinishedAgent(agent_class, tenant, tuple(FinishedTask(4000, 1000, 0, 100, held=cost) for cost in costs))
+    return FinishedAgent(agent_class, tenant, [FinishedTask(4000, 1000, 0, 100, held=cost) for cost in costs])
 
 
 def test_how_an_overdrawn_bucket_opens() -> None:
