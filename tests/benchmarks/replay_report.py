@@ -1,6 +1,6 @@
 """The replay report: `python -m tests.benchmarks.replay_report [PUBLIC_TRACE …]` runs the studies, and writes what they say.
 
-Into docs/benchmarks: `results/replay.json` (a summary of each run), `replay.md` (from `report.md` beside this
+Into docs/benchmarks: `results/replay.json` (a summary of each run), `replay.md` (from `replay_report.md` beside this
 file), and pictures. `--from-json` writes page and pictures of an earlier run anew. Some twenty minutes on two cores.
 """
 
@@ -108,8 +108,8 @@ def _without_folders(trace: str) -> str:
 
 
 def page(report: Report) -> str:
-    """`report.md`, with the tables in it."""
-    template = Template((Path(__file__).parent / "report.md").read_text())
+    """`replay_report.md`, with the tables in it."""
+    template = Template((Path(__file__).parent / "replay_report.md").read_text())
     return template.substitute(
         profile=PROFILE,
         targets=_targets(report),
