@@ -25,12 +25,12 @@ from gateway.api.openapi import describe
 from gateway.api.operations import operation_routes
 from gateway.api.usage import usage_routes
 from gateway.config.settings import GatewaySettings, Live
+from gateway.flowcontrol.concurrency import ConcurrencyLimit
 from gateway.flowcontrol.engine_state import EngineView
 from gateway.flowcontrol.fairqueue import POLICIES, FairQueue, ReleaseLimits
 from gateway.flowcontrol.feedback import Feedback
 from gateway.flowcontrol.quotas import DAY_S
 from gateway.flowcontrol.tool_waits import ToolWaits
-from gateway.http.reading import BodyBudget
 from gateway.learning.accuracy import Accuracy
 from gateway.learning.serving import Learning
 from gateway.learning.training import Training
@@ -139,8 +139,8 @@ async def create_app(
         accuracy=accuracy,
         learning=Learning(predictor, settings.models_directory, metrics),
         roots=roots,
-        bodies=BodyBudget(settings.max_held_bytes),
-        gathered=BodyBudget(GATHERED_BYTES),
+        bodies=ConcurrencyLimit(settings.max_held_bytes, tenants.are_several),
+        gathered=ConcurrencyLimit(GATHERED_BYTES, tenants.are_several),
         background=Background(),
         suspect=asyncio.Event(),
         live=Live(settings),

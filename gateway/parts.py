@@ -6,10 +6,10 @@ import asyncio
 from dataclasses import dataclass
 
 from gateway.config.settings import GatewaySettings, Live
+from gateway.flowcontrol.concurrency import ConcurrencyLimit
 from gateway.flowcontrol.engine_state import EngineView
 from gateway.flowcontrol.fairqueue import FairQueue
 from gateway.flowcontrol.feedback import Feedback
-from gateway.http.reading import BodyBudget
 from gateway.learning.accuracy import Accuracy
 from gateway.learning.serving import Learning
 from gateway.protocol.identify import Roots
@@ -41,8 +41,8 @@ class Parts:
     accuracy: Accuracy
     learning: Learning
     roots: Roots
-    bodies: BodyBudget
-    gathered: BodyBudget
+    bodies: ConcurrencyLimit
+    gathered: ConcurrencyLimit
     background: Background
     suspect: asyncio.Event
     live: Live

@@ -27,7 +27,7 @@ def apply(parts: Parts, old: GatewaySettings, new: GatewaySettings) -> None:
     parts.engine.declared_capacity_tokens = new.capacity_tokens
     parts.engine.declared_max_num_seqs = new.max_in_flight
     parts.tenants.max_waiting, parts.tenants.max_waiting_bytes = new.max_waiting, new.max_waiting_bytes
-    parts.bodies.limit_bytes = new.max_held_bytes
+    parts.bodies.limit = new.max_held_bytes
     policy = POLICIES[new.policy]() if new.policy != old.policy else None
     parts.dispatcher.change(policy, beta=new.beta, engine_waiting=new.max_engine_waiting)
     parts.metrics.policy_is(new.policy)

@@ -14,7 +14,7 @@ import msgspec
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.passthrough import passing_routes
+from gateway.api.passthrough import passthrough_routes
 from gateway.flowcontrol.fairqueue import TaskId
 from gateway.http.reading import ClientGone, HeldBody, headers_of, read_body
 from gateway.http.writing import send_error
@@ -27,6 +27,7 @@ from gateway.protocol.identify import identify
 from gateway.relay.relay import Relay, TaskRequest
 from gateway.relay.responses import answer_id, owns
 from gateway.telemetry.request_span import RequestSpan
+from gateway.tenancy.tenants import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def task_routes(parts: Parts) -> list[Route]:
         Route(endpoint.path, TaskRoute(parts, endpoint, numbers), methods=["POST"], name=endpoint.path)
         for endpoint in ENDPOINTS
     ]
-    return [*tasks, *passing_routes(parts)]
+    return [*tasks, *passthrough_routes(parts)]
 
 
 class TaskRoute:
@@ -67,19 +68,25 @@ class TaskRoute:
         self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan
     ) -> TaskRequest:
         """Raises `GatewayError`, or `ClientGone`."""
-        held = HeldBody(self._parts.bodies)
+        tenant = self._parts.tenants.authenticate(headers)
+        span.authenticated(tenant.name)
+        held = HeldBody(self._parts.bodies, tenant)
         try:
-            return await self._read(headers, receive, arrived_s, span, held)
+            return await self._read(tenant, headers, receive, arrived_s, span, held)
         except BaseException:
             held.release()
             raise
 
     async def _read(
-        self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan, held: HeldBody
+        self,
+        tenant: Tenant,
+        headers: dict[str, str],
+        receive: Receive,
+        arrived_s: float,
+        span: RequestSpan,
+        held: HeldBody,
     ) -> TaskRequest:
         parts = self._parts
-        tenant = parts.tenants.authenticate(headers)
-        span.authenticated(tenant.name)
         body = parse_body(await read_body(receive, headers, parts.settings.max_body_bytes, held), self._endpoint)
         identity = identify(headers, body.fields)
         keeps = self._endpoint.dialect is RESPONSES

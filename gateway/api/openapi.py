@@ -14,7 +14,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from gateway.api.passthrough import PASSED, Passed
+from gateway.api.passthrough import PASSTHROUGH, PassthroughEndpoint
 from gateway.protocol.body import MAX_FIELDS, MAX_SEQUENCES
 from gateway.protocol.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
 from gateway.protocol.endpoints import ENDPOINTS, Endpoint
@@ -128,8 +128,8 @@ def _document(app: FastAPI) -> Json:
     paths: Json = {}
     for endpoint in ENDPOINTS:
         paths.setdefault(endpoint.path, {})["post"] = _task(endpoint, errors)
-    for passed in PASSED:
-        paths.setdefault(passed.path, {})[passed.method.lower()] = _passed(passed, errors)
+    for passthrough in PASSTHROUGH:
+        paths.setdefault(passthrough.path, {})[passthrough.method.lower()] = _passthrough(passthrough, errors)
     for path, methods in told["paths"].items():
         for method, operation in methods.items():
             paths.setdefault(path, {})[method] = _operation(method, path, operation, errors)
@@ -224,24 +224,24 @@ def _fields(endpoint: Endpoint) -> Json:
     return fields
 
 
-def _passed(passed: Passed, errors: _Errors) -> Json:
+def _passthrough(endpoint: PassthroughEndpoint, errors: _Errors) -> Json:
     operation: Json = {
-        "operationId": _name(passed.method, passed.path),
+        "operationId": _name(endpoint.method, endpoint.path),
         "summary": "Is done by the engine at once",
         "tags": ["beside the queue"],
     }
     never = [InvalidRequest.status, WaitedTooLong.status]
-    if "{id}" in passed.path:
+    if "{id}" in endpoint.path:
         schema = {"type": "string", "pattern": f"^{ID_PATTERN}$"}
         operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": schema}]
     else:
         never.append(NotFound.status)
-        if passed.method == "POST":
+        if endpoint.method == "POST":
             operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": {}}}}
     operation["responses"] = {
         "200": {"description": "The engine's answer.", "content": {"application/json": {"schema": {}}}},
-        **errors.told(passed.dialect, but=never),
-        **_others(passed.dialect),
+        **errors.told(endpoint.dialect, but=never),
+        **_others(endpoint.dialect),
     }
     return operation
 

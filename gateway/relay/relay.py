@@ -194,7 +194,7 @@ class Relay:
 
     async def _relay_whole(self, answer: Answer, send: Send) -> None:
         chunks, size = [], 0
-        held = HeldBody(self._parts.gathered)
+        held = HeldBody(self._parts.gathered, self._request.tenant)
         try:
             while chunk := await self._read(answer):
                 chunks.append(chunk)

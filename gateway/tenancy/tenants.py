@@ -87,6 +87,10 @@ class Tenants:
         """Whether it may see what is other tenants', and end their agents."""
         return tenant.settings.admin or not self.keys.configured
 
+    def are_several(self) -> bool:
+        """Whether requests of more than one tenant may come."""
+        return len(self.keys.tenants) > 1
+
     def weight_of(self, tenant: Tenant, asked: float | None) -> float:
         """The weight of an agent among its tenant's. Raises `Forbidden` for more than the tenant's clients may set."""
         most = tenant.settings.max_agent_weight

@@ -324,7 +324,7 @@ async def test_all_that_is_marked_is_taken_and_the_rest_stays(start: StartGatewa
     limits, engine = parts.queue.limits, parts.engine
     assert (limits.beta, limits.engine_waiting, limits.in_flight) == (2.0, 9, 7)
     assert (engine.capacity_tokens, parts.queue.capacity_tokens, parts.tenants.max_waiting) == (777, 777, 8)
-    assert (parts.tenants.max_waiting_bytes, parts.bodies.limit_bytes) == (3 * 2**20, 4 * 2**20)
+    assert (parts.tenants.max_waiting_bytes, parts.bodies.limit) == (3 * 2**20, 4 * 2**20)
     assert (await gateway.chat(max_tokens=1, padding="x" * 2**20)).status_code == 413
     assert (await gateway.chat(max_tokens=1)).status_code == 200
 
