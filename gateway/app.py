@@ -24,12 +24,12 @@ from gateway.api.agents import agent_routes
 from gateway.api.inference import TaskRoute
 from gateway.api.openapi import describe
 from gateway.api.operations import operation_routes
-from gateway.api.passthrough import passing_routes
+from gateway.api.passthrough import passthrough_routes
 from gateway.api.usage import usage_routes
 from gateway.config.settings import GatewaySettings, Live
 from gateway.flowcontrol import FlowController, Quotas
+from gateway.flowcontrol.concurrency import ConcurrencyLimit
 from gateway.flowcontrol.fairqueue import POLICIES, FairQueue
-from gateway.http.reading import BodyBudget
 from gateway.learning.accuracy import Accuracy
 from gateway.learning.guarded import GuardedPredictor
 from gateway.learning.outcomes import Outcomes
@@ -73,8 +73,8 @@ class Gateway(FastAPI):
     client: EngineClient
     learning: Learning
     observer: Observer
-    bodies: BodyBudget  # of requests
-    gathered: BodyBudget  # of large answers
+    bodies: ConcurrencyLimit  # of requests
+    gathered: ConcurrencyLimit  # of large answers
     background: Background
 
     def __init__(self, **options: Any) -> None:
@@ -128,7 +128,8 @@ async def create_app(
         open_tracing(settings.otlp_endpoint, version, app.metrics.spans_dropped),
         open_request_log(settings.request_log, app.metrics.log_dropped),
     )
-    app.bodies, app.gathered = BodyBudget(settings.max_held_bytes), BodyBudget(GATHERED_BYTES)
+    app.bodies = ConcurrencyLimit(settings.max_held_bytes, lambda: tenants.total_weight)
+    app.gathered = ConcurrencyLimit(GATHERED_BYTES, lambda: tenants.total_weight)
     app.background = Background()
     app.router.lifespan_context = _lifespan(app, settings)
     _add_routes(app)
@@ -161,7 +162,7 @@ def _add_routes(app: Gateway) -> None:
         )
         for endpoint in ENDPOINTS
     ]
-    app.serve([*tasks, *passing_routes(app.client, app.tenants, app.observer, app.bodies, app.live)])
+    app.serve([*tasks, *passthrough_routes(app.client, app.tenants, app.observer, app.bodies, app.live)])
     app.include_router(agent_routes(app.dispatcher, app.tenants, app.observer))
     app.include_router(usage_routes(app.tenants, app.observer, app.journal.store, app.journal.flush))
     app.include_router(

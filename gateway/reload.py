@@ -11,8 +11,8 @@ from gateway.check import Checked
 from gateway.config.problems import Wrong
 from gateway.config.settings import GatewaySettings, Live
 from gateway.flowcontrol import Options
+from gateway.flowcontrol.concurrency import ConcurrencyLimit
 from gateway.flowcontrol.fairqueue import POLICIES, ReleaseLimits
-from gateway.http.reading import BodyBudget
 from gateway.relay.dispatcher import Dispatcher
 from gateway.telemetry.logs import set_log_level
 from gateway.telemetry.metrics import ReloadOutcome
@@ -42,7 +42,7 @@ class Reloader:
         self,
         dispatcher: Dispatcher,
         tenants: Tenants,
-        bodies: BodyBudget,
+        bodies: ConcurrencyLimit,
         observer: Observer,
         live: Live,
         begun: Checked[Any],
@@ -105,7 +105,7 @@ class Reloader:
         flow.engine.declared_max_num_seqs = new.max_in_flight
         flow.quotas.max_waiting, flow.quotas.max_waiting_bytes = new.max_waiting, new.max_waiting_bytes
         self._dispatcher.set_limits(self._tenants.limits)
-        self._bodies.limit_bytes = new.max_held_bytes
+        self._bodies.limit = new.max_held_bytes
         policy = POLICIES[new.policy]() if new.policy != old.policy else None
         self._dispatcher.change(flow_options(new), policy)
         self._metrics.policy_is(new.policy)

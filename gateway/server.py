@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -18,6 +19,8 @@ import uvicorn
 from gateway.app import Gateway, create_app
 from gateway.check import Checked
 from gateway.config.settings import GatewaySettings
+from gateway.http import uvicorn_facts
+from gateway.http.client_connection import ClientConnection
 from gateway.http.connections import ConnectionLimits, Connections
 from gateway.reload import Check, Reloader
 from gateway.supervise import keep_running
@@ -147,8 +150,9 @@ class RunningGateway:
 
 
 async def start_gateway(settings: GatewaySettings) -> RunningGateway:
-    """Listen at once. Tasks are served from the moment that the engine answers. Raises `PortTaken`, and what
-    `create_app` raises."""
+    """Listen at once. Tasks are served from the moment that the engine answers. Raises `PortTaken`, `UvicornDoesNotFit`, and
+    what `create_app` raises."""
+    uvicorn_facts.check()
     try:
         listening = socket.create_server((settings.host, settings.port), backlog=BACKLOG)
     except OSError as error:
@@ -167,7 +171,7 @@ async def start_gateway(settings: GatewaySettings) -> RunningGateway:
     metrics.count_connections(lambda: len(connections))
     config = uvicorn.Config(
         app,
-        http=connections.protocol,  # type: ignore[arg-type]  # called like a class
+        http=partial(ClientConnection, connections),  # type: ignore[arg-type]  # called like a class
         ws="none",
         backlog=BACKLOG,
         log_config=None,

@@ -14,8 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.config.settings import Live
 from gateway.flowcontrol import Arriving
+from gateway.flowcontrol.concurrency import ConcurrencyLimit
 from gateway.flowcontrol.fairqueue import TaskId
-from gateway.http.reading import BodyBudget, ClientGone, HeldBody, headers_of, read_body
+from gateway.http.reading import ClientGone, HeldBody, headers_of, read_body
 from gateway.http.writing import send_error
 from gateway.protocol.body import Body, parse_body
 from gateway.protocol.dialects import RESPONSES
@@ -26,7 +27,7 @@ from gateway.protocol.texts import content_of
 from gateway.relay.relay import Engine, Relay, TaskRequest
 from gateway.relay.responses import answer_id, owns
 from gateway.telemetry.request_span import Observer, RequestSpan
-from gateway.tenancy.tenants import Tenants
+from gateway.tenancy.tenants import Tenant, Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class TaskRoute:
         engine: Engine,
         tenants: Tenants,
         observer: Observer,
-        bodies: BodyBudget,
+        bodies: ConcurrencyLimit,
         live: Live,
     ) -> None:
         self._endpoint, self._numbers = endpoint, numbers
@@ -68,18 +69,24 @@ class TaskRoute:
         self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan
     ) -> TaskRequest:
         """Raises `GatewayError`, or `ClientGone`."""
-        held = HeldBody(self._bodies)
+        tenant = self._tenants.authenticate(headers)
+        span.authenticated(tenant.name)
+        held = HeldBody(self._bodies, tenant)
         try:
-            return await self._read(headers, receive, arrived_s, span, held)
+            return await self._read(tenant, headers, receive, arrived_s, span, held)
         except BaseException:
             held.release()
             raise
 
     async def _read(
-        self, headers: dict[str, str], receive: Receive, arrived_s: float, span: RequestSpan, held: HeldBody
+        self,
+        tenant: Tenant,
+        headers: dict[str, str],
+        receive: Receive,
+        arrived_s: float,
+        span: RequestSpan,
+        held: HeldBody,
     ) -> TaskRequest:
-        tenant = self._tenants.authenticate(headers)
-        span.authenticated(tenant.name)
         max_bytes = self._live.settings.max_body_bytes
         body = parse_body(await read_body(receive, headers, max_bytes, held), self._endpoint)
         identity = identify(headers, body.fields)
@@ -108,7 +115,7 @@ class TaskRoute:
             arrived_s=arrived_s,
         )
         span.identified(arriving, body)
-        return TaskRequest(arriving, body, headers, span, held, answer_id(tenant.name) if keeps else None)
+        return TaskRequest(tenant, arriving, body, headers, span, held, answer_id(tenant.name) if keeps else None)
 
     async def _refuse(self, error: GatewayError, span: RequestSpan, send: Send) -> None:
         """It never becomes a task."""

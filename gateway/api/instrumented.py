@@ -1,4 +1,4 @@
-"""What the gateway answers by itself under `/v1`, told to metrics, request log and traces like any other request."""
+"""Endpoints that the gateway answers by itself under `/v1`, recorded in metrics, request log and traces like all others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 
 from gateway.http.reading import headers_of
-from gateway.protocol.dialects import OPENAI
+from gateway.protocol.dialects import dialect_of_path, error_answer
 from gateway.protocol.errors import GatewayError, InvalidRequest, Outcome, outcome_of
 from gateway.telemetry.request_span import REQUEST_ID, Observer, RequestSpan
 from gateway.tenancy.tenants import Tenant, Tenants
@@ -26,7 +26,7 @@ def own_routes(observer: Observer) -> APIRouter:
         def get_route_handler(self) -> _Serve:
             serve = super().get_route_handler()
 
-            async def told(request: Request) -> Response:
+            async def instrumented(request: Request) -> Response:
                 headers, raw = headers_of(request.scope), request.scope["headers"]
                 span = observer.begins(request.method, self.path_format, headers, raw, time.monotonic())
                 request.state.span = span
@@ -40,13 +40,13 @@ def own_routes(observer: Observer) -> APIRouter:
                 answer.headers[REQUEST_ID] = span.request_id
                 return answer
 
-            return told
+            return instrumented
 
     return APIRouter(route_class=OwnRoute)
 
 
 def caller(request: Request, tenants: Tenants) -> Tenant:
-    """Whose key it is. Raises what `Tenants.authenticate` raises."""
+    """The tenant that the request's key belongs to. Raises what `Tenants.authenticate` raises."""
     tenant = tenants.authenticate(request.headers)
     request.state.span.authenticated(tenant.name)
     return tenant
@@ -61,4 +61,5 @@ async def _answered(serve: _Serve, request: Request, span: RequestSpan) -> Respo
     except GatewayError as raised:
         error = raised
     span.failed(error)
-    return Response(OPENAI.error(error), error.status, error.headers(), media_type="application/json")
+    status, headers, body = error_answer(error, dialect_of_path(request.url.path))
+    return Response(body, status, headers)

@@ -1,6 +1,6 @@
-"""What was used, for those who pay: `GET /v1/usage`, as JSON or CSV.
+"""`GET /v1/usage`: what each tenant used, for billing, as JSON or CSV.
 
-A tenant sees its own. Who sees all: everybody where there are no keys, and tenants with `admin`.
+A tenant sees its own use. Tenants with `admin` see all, and so does every client where no keys are configured.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from gateway.state import StateError
 from gateway.telemetry.request_span import Observer
 from gateway.tenancy.tenants import Tenants
 
-# Rows of one answer. What is more would keep the event loop, and is better asked for by month.
+# Rows of one answer. More would block the event loop, and are better requested by month.
 MAX_ROWS = 50_000
-# The store is asked for so much at once.
+# The store is queried for so much time at once.
 _STRIDE_S = 31 * DAY_S
 _LATEST_S = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 
@@ -35,7 +35,7 @@ HEADER = ("tenant", "hour", "requests", "prompt_tokens", "cached_tokens", "compl
 
 class UsageStore(Protocol):
     async def usage(self, since: int, until: int, tenant: str | None = None) -> list[UsageRow]:
-        """The hours that begin at `since` or later and before `until`, by hour and tenant. Raises `StateError`."""
+        """The use in hours that begin at `since` or later and before `until`, by hour and tenant. Raises `StateError`."""
         ...
 
 
@@ -46,7 +46,7 @@ def usage_routes(
     flush: Callable[[], Awaitable[None]],
     wall: Callable[[], float] = time.time,
 ) -> APIRouter:
-    """flush: returns when what was used until now is in the store. wall: seconds since 1970."""
+    """flush: returns when all use until now is in the store. wall: seconds since 1970."""
     router = own_routes(observer)
 
     @router.get("/v1/usage", responses={200: {"content": {"text/csv": {}}}, NoState.status: {}})
@@ -58,13 +58,13 @@ def usage_routes(
         by: str = "hour",
         format: str = "json",  # noqa: A002 (the parameter's name)
     ) -> Response:
-        """By hour or day, in UTC. since: from the beginning of its hour (or day) on; without it, since midnight. until: to the
-        end of its hour (or day), if it is not its beginning; without it, now."""
-        who = caller(request, tenants)
-        if not tenants.sees_all(who):
-            if tenant not in (None, who.name):
-                raise Forbidden("a key sees the use of its own tenant", param="tenant")
-            tenant = who.name
+        """Use by hour or day, in UTC. `since` is rounded down to the beginning of its hour or day, and is midnight by default;
+        `until` is rounded up to the end of its hour or day, and is now by default."""
+        asking = caller(request, tenants)
+        if not tenants.sees_all(asking):
+            if tenant not in (None, asking.name):
+                raise Forbidden("this key may only see the usage of its own tenant", param="tenant")
+            tenant = asking.name
         step_s = {"hour": HOUR_S, "day": DAY_S}[_one_of("by", by, ("hour", "day"))]
         _one_of("format", format, ("json", "csv"))
         now_s = wall()
@@ -77,7 +77,7 @@ def usage_routes(
             await flush()
             rows = await _rows(store, begin, end, tenant, step_s)
         except StateError as error:
-            raise NoState(f"what was used is not to be had now: {error}", retry_after_s=5) from error
+            raise NoState(f"usage is temporarily unavailable: {error}", retry_after_s=5) from error
         if format == "csv":
             name = f"usage-{_iso(begin)[:10]}.csv"
             headers = {"content-disposition": f'attachment; filename="{name}"'}
@@ -90,7 +90,7 @@ def usage_routes(
 
 
 def to_csv(rows: list[UsageRow]) -> str:
-    """As RFC 4180 has it."""
+    """As RFC 4180 defines it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\r\n")
     writer.writerow(HEADER)
@@ -101,18 +101,18 @@ def to_csv(rows: list[UsageRow]) -> str:
 
 
 async def _rows(store: UsageStore, begin: int, end: int, tenant: str | None, step_s: int) -> list[UsageRow]:
-    """Raises `StateError`, and `InvalidRequest` for too many."""
+    """Raises `StateError`, and `InvalidRequest` for too many rows."""
     rows: list[UsageRow] = []
     for since in range(begin, end, _STRIDE_S):
         hours = await store.usage(since, min(since + _STRIDE_S, end), tenant)
         rows += hours if step_s == HOUR_S else _by_step(hours, step_s)
         if len(rows) > MAX_ROWS:
-            raise InvalidRequest(f"there are more than {MAX_ROWS} rows: ask for a shorter time, one tenant, or by=day")
+            raise InvalidRequest(f"more than {MAX_ROWS} rows match: request a shorter time, one tenant, or by=day")
     return rows
 
 
 def _by_step(hours: list[UsageRow], step_s: int) -> list[UsageRow]:
-    """A row for each tenant and day, in the order of days, then tenants."""
+    """One row for each tenant and day, ordered by day, then by tenant."""
     sums: dict[tuple[int, str], UsageRow] = {}
     for row in hours:
         key = row.hour // step_s * step_s, row.tenant
@@ -135,7 +135,8 @@ def _values(row: UsageRow) -> tuple[Any, ...]:
 
 
 def _no_formula(text: str) -> str:
-    """A spreadsheet takes what begins so for a formula. No tenant of ours does, but a store is shared."""
+    """Text that begins like this is a formula to a spreadsheet. No tenant's name does, but other programs may write to the
+    store."""
     return "'" + text if text[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else text
 
 
@@ -154,7 +155,7 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
 
 
 def _moment(name: Literal["since", "until"], text: str | None, otherwise: float) -> float:
-    """Seconds since 1970, from those, or from an ISO date or time, in UTC unless it says."""
+    """Seconds since 1970, given as such or as an ISO date or time, which is in UTC unless it has a zone."""
     if text is None:
         return otherwise
     try:
@@ -163,7 +164,7 @@ def _moment(name: Literal["since", "until"], text: str | None, otherwise: float)
         seconds = -1.0
     if not 0 <= seconds <= _LATEST_S:
         raise InvalidRequest(
-            f"{name} must be an ISO date or time, as 2026-10-01 or 2026-10-01T13:00Z, or seconds since 1970,"
+            f"{name} must be an ISO date or time, such as 2026-10-01 or 2026-10-01T13:00Z, or seconds since 1970,"
             f" not {text[:40]!r}",
             param=name,
         )

@@ -21,6 +21,7 @@ from gateway.cli.keys import run_keys
 from gateway.cli.predictor import ExportSettings, run_export, run_predictor
 from gateway.config.settings import GatewaySettings, ServeSettings, cache_home
 from gateway.config.sources import load, or_exit
+from gateway.http.uvicorn_facts import UvicornDoesNotFit
 from gateway.reload import Check
 from gateway.server import PortTaken, RunningGateway, start_gateway
 from gateway.telemetry.logs import LoggedText, set_up_logs
@@ -51,7 +52,7 @@ STOP_GRACE_S = 20.0
 
 Settings = TypeVar("Settings", bound=GatewaySettings)
 # What keeps a gateway from starting, and is told in a line.
-CANNOT_START = (PortTaken, KeysError, RequestLogError, NoOpenTelemetry)
+CANNOT_START = (PortTaken, KeysError, RequestLogError, NoOpenTelemetry, UvicornDoesNotFit)
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -276,7 +276,8 @@ class GatewaySettings(KeysSettings):
     max_held_mib: Reloadable[float] = Field(
         2048,
         gt=0,
-        description="Bodies of requests, in MiB together: being sent, waiting, or at the engine; more are refused with 429.",
+        description="Bodies of requests, in MiB together: being sent, waiting, or at the engine; more are refused with 429. Of"
+        " several tenants, each leaves room for the others.",
     )
     max_connections: int = Field(
         10_000, ge=1, description="Client connections at once; above it idle ones are closed, then new ones refused."

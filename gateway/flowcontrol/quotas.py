@@ -13,6 +13,7 @@ from typing import Protocol
 
 import msgspec
 
+from gateway.flowcontrol.concurrency import Part, fits
 from gateway.flowcontrol.effects import Now
 from gateway.flowcontrol.records import TenantUsage, UsageRow, hour_of
 from gateway.protocol.errors import BodyTooLarge, QueueFull, QuotaSpent, Reason
@@ -204,11 +205,7 @@ class Account:
 
 
 class Quotas:
-    """The accounts of all tenants, and the bounds of the queue.
-
-    Half of each bound of the queue is shared by weight among the tenants and kept for them: a tenant that has less than its
-    share is let in, whatever the others have. The other half is for the tenants that come first.
-    """
+    """The accounts of all tenants, and the bounds of the queue, which they share as `concurrency` says."""
 
     def __init__(self, max_waiting: int, max_waiting_bytes: int) -> None:
         self.max_waiting = max_waiting
@@ -308,7 +305,7 @@ class Quotas:
                 retry_after_s=load.retry_after_s(now.ns, load.waiting),
                 reason=Reason.TENANT_QUEUE_FULL,
             )
-        if not self._has_room(account, 1, self.max_waiting, lambda load: load.waiting):
+        if not self._fits(account, 1, self.max_waiting, lambda load: load.waiting):
             raise QueueFull(
                 f"the queue is full: {self.load.waiting} tasks wait, of at most {self.max_waiting} (max_waiting), and tenant"
                 f" {account.name} has its share of them",
@@ -337,7 +334,7 @@ class Quotas:
             raise BodyTooLarge(
                 f"a request body of {body_bytes} bytes exceeds the {most / MIB:g} MiB that may wait in all (max_waiting_mib)"
             )
-        if not self._has_room(account, body_bytes, most, lambda load: load.waiting_bytes):
+        if not self._fits(account, body_bytes, most, lambda load: load.waiting_bytes):
             raise QueueFull(
                 f"request bodies of {self.load.waiting_bytes} bytes wait already; {body_bytes} more exceed the"
                 f" {most / MIB:g} MiB of all tenants (max_waiting_mib), or what other tenants are kept of them",
@@ -345,12 +342,10 @@ class Quotas:
                 reason=Reason.BYTES,
             )
 
-    def _has_room(self, account: Account, more: int, most: int, amount: Callable[[Load], int]) -> bool:
-        """Whether the tenant may have so much more of a bound on all tenants. amount: what a load has of it."""
-        if amount(self.load) + more <= most / 2:
+    def _fits(self, account: Account, more: int, limit: int, amount: Callable[[Load], int]) -> bool:
+        """Whether the tenant may have so much more of a bound of all tenants. amount: what a load has of it."""
+        if 2 * (amount(self.load) + more) <= limit:
             return True
-        kept = most / 2 / sum(each.limits.weight for each in self)  # for each unit of weight
-        if amount(account.load) + more <= max(1.0, kept * account.limits.weight):
-            return True
-        beyond = sum(max(0.0, amount(each.load) - kept * each.limits.weight) for each in self if each is not account)
-        return beyond + amount(account.load) + more - kept * account.limits.weight <= most / 2
+        mine = Part(amount(account.load), account.limits.weight)
+        others = (Part(amount(each.load), each.limits.weight) for each in self if each is not account)
+        return fits(limit, more, mine, others, sum(each.limits.weight for each in self))

@@ -1,7 +1,8 @@
-"""A client that goes away ends its request at once, whatever is being awaited for it. One that reads nothing for long is taken
-for one that has gone: see `protocol`, which then ends its connection.
+"""Cancels a request's task when its client disconnects, whatever the task awaits. A client that stops reading is disconnected
+too: see `client_connection`.
 
-Our server says so by a call. ASGI's own way is a message, and to wait for it takes a task beside each request's own.
+The server reports a disconnect by a call. ASGI's own way is a message, which would take a second task for each request to
+wait for it.
 """
 
 from __future__ import annotations
@@ -11,48 +12,48 @@ from collections.abc import Callable
 
 from starlette.types import Scope
 
-# In the state of a request's scope: its `Leaving`.
-LEAVING = "justitia.leaving"
+# The key of a request's `Disconnect` in the state of its scope.
+DISCONNECT = "justitia.disconnect"
 
 
-class Leaving:
-    """Of one request, told by the server. then: who wants to know that the client has left."""
+class Disconnect:
+    """Whether the client of one request has disconnected, as reported by the server."""
 
-    __slots__ = ("gone", "loop", "then")
+    __slots__ = ("happened", "loop", "on_disconnect")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.gone = False
-        self.then: Callable[[], object] | None = None
+        self.happened = False
+        self.on_disconnect: Callable[[], object] | None = None
 
-    def left(self) -> None:
-        self.gone = True
-        if self.then is not None:
-            self.then()
+    def report(self) -> None:
+        self.happened = True
+        if self.on_disconnect is not None:
+            self.on_disconnect()
 
 
 class Client:
-    """The client of the request that the current task serves. When it leaves, that task is cancelled. Make it when the body has
-    been received: from then on there is nothing to hear but that it leaves."""
+    """The client of the request that the current task serves. When it disconnects, the task is cancelled. Make it when the body
+    has been received: until then a disconnect arrives as ASGI's message."""
 
     def __init__(self, scope: Scope) -> None:
-        self._leaving: Leaving = scope["state"][LEAVING]
-        serving = asyncio.current_task(self._leaving.loop)
+        self._disconnect: Disconnect = scope["state"][DISCONNECT]
+        serving = asyncio.current_task(self._disconnect.loop)
         assert serving is not None
         self._serving = serving
-        if self._leaving.gone:
+        if self._disconnect.happened:
             serving.cancel()
         else:
-            self._leaving.then = serving.cancel
+            self._disconnect.on_disconnect = serving.cancel
 
     @property
     def left(self) -> bool:
-        return self._leaving.gone
+        return self._disconnect.happened
 
     def cancelled(self) -> bool:
-        """To be asked by who has caught a cancellation: True if it was because the client left, and nobody else wants it. Then
-        it is over."""
+        """Call it where a cancellation was caught. True if the client's disconnect was its only reason; then it is over."""
         return self.left and not self._serving.uncancel()
 
     def done(self) -> None:
-        self._leaving.then = None
+        """From now on a disconnect cancels nothing."""
+        self._disconnect.on_disconnect = None

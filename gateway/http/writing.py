@@ -1,10 +1,10 @@
-"""What goes out to a client, as messages of ASGI."""
+"""Makes the ASGI messages of an answer."""
 
 from __future__ import annotations
 
 from starlette.types import Message, Send
 
-from gateway.protocol.dialects import Dialect
+from gateway.protocol.dialects import Dialect, error_answer
 from gateway.protocol.errors import GatewayError
 
 Headers = list[tuple[bytes, bytes]]
@@ -26,8 +26,8 @@ def body(data: bytes, *, more: bool) -> Message:
 
 
 async def send_error(error: GatewayError, dialect: Dialect, send: Send, headers: Headers | None = None) -> None:
-    """As the whole of an answer."""
-    data = dialect.error(error)
-    own = [*(headers or []), *ascii_headers(error.headers())]
-    await send(start(error.status, "application/json", own, len(data)))
+    """Send an error as the whole answer. `headers` come before the error's own."""
+    status, own, data = error_answer(error, dialect)
+    sent = [*(headers or []), *ascii_headers(own)]
+    await send({"type": "http.response.start", "status": status, "headers": sent})
     await send(body(data, more=False))

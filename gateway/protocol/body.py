@@ -1,6 +1,6 @@
 """The body of a request: what the gateway reads of it, and what it adds for the engine.
 
-Only the top level is taken apart. The values stay the bytes that the client sent, and leave as they came.
+Only the top level is parsed. The values stay the bytes that the client sent, and are forwarded unchanged.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from gateway.protocol.errors import InvalidRequest
 Fields = dict[str, msgspec.Raw]
 
 MAX_SEQUENCES = 2048
-# Of one object. Those of millions of fields, or prompts, would stop the gateway for seconds and fill its memory.
+# In one object. Millions of fields, or of prompts, would stop the gateway for seconds and fill its memory.
 MAX_FIELDS = 1024
-# More tokens than that is no limit.
+# A limit above this many tokens limits nothing.
 LARGEST_LIMIT = 2**31 - 1
-# Of so many bytes MAX_FIELDS need not be counted while they are read.
+# A body of at most so many bytes may be parsed before its fields are counted.
 _FEW_BYTES = 2**14
-# Ours, and not the engine's, which would warn of each.
+# The gateway's own: the engine would log a warning about each.
 _OWN_FIELDS = ("agent_id", "program_id")
-# Of a field that is taken apart, which needs twenty times its size.
+# Of a field that is parsed, which takes twenty times its size in memory.
 MAX_VALUE_BYTES = 2**16
 _BATCH = re.compile(rb"\s*\[\s*[\"\[{]")
 
-# A list of so many things that are not looked into. One more is refused when it is reached, not when all have been read.
+# A list of at most so many items, which are not parsed. One more is refused when it is reached, not when all have been read.
 _Batch = msgspec.defstruct(
     "_Batch",
     [(f"prompt_{place}", msgspec.Raw, msgspec.Raw()) for place in range(MAX_SEQUENCES)],
@@ -50,25 +50,22 @@ _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Body(msgspec.Struct, frozen=True):
-    """fields: the top level, undecoded. size: bytes that it came in. stream: whether the answer is to be one of events.
-    wants_usage: whether the client asked for the usage event of a stream. background: whether the answer is to be fetched
-    later. prompt_bytes: size of the text. prompts: how many it carries. sequences: how many the engine will run for it
-    (prompts × n). max_tokens: the client's limit for each, if any."""
+    """The body of a task, as far as the gateway reads it."""
 
     endpoint: Endpoint
-    fields: Fields
-    size: int
-    stream: bool
-    wants_usage: bool
-    background: bool
-    prompt_bytes: int
+    fields: Fields  # the top level, undecoded
+    size: int  # in bytes, as it arrived
+    stream: bool  # whether the answer is to be a stream of events
+    wants_usage: bool  # whether the client asked for the usage event of a stream
+    background: bool  # whether the answer is to be fetched later
+    prompt_bytes: int  # the size of the texts
     prompts: int
-    sequences: int
-    max_tokens: int | None
+    sequences: int  # how many the engine will run: prompts × n
+    max_tokens: int | None  # the client's limit for each sequence, if any
 
     def for_engine(self, hints: Hints, request_id: str | None = None) -> bytes:
-        """The body with our fields: the tag, agent and task, for a stream the wish for a usage event, and the id by which the
-        answer can be fetched."""
+        """The body with the gateway's fields: tag, agent and task, for a stream the request for a usage event, and the id by
+        which the answer can be fetched."""
         priority, own = to_fields(hints)
         xargs: dict[str, Any] = dict(own)
         fields: dict[str, Any] = dict(self.fields)
@@ -81,7 +78,7 @@ class Body(msgspec.Struct, frozen=True):
         if self.endpoint.xargs:
             if "vllm_xargs" in fields:
                 clients = _mapping(self.fields, "vllm_xargs")
-                clients.pop(TAG_XARG, None)  # it would go over the priority
+                clients.pop(TAG_XARG, None)  # it would override the priority
                 xargs = {**clients, **xargs}
             fields["vllm_xargs"] = xargs
         if self.stream and self.endpoint.dialect.hides_usage:
@@ -92,10 +89,10 @@ class Body(msgspec.Struct, frozen=True):
 
 
 def parse_body(data: bytes, endpoint: Endpoint = CHAT) -> Body:
-    """Raises `InvalidRequest` for what is not an object, or where a field that we read has the wrong type. The rest is for
-    the engine to judge."""
+    """Raises `InvalidRequest` if it is not an object, or if a field that the gateway reads has the wrong type. The engine
+    validates the rest."""
     try:
-        _check_utf8(data)  # values that are passed over are not looked into
+        _check_utf8(data)  # the decoder skips values without checking them
         fields = _decode_object(data)
     except _UNREADABLE as error:
         raise InvalidRequest(f"the body is not a JSON object: {error}") from error
@@ -129,13 +126,13 @@ def _check_utf8(data: bytes) -> None:
 
 
 class _Key(str):
-    """Of an object with too many to take them in before they are counted."""
+    """The name of a field in an object so large that its fields are counted while it is read."""
 
     __slots__ = ()
 
 
 def _decode_object(data: bytes | msgspec.Raw) -> Fields:
-    """Raises `InvalidRequest` for one with too many fields, and what cannot be read as it is."""
+    """Raises `InvalidRequest` for too many fields, and msgspec's errors for what is not an object."""
     if len(memoryview(data)) <= _FEW_BYTES:
         fields = _decode_fields(data)
         if len(fields) > MAX_FIELDS:
@@ -177,7 +174,7 @@ def _small(fields: Fields, name: str) -> msgspec.Raw | None:
 
 
 def _mapping(fields: Fields, name: str) -> Fields:
-    """A new one, its values as they came."""
+    """A new mapping, its values undecoded."""
     raw = _small(fields, name)
     if raw is None or bytes(raw) == b"null":
         return {}
@@ -192,7 +189,7 @@ def _is_true(raw: msgspec.Raw | None) -> bool:
 
 
 def _limit(fields: Fields, name: str, at_least: int) -> int | None:
-    """A whole number; one that is written as 5.0 is one too."""
+    """A whole number, which may be written as 5.0."""
     raw = fields.get(name)
     if raw is None:
         return None
@@ -208,7 +205,7 @@ def _limit(fields: Fields, name: str, at_least: int) -> int | None:
 
 
 def _max_tokens(fields: Fields, endpoint: Endpoint) -> int | None:
-    """What is not decoded is held for one iteration: as if one token were."""
+    """A prompt that is not decoded is held for one iteration, as if one token were."""
     if not endpoint.decodes:
         return 1
     limits = [limit for name in endpoint.limits if (limit := _limit(fields, name, 0)) is not None]
@@ -219,14 +216,14 @@ def _prompts(fields: Fields, endpoint: Endpoint) -> int:
     """How many prompts a request carries: a list of strings, of lists of token ids, or of documents, is a batch."""
     for name in endpoint.batch:
         prompt = fields.get(name)
-        # Else one string, one list of token ids, or something that the engine will refuse.
+        # Otherwise it is one string, one list of token ids, or something that the engine will refuse.
         if prompt is not None and _BATCH.match(prompt):
             return max(1, _count(prompt, name))
     return 1
 
 
 def _count(batch: msgspec.Raw, name: str) -> int:
-    """Prompts are passed over, not taken in."""
+    """The number of items, which are skipped rather than parsed."""
     try:
         if len(memoryview(batch)) <= MAX_VALUE_BYTES:
             count = len(_decode_list(batch))

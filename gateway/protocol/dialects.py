@@ -1,10 +1,10 @@
-"""The three ways in which clients speak, where they differ in what the gateway itself says, or has to notice."""
+"""The three dialects of clients, where they differ in what the gateway itself sends or has to recognize."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -14,22 +14,24 @@ _encode = msgspec.json.encode
 
 
 class Dialect(ABC):
-    """hides_usage: whether a stream's usage comes in an event of its own, for those who asked. ends: what only the end of a
-    stream holds, in whole events; its group `error`, where it is one. fails: how a stream begins of which the engine could
-    not even begin the answer. counts: what is in each event with a token, and once in it."""
+    """How a client's API shapes errors and streams."""
 
+    # Whether the usage of a stream is an event of its own, which the client has to ask for.
     hides_usage = False
+    # Matches only the end of a stream, in whole events; its group `error`, where there is one, an end with an error.
     ends: re.Pattern[bytes]
+    # The beginning of a stream in which the engine failed before the answer began.
     fails: bytes
+    # Occurs once in each event that holds a token, and in no other.
     counts: bytes
 
     @abstractmethod
     def error(self, error: GatewayError) -> bytes:
-        """The body of an answer."""
+        """The body of an answer that is an error."""
 
     @abstractmethod
     def error_event(self, error: GatewayError) -> bytes:
-        """How a stream ends that fails after its first byte."""
+        """The last events of a stream that fails after its first byte."""
 
 
 class _OpenAI(Dialect):
@@ -81,8 +83,30 @@ class _Anthropic(Dialect):
         return b"event: error\ndata: " + self.error(error) + b"\n\n"
 
 
+OPENAI, RESPONSES, ANTHROPIC = _OpenAI(), _Responses(), _Anthropic()
+
+# By the first two parts of a path; every other path has OpenAI's older dialect.
+_BY_ROOT = {"/v1/responses": RESPONSES, "/v1/messages": ANTHROPIC}
+
+
+def dialect_of_path(path: str) -> Dialect:
+    """The dialect that clients of a path expect, whether or not the path is served."""
+    return _BY_ROOT.get("/".join(path.split("/", 3)[:3]), OPENAI)
+
+
+class ErrorAnswer(NamedTuple):
+    """An error as a whole answer."""
+
+    status: int
+    headers: dict[str, str]  # by lower-case name; all that the answer needs, its length included
+    body: bytes
+
+
+def error_answer(error: GatewayError, dialect: Dialect) -> ErrorAnswer:
+    body = dialect.error(error)
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers()}
+    return ErrorAnswer(error.status, headers, body)
+
+
 def _described(error: GatewayError) -> dict[str, Any]:
     return {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-
-
-OPENAI, RESPONSES, ANTHROPIC = _OpenAI(), _Responses(), _Anthropic()

@@ -1,30 +1,31 @@
-"""The engine's endpoints that make KV, and what of their bodies the gateway reads.
+"""The engine's endpoints that use KV cache, and what the gateway reads of their bodies.
 
-A task holds KV and so waits for its turn; here is each kind of it. What holds none (tokenizing, counting, fetching what
-is done) is relayed at once: see `passing`.
+A request to one of these is a task, and waits for its turn. Requests that use no KV cache (tokenizing, counting, fetching
+what is done) are forwarded at once: see `gateway.api.passthrough`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from gateway.protocol.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
+from gateway.protocol.dialects import Dialect, dialect_of_path
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """texts: the fields of which the prompt is made. limits: those that limit how many tokens are decoded, the first that is
-    there counts. batch: those that hold several prompts if they are lists. decodes: False where the prompt is all, and is held
-    for one iteration. priority, xargs: which of our hints the engine takes in the body."""
+    """One of the engine's endpoints, and the fields of its body that the gateway reads or adds."""
 
     path: str
-    texts: tuple[str, ...]
-    limits: tuple[str, ...] = ()
-    batch: tuple[str, ...] = ()
-    dialect: Dialect = OPENAI
-    decodes: bool = True
-    priority: bool = True
-    xargs: bool = True
+    texts: tuple[str, ...]  # the fields that make up the prompt
+    limits: tuple[str, ...] = ()  # the fields that limit the tokens to decode; the first that is present counts
+    batch: tuple[str, ...] = ()  # the fields that hold several prompts if they are lists
+    decodes: bool = True  # False where the prompt is all there is, and is held for one iteration
+    priority: bool = True  # whether the engine takes the tag as the field `priority`
+    xargs: bool = True  # whether the engine takes the field `vllm_xargs`
+    dialect: Dialect = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dialect", dialect_of_path(self.path))
 
 
 def _pooling(path: str, *texts: str, batch: tuple[str, ...]) -> Endpoint:
@@ -38,8 +39,8 @@ COMPLETIONS = Endpoint("/v1/completions", ("prompt", "suffix"), ("max_tokens",),
 ENDPOINTS = (
     CHAT,
     COMPLETIONS,
-    Endpoint("/v1/responses", ("instructions", "input", "tools"), ("max_output_tokens",), dialect=RESPONSES),
-    Endpoint("/v1/messages", ("system", "messages", "tools"), ("max_tokens",), dialect=ANTHROPIC, priority=False),
+    Endpoint("/v1/responses", ("instructions", "input", "tools"), ("max_output_tokens",)),
+    Endpoint("/v1/messages", ("system", "messages", "tools"), ("max_tokens",), priority=False),
     _pooling("/v1/embeddings", "input", "messages", batch=("input",)),
     _pooling("/v2/embed", "texts", "inputs", "images", batch=("texts", "inputs", "images")),
     _pooling("/pooling", "input", "messages", "data", batch=("input",)),

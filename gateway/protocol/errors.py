@@ -1,26 +1,26 @@
-"""What can go wrong, as one tree, and the outcomes of a request, as one enum.
+"""The errors that the gateway answers with, as one tree, and the outcomes of a request, as one enum.
 
     GatewayError
-    ├── InvalidRequest      400  the client's: broken JSON, absurd headers
-    ├── Unauthorized        401  no API key, or none that is known
-    ├── Forbidden           403  the key's tenant may not have that
-    ├── NotFound            404  also for what is another tenant's
-    ├── AgentCancelled      410  its agent was ended meanwhile; a client that tried again would begin it anew
-    ├── RequestTimeout      408  a head or a body that does not come
-    ├── BodyTooLarge        413
+    ├── InvalidRequest      400  the client's fault: broken JSON, absurd headers
+    ├── Unauthorized        401  no API key, or an unknown one
+    ├── Forbidden           403  the key's tenant may not do that
+    ├── NotFound            404  also for what belongs to another tenant
+    ├── RequestTimeout      408  a head or a body did not arrive
+    ├── AgentCancelled      410  the agent was ended meanwhile; trying again would begin it anew
+    ├── BodyTooLarge        413  the request's body
     ├── UrlTooLong          414
     ├── QueueFull           429  Retry-After from the drain rate
-    ├── QuotaSpent          429  Retry-After from when it is open again
+    ├── QuotaSpent          429  Retry-After until it is open again
     ├── HeadTooLarge        431
-    ├── EngineLost          502  the engine died, or broke off, while it had the task
-    │   └── engine_client.EngineUnreachable: it never had it
-    ├── NoEngine            503  none there, or it is starting; Retry-After
-    ├── NoState             503  what is asked for is in the state store, and that cannot be read
-    ├── ShuttingDown        503  Retry-After: when the next one should be there
-    ├── TooManyConnections  503
-    └── WaitedTooLong       504
+    ├── EngineLost          502  the engine died, or closed the connection, while it had the task
+    │   └── engine_client.EngineUnreachable: the task never reached it
+    ├── NoEngine            503  the engine is down or starting; Retry-After
+    ├── NoState             503  the answer is in the state store, which cannot be read
+    ├── ShuttingDown        503  Retry-After: when the next gateway should have started
+    ├── TooManyConnections  503  and none is idle
+    └── WaitedTooLong       504  the task waited longer than allowed
 
-Whatever the engine itself answers, an error too, passes through as it is.
+What the engine answers, errors included, is forwarded unchanged.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class Outcome(StrEnum):
     """How a request ended: a label of the metrics."""
 
     COMPLETED = "completed"
-    CANCELLED = "cancelled"  # the client left, or somebody ended its agent
-    REJECTED = "rejected"  # handed back before it reached the engine
+    CANCELLED = "cancelled"  # the client disconnected, or its agent was ended
+    REJECTED = "rejected"  # refused before it reached the engine
     EXPIRED = "expired"  # waited longer than allowed
-    FAILED = "failed"  # the engine's or our fault
+    FAILED = "failed"  # the engine's or the gateway's fault
     INVALID = "invalid"  # the client's fault
 
 
 class Reason(StrEnum):
-    """Why a task was handed back before it reached the engine: a label of the metrics."""
+    """Why a task was refused before it reached the engine: a label of the metrics."""
 
-    QUEUE_FULL = "queue_full"  # tasks that wait, of all tenants
-    TENANT_QUEUE_FULL = "tenant_queue_full"  # tasks that wait, of its tenant
-    BYTES = "bytes"  # bodies that wait, of its tenant or of all; or that are held at all
-    TASKS = "tasks"  # tasks at once, of its tenant
+    QUEUE_FULL = "queue_full"  # waiting tasks of all tenants
+    TENANT_QUEUE_FULL = "tenant_queue_full"  # waiting tasks of its tenant
+    BYTES = "bytes"  # bodies of waiting tasks, of its tenant or of all; or bodies in memory
+    TASKS = "tasks"  # concurrent tasks of its tenant
     TOKENS_PER_MINUTE = "tokens_per_minute"
     KV_PER_DAY = "kv_per_day"
     DRAINING = "draining"
@@ -54,17 +54,14 @@ class Reason(StrEnum):
 
 
 def outcome_of(status: int) -> Outcome:
-    """Of a request that the engine has answered."""
+    """The outcome of a request that the engine has answered with this status."""
     if status < 400:
         return Outcome.COMPLETED
     return Outcome.INVALID if status < 500 else Outcome.FAILED
 
 
 class GatewayError(Exception):
-    """An error that the client is told, in the shape that its dialect has for it.
-
-    param: the field or header that was wrong. retry_after_s: whole seconds after which to try again. reason: of a rejection.
-    """
+    """An error that is sent to the client, in the shape of its dialect."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "internal_error"
@@ -82,9 +79,9 @@ class GatewayError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.param = param
-        self.retry_after_s = retry_after_s
-        self.reason = reason or self.reason
+        self.param = param  # the field or header that was wrong
+        self.retry_after_s = retry_after_s  # whole seconds after which to try again
+        self.reason = reason or self.reason  # of a rejection
 
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
@@ -110,7 +107,7 @@ class NotFound(GatewayError):
 
 
 class AgentCancelled(GatewayError):
-    """410, and not 409 for a conflict: OpenAI's and Anthropic's SDKs try again after a 409, and would begin the agent anew."""
+    """410 rather than 409 (conflict): OpenAI's and Anthropic's SDKs try again after a 409, and would begin the agent anew."""
 
     status, type, code, outcome = 410, "cancelled_error", "agent_cancelled", Outcome.CANCELLED
 
@@ -152,7 +149,7 @@ class NoState(GatewayError):
     status, type, code, outcome = 503, "service_unavailable", "no_state", Outcome.FAILED
 
 
-# Seconds that a gateway takes to start: `Retry-After` of one that ends.
+# `Retry-After` of a gateway that shuts down, in seconds: the time that another takes to start.
 RESTART_S = 5
 
 

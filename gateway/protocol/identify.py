@@ -1,8 +1,8 @@
-"""Which agent does a request belong to, and what kind of agent is it?
+"""Finds the agent that a request belongs to, and its class.
 
-Clients of many kinds say it in many ways, and none has to be configured: the first of the names below that is there counts.
-A sub-agent is folded into its root, so that the same work is one agent in every client. Never a request id, and never an id
-that unrelated requests would share.
+Clients name their agents in many ways, and none has to be configured: the first of the names below that is present counts.
+A sub-agent is folded into its root, so that the same work is one agent in every client. An agent's name is never a request
+id, and never an id that unrelated requests would share.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gateway.protocol.errors import InvalidRequest
 MAX_ID_CHARS = 255
 MAX_WEIGHT = 1e6
 
-# Until API keys are configured there is one tenant, and ids are its own.
+# While no API keys are configured there is one tenant, to which all ids belong.
 DEFAULT_TENANT = "default"
 
 _VISIBLE = re.compile(r"[\x21-\x7e]+")
@@ -29,8 +29,8 @@ _TRUE, _FALSE = {"true", "1"}, {"false", "0"}
 
 _OWN = ("x-agent-id", "x-agent-parent")
 _OWN_FIELDS = ("agent_id", "program_id")
-# Header with the id, and headers with its parent's: the first that names another counts. Ours comes first: what it says is
-# checked, not guessed.
+# A header with an id, and the headers with its parent's: the first that names another agent counts. The gateway's own come
+# before these, and are validated.
 _HEADERS: dict[str, tuple[str, ...]] = {
     "x-llm-d-inference-fairness-id": (),
     "x-gateway-inference-fairness-id": (),
@@ -50,7 +50,7 @@ _HEADERS: dict[str, tuple[str, ...]] = {
 }
 ID_HEADERS = tuple(_HEADERS)
 _NAMES = frozenset((*_OWN, *ID_HEADERS))
-# What only sub-agents send beside their root's id.
+# The headers that only sub-agents send, beside their root's id.
 _PARTS = {"x-claude-code-session-id": "x-claude-code-agent-id"}
 _VENDOR = re.compile(r"x-[a-z0-9-]+-session-id")
 ID_FIELDS = ("session_id", "metadata", "prompt_cache_key", "safety_identifier", "user")
@@ -59,7 +59,8 @@ _NULL = msgspec.Raw(b"null")
 
 
 class _Metadata(msgspec.Struct):
-    """In the order in which they count; the last is Anthropic's word for `user`."""
+    """The fields of `metadata` that may name an agent, in the order in which they count. Anthropic's `user_id` is OpenAI's
+    `user`."""
 
     session_id: msgspec.Raw = _NULL
     agent_id: msgspec.Raw = _NULL
@@ -71,29 +72,28 @@ _decode_metadata = msgspec.json.Decoder(_Metadata).decode
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """name: what the client calls its agent; None when it names none, and the request is an agent of its own. parent: whose
-    part it is, if it says so. source: where the name was found. weight: the share that is asked for."""
+    """What a request states about its agent."""
 
-    name: str | None
-    source: str
+    name: str | None  # None if the client names no agent: the request is then an agent of its own
+    source: str  # where the name was found
     agent_class: str | None
-    final: bool  # the client says that no further task of this agent will come
-    parent: str | None = None
-    expected_tasks: int | None = None  # how many the client says there will be: nothing is built on it but a prediction
-    weight: float | None = None
+    final: bool  # whether the client declares this to be the agent's last task
+    parent: str | None = None  # the agent of which this one is a part
+    expected_tasks: int | None = None  # declared by the client, and used for predictions only
+    weight: float | None = None  # the share that the client asks for
 
 
 def identify(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> Identity:
-    """`headers`: by lower-case name; `fields`: the top level of the body, undecoded. Raises `InvalidRequest` for what is
-    wrong in our own headers and fields. Those of others were not meant for us: what cannot be an id is named by its hash,
-    or passed over."""
+    """headers: by lower-case name. fields: the top level of the body, undecoded. Raises `InvalidRequest` for a mistake in the
+    gateway's own headers and fields. Those of other products were not meant for it: a value that cannot be an id is replaced
+    by its hash, or ignored."""
     name, parent, source = _named(headers, fields)
     agent_class = headers.get("x-agent-class")
     final = _flag(headers, "x-agent-final") or (
         source == "x-dynamo-session-id" and headers.get("x-dynamo-session-final", "").lower() in _TRUE
     )
     if _PARTS.get(source) in headers:
-        final = False  # a part ends, and not the whole
+        final = False  # the sub-agent ends, not its root
     return Identity(
         name=name,
         source=source,
@@ -106,24 +106,24 @@ def identify(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> I
 
 
 def _named(headers: Mapping[str, str], fields: Mapping[str, msgspec.Raw]) -> tuple[str | None, str | None, str]:
-    """The name, its parent's, and where it was found."""
+    """The agent's name, its parent's, and where the name was found."""
     own, own_parent = _OWN
     parent = headers.get(own_parent)
     parent = None if parent is None else _visible(parent, own_parent)
-    # Ours are checked also where another goes before them.
-    said = [(field, text) for field in _OWN_FIELDS if (text := _own_text(fields.get(field), field)) is not None]
+    # All of the gateway's own are validated, though only the first counts.
+    named = [(field, text) for field in _OWN_FIELDS if (text := _own_text(fields.get(field), field)) is not None]
     if (value := headers.get(own)) is not None:
-        said.insert(0, (own, value))
-    for source, text in said:
+        named.insert(0, (own, value))
+    for source, text in named:
         _visible(text, source)
-    if said:
-        return said[0][1], parent, said[0][0]
+    if named:
+        return named[0][1], parent, named[0][0]
     if not _NAMES.isdisjoint(headers):
         for header, parent_headers in _HEADERS.items():
             if value := headers.get(header):
-                above = (named for name in parent_headers if (named := headers.get(name)) and named != value)
-                named = next(above, None)
-                return _as_id(value), parent or (_as_id(named) if named else None), header
+                parents = (found for name in parent_headers if (found := headers.get(name)) and found != value)
+                above = next(parents, None)
+                return _as_id(value), parent or (_as_id(above) if above else None), header
     for header, value in headers.items():
         if value and header.endswith("-session-id") and _VENDOR.fullmatch(header) and "parent" not in header:
             return _as_id(value), parent, header

@@ -1,4 +1,4 @@
-"""What a request says of itself, for the predictor: its texts, and the numbers beside them."""
+"""What the predictor learns of a request: its texts, and some numbers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import msgspec
 from gateway.protocol.body import Body
 from predictor.types import TaskContent
 
-# Larger than this, texts are not taken apart: the predictor looks at their edges only.
+# Larger texts are not parsed: the predictor reads only their beginning and end.
 LARGEST_BYTES = 2**18
 _FORMS = ("response_format", "structured_outputs", "guided_json")
 _INSTRUCTING = frozenset(("system", "developer"))
 _INSTRUCTIONS, _CONVERSATIONS = frozenset(("instructions", "system")), frozenset(("messages", "input"))
-# Also what the body's own parser has let pass, one call less deep.
+# The parser of the body, called from less deep in the stack, may have accepted what recurses too far here.
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -31,7 +31,7 @@ _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 def content_of(body: Body) -> TaskContent:
-    """Whatever the body holds: what cannot be read as text is taken as it came."""
+    """Takes any body: what cannot be read as text is used as bytes."""
     tools = body.fields.get("tools")
     system, text, messages = _texts(body)
     return TaskContent(
@@ -48,13 +48,13 @@ def content_of(body: Body) -> TaskContent:
 
 
 def texts_of(body: Body) -> tuple[str | None, str | None]:
-    """What instructs, and what is asked, to be kept. None for what is not there, or is too large."""
+    """The instructions and the question, to be stored. None for a text that is missing or too large."""
     system, text, _ = _texts(body)
     return _kept(system), _kept(text)
 
 
 def _texts(body: Body) -> tuple[bytes, bytes, int]:
-    """What instructs, what is asked, and the number of messages."""
+    """The instructions, the question, and the number of messages."""
     instructs: list[bytes] = []
     asked: list[bytes] = []
     messages = 1
@@ -93,7 +93,7 @@ def _conversation(data: bytes) -> tuple[bytes, bytes, int]:
 
 
 def _plain(data: bytes) -> bytes:
-    """A string, or parts with texts; anything else as it came."""
+    """The text of a string, or of parts with texts; anything else unchanged."""
     if len(data) > LARGEST_BYTES:
         return data
     try:

@@ -17,10 +17,11 @@ from starlette.types import Scope, Send
 from engine.hints import PRIORITY_HEADER, Hints, to_tag
 from gateway.config.settings import Live
 from gateway.flowcontrol import Arriving, Ending, Settlement
+from gateway.flowcontrol.concurrency import ConcurrencyLimit
 from gateway.flowcontrol.fairqueue import Release
 from gateway.http import writing as answers
 from gateway.http.disconnect import Client
-from gateway.http.reading import BodyBudget, HeldBody
+from gateway.http.reading import HeldBody
 from gateway.http.writing import Headers
 from gateway.protocol.body import Body
 from gateway.protocol.errors import RESTART_S, EngineLost, GatewayError, Outcome, ShuttingDown, outcome_of
@@ -31,6 +32,7 @@ from gateway.relay.dispatcher import Dispatcher, Turn
 from gateway.relay.engine_client import EVENTS, Answer, EngineClient, EngineUnreachable, Health
 from gateway.relay.responses import Background, cancel_response, outcome_of_response, unfinished, until_finished
 from gateway.telemetry.request_span import RequestSpan
+from gateway.tenancy.tenants import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ GATHERED_BYTES = 2**22
 class TaskRequest(msgspec.Struct, frozen=True):
     """One task as it came."""
 
+    tenant: Tenant
     arriving: Arriving
     body: Body
     headers: dict[str, str]  # by lower-case name
@@ -58,7 +61,7 @@ class Engine:
 
     dispatcher: Dispatcher
     client: EngineClient
-    gathered: BodyBudget  # of large answers
+    gathered: ConcurrencyLimit  # of large answers
     background: Background
     live: Live
 
@@ -159,7 +162,7 @@ class Relay:
 
     async def _relay_whole(self, answer: Answer, send: Send) -> None:
         chunks, size = [], 0
-        held = HeldBody(self._engine.gathered)
+        held = HeldBody(self._engine.gathered, self._request.tenant)
         try:
             while chunk := await self._read(answer):
                 chunks.append(chunk)

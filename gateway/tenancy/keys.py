@@ -18,6 +18,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -89,7 +90,7 @@ class Keys:
         """Whether a key is needed: one that was revoked counts, or revoking the last one would let everybody in."""
         return bool(self._keys)
 
-    @property
+    @cached_property
     def tenants(self) -> set[str]:
         return {key.tenant for key in self._keys.values()}
 

@@ -21,6 +21,11 @@ class Tenant:
     name: str
     settings: TenantSettings
 
+    @property
+    def weight(self) -> float:
+        """Its share among tenants."""
+        return self.settings.weight
+
 
 class Tenants:
     """The keys, and the settings of each tenant."""
@@ -34,6 +39,13 @@ class Tenants:
     def limits(self) -> dict[str, TenantSettings]:
         """Of every tenant that has a key or is named in the settings."""
         return {name: self.settings.get(name, _NO_LIMITS) for name in (*self.settings, *self.keys.tenants)}
+
+    @property
+    def total_weight(self) -> float:
+        """Of all tenants that have a key; of the default one, while there are no keys."""
+        if not self.keys.configured:
+            return self.named(DEFAULT_TENANT).weight
+        return sum(self.named(name).weight for name in self.keys.tenants)
 
     def authenticate(self, headers: Mapping[str, str]) -> Tenant:
         """The tenant of the key in `Authorization: Bearer`, `x-api-key` or `api-key`; headers: by lower-case name. While there

@@ -201,7 +201,7 @@ def test_too_many_rows_are_refused_and_not_made(scene: Scene) -> None:
     scene.books.rows = [UsageRow(f"t{number}", NOON, 1) for number in range(MAX_ROWS + 1)]
     answer = scene.get()
     assert answer.status_code == 400
-    assert "ask for a shorter time" in answer.json()["error"]["message"]
+    assert "request a shorter time" in answer.json()["error"]["message"]
     assert len(scene.rows(tenant="t7")) == 1
 
 

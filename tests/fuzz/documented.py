@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from gateway.api.openapi import TRY_AGAIN
-from gateway.api.passthrough import PASSED
+from gateway.api.passthrough import PASSTHROUGH
 from gateway.protocol.dialects import ANTHROPIC, OPENAI, Dialect
 from gateway.protocol.endpoints import ENDPOINTS
 from gateway.protocol.errors import GatewayError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT: dict[str, Any] = json.loads((ROOT / "docs" / "reference" / "openapi.json").read_text())
-DIALECTS: dict[str, Dialect] = {thing.path: thing.dialect for thing in (*ENDPOINTS, *PASSED)}
+DIALECTS: dict[str, Dialect] = {thing.path: thing.dialect for thing in (*ENDPOINTS, *PASSTHROUGH)}
 
 
 def _below(error: type[GatewayError]) -> Iterator[type[GatewayError]]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gateway.api.passthrough import PASSED
+from gateway.api.passthrough import PASSTHROUGH
 from gateway.protocol.endpoints import CHAT, COMPLETIONS, ENDPOINTS
 from tests.fuzz.bounds import bounded
 from tests.fuzz.conftest import Fuzzed
@@ -21,7 +21,7 @@ from tests.fuzz.properties import strict_json
 from tests.fuzz.values import HEADERS, any_body, bodies, header_values
 
 TASKS = {endpoint.path for endpoint in ENDPOINTS}
-PATHS = tuple(TASKS | {passed.path for passed in PASSED if passed.method == "POST" and "{" not in passed.path})
+PATHS = tuple(TASKS | {passed.path for passed in PASSTHROUGH if passed.method == "POST" and "{" not in passed.path})
 Headers = list[tuple[bytes, bytes]]
 
 

@@ -30,14 +30,14 @@ def crowd(clients: list[Client], *, at_most: int) -> tuple[Connections, list[Cut
     why: list[CutOff] = []
     connections = Connections(ConnectionLimits(at_most, 75, 60), why.append)
     for client in clients:
-        assert connections.opened(client)  # type: ignore[arg-type]
+        assert connections.opened(client)
     return connections, why
 
 
 def test_the_longest_idle_give_way_to_a_new_one() -> None:
     clients = [Client(since=number, idle=number % 2 == 0) for number in reversed(range(200))]
     connections, why = crowd(clients, at_most=200)
-    assert connections.opened(Client())  # type: ignore[arg-type]
+    assert connections.opened(Client())
     assert sorted(client.since for client in clients if client.aborted) == [0, 2, 4, 6]
     assert why == [CutOff.CROWDED] * 4
     assert len(connections) == 197
@@ -46,7 +46,7 @@ def test_the_longest_idle_give_way_to_a_new_one() -> None:
 def test_where_none_is_idle_a_new_one_is_told_to_go() -> None:
     clients = [Client(idle=False) for _ in range(10)]
     connections, why = crowd(clients, at_most=10)
-    assert not connections.opened(Client())  # type: ignore[arg-type]
+    assert not connections.opened(Client())
     assert not any(client.aborted for client in clients)
     assert why == []
 

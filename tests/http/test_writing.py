@@ -10,6 +10,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from gateway.http.client_connection import ClientConnection
 from gateway.http.connections import ConnectionLimits, Connections
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -55,7 +56,7 @@ async def asked(app: App, request: bytes) -> Wire:
     config = uvicorn.Config(watched, log_config=None, access_log=False, server_header=False, date_header=False)
     config.load()
     connections = Connections(ConnectionLimits(10, 75, 60))
-    connection = connections.protocol(config, ServerState(), {}, asyncio.get_running_loop())
+    connection = ClientConnection(connections, config, ServerState(), {}, asyncio.get_running_loop())
     wire = Wire()
     connection.connection_made(wire)
     connection.data_received(request)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway.http.connections import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED, MAX_URL_BYTES
+from gateway.http.client_connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED, MAX_URL_BYTES
 from tests.wire.hostile import CHAT, GatewayProcess, Neighbour, chat, gateway_process, head, post, stand_in_engine
 
 HEALTH = head(path="/health", method="GET")

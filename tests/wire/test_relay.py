@@ -104,8 +104,8 @@ async def test_a_large_answer_is_gathered_while_there_is_room(
         await start(send, b"application/json")
         for place in range(0, len(whole), 100_000):
             await push(send, whole[place : place + 100_000])
-        await gateway.until(lambda: gateway.app.gathered.held_bytes > SMALL_BYTES)
-        held.append(gateway.app.gathered.held_bytes)
+        await gateway.until(lambda: gateway.app.gathered.held > SMALL_BYTES)
+        held.append(gateway.app.gathered.held)
         await push(send, b"", more=False)
 
     scripted.answers.append(in_parts)
@@ -113,7 +113,7 @@ async def test_a_large_answer_is_gathered_while_there_is_room(
     assert answer.content == whole
     assert answer.headers["content-length"] == str(len(whole)), "it was known when the answer began"
     assert held[0] <= len(whole)
-    assert gateway.app.gathered.held_bytes == 0
+    assert gateway.app.gathered.held == 0
 
 
 @pytest.mark.usefixtures("no_room")

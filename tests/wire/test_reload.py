@@ -329,7 +329,7 @@ async def test_all_that_is_marked_is_taken_and_the_rest_stays(start: StartGatewa
     limits, engine = app.flow.queue.limits, app.flow.engine
     assert (limits.beta, limits.engine_waiting, limits.in_flight) == (2.0, 9, 7)
     assert (engine.capacity_tokens, app.flow.queue.capacity_tokens, app.flow.quotas.max_waiting) == (777, 777, 8)
-    assert (app.flow.quotas.max_waiting_bytes, app.bodies.limit_bytes) == (3 * 2**20, 4 * 2**20)
+    assert (app.flow.quotas.max_waiting_bytes, app.bodies.limit) == (3 * 2**20, 4 * 2**20)
     assert (await gateway.chat(max_tokens=1, padding="x" * 2**20)).status_code == 413
     assert (await gateway.chat(max_tokens=1)).status_code == 200
 
