@@ -36,8 +36,8 @@ ROW = 50
 
 
 class Feedback:
-    """clock: seconds, monotonic; wall: since 1970. now: the service clock τ. keep: told of an agent that waits for its tool,
-    with the KV tokens of its last task, and its class. correct: of one that was charged so much too little, in
+    """clock: seconds, monotonic; wall: since 1970. now: the service clock τ. keep: called for an agent that waits for its tool,
+    with the KV tokens of its last task, its tenant, and its class. correct: of one that was charged so much too little, in
     token·iterations. charge: what a tenant used is on its account; what is then to be written. tenant_weight: of a tenant.
     restored: told of an agent that has come back."""
 
@@ -51,7 +51,7 @@ class Feedback:
         *,
         now: Callable[[], Iterations],
         waits: ToolWaits,
-        keep: Callable[[AgentId, float, str | None], None],
+        keep: Callable[[AgentId, float, str, str | None], None],
         correct: Callable[[AgentId, float], None],
         charge: Callable[[str, TenantUsage], UsageRow],
         tenant_weight: Callable[[str], float],
@@ -117,7 +117,7 @@ class Feedback:
         record.opening = estimate.sketch if record.opening is None else record.opening
         if record.idle_since is not None:
             record.returns += 1
-            self._waits.came_back(record.agent_class, self._now() - record.idle_since)
+            self._waits.came_back(record.tenant, record.agent_class, self._now() - record.idle_since)
             record.idle_since = None
 
     def withdrawn(self, record: AgentRecord) -> None:
@@ -153,12 +153,12 @@ class Feedback:
         else:
             record.tasks.append(finished)
             record.cost_ended += finished.cost
-            self._metrics.task_ended(record.agent_class, finished.prompt_tokens, finished.decode_tokens)
+            self._metrics.task_ended(record.tenant, record.agent_class, finished.prompt_tokens, finished.decode_tokens)
             if finished.held is None and awaited is not None:
                 self.awaited[awaited] = record, len(record.tasks) - 1
                 record.awaited += 1
             else:
-                self._metrics.task_charged(record.agent_class, finished)
+                self._metrics.task_charged(record.tenant, record.agent_class, finished)
         is_busy = self._is_busy(record.id)
         if record.final and not is_busy and not record.awaited:  # else the sweep will, or the engine's word
             self._end(record, finished, used, is_first=record.tasks_settled == 1)
@@ -166,7 +166,7 @@ class Feedback:
         self._write(record, finished, len(record.tasks) - 1, used, is_first=record.tasks_settled == 1)
         if finished is not None and not is_busy and not record.final:
             record.idle_since = self._now()
-            self._keep(record.id, finished.prompt_tokens + finished.decode_tokens, record.agent_class)
+            self._keep(record.id, finished.prompt_tokens + finished.decode_tokens, record.tenant, record.agent_class)
 
     def held(self, task_id: TaskId, cost: float) -> None:
         """The engine says what a task held that had been charged by the formula: the answer was faster."""
@@ -174,7 +174,7 @@ class Feedback:
         record.awaited -= 1
         charged = record.tasks[place]
         finished = record.tasks[place] = msgspec.structs.replace(charged, held=cost)
-        self._metrics.task_charged(record.agent_class, finished)
+        self._metrics.task_charged(record.tenant, record.agent_class, finished)
         record.cost_ended += finished.cost - charged.cost
         self._correct(record.id, finished.cost - charged.cost)
         self._write(record, finished, place, TenantUsage(kv_cost=finished.cost - charged.cost))
@@ -267,9 +267,9 @@ class Feedback:
         if record.awaited:
             for task_id in [task_id for task_id, (whose, _) in self.awaited.items() if whose is record]:
                 _, place = self.awaited.pop(task_id)
-                self._metrics.task_charged(record.agent_class, record.tasks[place])
+                self._metrics.task_charged(record.tenant, record.agent_class, record.tasks[place])
         if record.idle_since is not None:
-            self._waits.ended(record.agent_class)
+            self._waits.ended(record.tenant, record.agent_class)
         known = self._queue.agents.get(record.id)
         if known is not None:
             self._queue.evict(self._now(), record.id)
@@ -284,7 +284,7 @@ class Feedback:
             1.0 if known is None else known.weight,
             record.expected_tasks,
         )
-        self._metrics.agent_finished(record.agent_class, record.last_end_s - record.first_arrival_s)
+        self._metrics.agent_finished(record.tenant, record.agent_class, record.last_end_s - record.first_arrival_s)
         self._judge(record, agent.cost)
         self._learn(agent)
 

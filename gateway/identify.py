@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
 
 from gateway.errors import InvalidRequest
+from predictor.shares import Shares
 
 MAX_ID_CHARS = 255
 MAX_WEIGHT = 1e6
@@ -118,18 +118,16 @@ class Restored(Protocol):
 
 
 class Roots:
-    """Whose part a sub-agent is, by tenant. Those not heard of for longest are forgotten first; they would then be agents of
-    their own, if they came back without naming their parent."""
+    """Whose part a sub-agent is, by tenant. Where there are too many, those of the tenant that has most which were used least
+    recently are forgotten; they would then be agents of their own, if they came back without naming their parent."""
 
     def __init__(self) -> None:
-        self._roots: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._roots: Shares[str, str] = Shares(MAX_ALIASES)
 
     def fold(self, tenant: str, name: str, parent: str | None) -> str:
         """The root of an agent: of its parent, if it names one, now or earlier; else itself."""
         if parent is not None and (root := self._root(tenant, parent)) != name:
-            self._roots[tenant, name] = root
-            if len(self._roots) > MAX_ALIASES:
-                self._roots.popitem(last=False)
+            self._roots.put(tenant, name, root)
         return self._root(tenant, name)
 
     def restore(self, record: Restored) -> None:
@@ -140,12 +138,11 @@ class Roots:
     def _root(self, tenant: str, name: str) -> str:
         # There is no circle: who is its own parent's root is not put below it.
         below = []
-        while (above := self._roots.get((tenant, name))) is not None:
-            self._roots.move_to_end((tenant, name))
+        while (above := self._roots.get(tenant, name)) is not None:
             below.append(name)
             name = above
         for descendant in below[:-1]:  # else a long chain would be gone through each time
-            self._roots[tenant, descendant] = name
+            self._roots.put(tenant, descendant, name)
         return name
 
 

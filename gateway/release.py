@@ -228,12 +228,12 @@ class Dispatcher:
         if revised := self.queue.revise():
             self.tell(tags={release.task.id: to_tag(release.rank) for release in revised})
 
-    def keep(self, agent_id: AgentId, kv_tokens: float, agent_class: str | None) -> None:
+    def keep(self, agent_id: AgentId, kv_tokens: float, tenant: str, agent_class: str | None) -> None:
         """An agent waits for its tool: its KV stays at the engine for as long as it is worth it."""
         if self.tell is None or self._waits is None or not (self.engine.reporting and self.engine.prefix_caching):
             return
-        self.tell(keep={agent_id: self._waits.worth_keeping(agent_class)})
-        iterations = self._waits.worth_reserving(agent_class, self.engine.refill_iterations)
+        self.tell(keep={agent_id: self._waits.worth_keeping(tenant, agent_class)})
+        iterations = self._waits.worth_reserving(tenant, agent_class, self.engine.refill_iterations)
         self.queue.reserve(self.engine.now, agent_id, kv_tokens, iterations)
 
     def engine_spoke(self) -> None:

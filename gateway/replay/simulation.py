@@ -205,7 +205,7 @@ class _Simulation:
             idle_since = self._idle_since.pop(AgentId(agent.agent_id), None)
             if idle_since is not None:
                 journey.returns += 1
-                self._waits.came_back(agent.agent_class, self._now - idle_since)
+                self._waits.came_back(agent.tenant, agent.agent_class, self._now - idle_since)
             self._ask(self._queue.enqueue, self._now, predicted, total, weight=agent.weight, tenant=tenant)
 
     def _release(self) -> None:
@@ -286,16 +286,16 @@ class _Simulation:
         elif not agent.busy:
             self._idle_since[agent_id] = self._now
             if self._keep:
-                engine, agent_class = self._engine, journey.trace.agent_class
+                engine, kind = self._engine, (journey.trace.tenant, journey.trace.agent_class)
                 refill_s = engine.capacity_tokens * self._setup.profile.per_prefill_token_s
-                reserve = self._waits.worth_reserving(agent_class, refill_s * engine.iterations / engine.now_s)
-                engine.keep(agent_id, self._waits.worth_keeping(agent_class))
+                reserve = self._waits.worth_reserving(*kind, refill_s * engine.iterations / engine.now_s)
+                engine.keep(agent_id, self._waits.worth_keeping(*kind))
                 self._queue.reserve(self._now, agent_id, task.prompt_tokens + task.output_tokens, reserve)
 
     def _finish(self, journey: Journey, agent_id: AgentId) -> None:
         journey.finish_s, journey.finish_iteration = self._engine.now_s, self._record.iteration
         journey.backlog_tag = self._queue.backlog_tag(agent_id)
-        self._waits.ended(journey.trace.agent_class)
+        self._waits.ended(journey.trace.tenant, journey.trace.agent_class)
         self._queue.evict(self._now, agent_id)
         self._beliefs.learn(journey.trace, journey.finished)
         self._done += 1
