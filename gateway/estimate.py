@@ -10,9 +10,9 @@ import msgspec
 from gateway.accuracy import NOBODY
 from gateway.body import Body
 from gateway.content import content_of
-from predictor.features import Sketch, is_kept
+from predictor.features import is_kept
 from predictor.ladder import PRIOR_BYTES_PER_TOKEN, PRIOR_DECODE_TOKENS
-from predictor.types import AgentPrediction, AgentProgress, Arrival, Predictor, TaskPrediction
+from predictor.types import AgentPrediction, AgentProgress, Arrival, Predictor, Sketch, TaskPrediction
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from gateway.fairness import AgentId, Iterations, Standing
 from gateway.state import AgentState
-from predictor.features import SCHEMA, Sketch
-from predictor.types import AgentPrediction, AgentProgress, FinishedTask
+from predictor.features import SCHEMA
+from predictor.types import AgentPrediction, AgentProgress, FinishedTask, Sketch
 
 
 def agent_id_of(tenant: str, name: str) -> AgentId:

@@ -14,7 +14,7 @@ import msgspec
 
 from gateway.trace import AgentTrace, TaskTrace
 from predictor.cost import task_cost
-from predictor.features import SCHEMA, Sketch, is_kept
+from predictor.features import SCHEMA, is_kept
 from predictor.ladder import PRIOR_BYTES_PER_TOKEN
 from predictor.learned import Learned
 from predictor.mlp import MlpUnavailable, PaperMlp, Sample
@@ -27,6 +27,7 @@ from predictor.types import (
     FinishedAgent,
     FinishedTask,
     Predictor,
+    Sketch,
     TaskContent,
     TaskPrediction,
 )
