@@ -16,7 +16,9 @@ from rich.console import Console
 
 from engine import tiny_model
 from engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState
+from gateway.bench.demo_settings import DemoSettings
 from gateway.check import Checked, check, run_check
+from gateway.extras import missing
 from gateway.keys import KeysError
 from gateway.keys_command import run_keys
 from gateway.learning.command import ExportSettings, run_export, run_predictor
@@ -43,9 +45,6 @@ usage: justitia COMMAND [OPTIONS]
 
 `justitia COMMAND --help` lists the options. Each can also be set as JUSTITIA_NAME in the environment, or in a file (--config).
 """
-
-# What commands need that those without an engine do not: their modules are imported when they are asked for.
-EXTRAS = {"demo": "demo, and cpu or gpu", "replay": "cpu or gpu"}
 
 STOP_GRACE_S = 20.0
 
@@ -80,9 +79,9 @@ def main() -> None:
         try:
             sys.exit(commands[command](arguments))
         except ModuleNotFoundError as error:
-            if command not in EXTRAS:
+            if (needs := missing(error)) is None:
                 raise
-            print(f"justitia {command} needs the extra {EXTRAS[command]}: {error}", file=sys.stderr)
+            print(f"justitia {command} {needs}", file=sys.stderr)
             sys.exit(2)
 
 
@@ -98,9 +97,10 @@ def _checked(settings: type[Settings], arguments: list[str], program: str) -> tu
 
 
 def _demo(arguments: list[str]) -> int:
-    from gateway.bench.demo import DemoSettings, run_demo
+    settings = load(DemoSettings, arguments, program="justitia demo")
+    from gateway.bench.demo import run_demo  # its clients need what a gateway does not
 
-    return _run(run_demo(load(DemoSettings, arguments, program="justitia demo")))
+    return _run(run_demo(settings))
 
 
 def _replay(arguments: list[str]) -> int:

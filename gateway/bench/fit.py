@@ -36,7 +36,8 @@ from engine.link import Hello, LinkError, Report, parse
 from engine.profile import ProfileError, StepProfile, load_profile
 from gateway.bench import demo, environment
 from gateway.bench.client import TaskResult
-from gateway.bench.demo import BASELINE, DemoSettings, Stage
+from gateway.bench.demo import BASELINE, Stage
+from gateway.bench.demo_settings import DemoSettings
 from gateway.bench.processes import ServerFailed, run_once
 from gateway.bench.report import percentile
 from gateway.bench.workload import demo_mix, length_table

@@ -10,15 +10,17 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.table import Table
 
-from gateway.bench.client import ReplayResult, TaskResult
 from gateway.bench.kinds import SIZES, Size, size_counts
 from gateway.trace import AgentTrace
 from predictor.cost import task_cost
+
+if TYPE_CHECKING:  # replays report too, and have no HTTP client
+    from gateway.bench.client import ReplayResult, TaskResult
 
 
 class AgentOutcome(msgspec.Struct, frozen=True, omit_defaults=True):

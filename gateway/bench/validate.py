@@ -32,7 +32,8 @@ from engine.link import Hello, LinkError
 from engine.profile import ProfileError, StepProfile, load_profile
 from gateway.bench import environment, report
 from gateway.bench.client import ReplayResult
-from gateway.bench.demo import BASELINE, DemoSettings
+from gateway.bench.demo import BASELINE
+from gateway.bench.demo_settings import DemoSettings
 from gateway.bench.fit import Heard, Iteration, Mix, OtherWork, iterations, listening, stage
 from gateway.bench.kinds import Size
 from gateway.bench.processes import ServerFailed

@@ -16,6 +16,7 @@ from rich.table import Table
 from engine.collector import collector_at_rest
 from engine.profile import ProfileError, load_profile
 from gateway.bench.environment import versions
+from gateway.extras import how_to_get
 from gateway.fairness import POLICIES
 from gateway.replay.predictors import COSTS, LEARNED, Beliefs, UnknownPredictor, beliefs
 from gateway.replay.results import ReleaseName, Replay, Run, against_vtc, label, own_release, write
@@ -225,7 +226,7 @@ def _cannot_write(settings: ReplaySettings) -> str | None:
     except OSError as error:
         return str(error)
     except ImportError:
-        return "pictures need matplotlib: install the extra `demo`"
+        return f"a picture {how_to_get('matplotlib')}"
     return None
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from engine.link import PROTOCOL, Hello, Report
 from gateway.bench import demo, report
 from gateway.bench.client import ReplayResult, TaskResult
-from gateway.bench.demo import DemoSettings
+from gateway.bench.demo_settings import DemoSettings
 from gateway.bench.engine_watch import EngineWatch
 from gateway.bench.progress import ReplayProgress
 from gateway.bench.workload import demo_mix
