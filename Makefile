@@ -19,7 +19,7 @@ BIN = .venv/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 READY = .venv/.ready-$(KIND)
 
-.PHONY: setup check test contracts serve demo replay report bench gpu-check lock clean
+.PHONY: setup check test test-wheel contracts serve demo replay report bench gpu-check lock clean
 
 setup: $(READY)
 
@@ -43,6 +43,10 @@ check: $(READY)
 test: $(READY)
 	@sh tests/install-servers.sh
 	$(BIN)/python -m pytest $(ARGS)
+
+# What a user installs: the wheel in a clean environment, its size, its commands, and an answer through it.
+test-wheel: $(READY)
+	$(BIN)/python -m tests.deploy.smoke_wheel
 
 # The oldest and the newest vLLM that we support, without their engines: see engine/compat.py.
 contracts: $(READY)

@@ -1,22 +1,19 @@
-"""How good predictions of agents' costs are: pure functions of what was said and what was true.
+"""How good predictions of agents' costs are: pure functions of what was predicted and what was true.
 
 Order counts first: the fair queue serves by it. Kendall's τ is the share of pairs in the right order minus that of those in
-the wrong one; *within* classes it leaves out what knowing the class alone would earn. Errors are relative, |said − true| /
-true: their median and, as in the paper, their mean.
+the wrong one; *within* classes it leaves out what knowing the class alone would earn. Errors are relative, |predicted −
+true| / true: their median and, as in the paper, their mean.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import kendalltau
 
-Numbers = NDArray[np.floating[Any]]
+from predictor.accuracy import Numbers, errors, order
 
 NO_CLASS = ""
 
@@ -75,21 +72,12 @@ def quality(
     )
 
 
-def order(costs: Numbers, said: Numbers) -> float | None:
-    """Kendall's τ-b. None where one of the two has no order. One prediction for all: 0, for it orders nobody."""
-    if len(costs) < 2 or costs.min() == costs.max():
-        return None
-    if said.min() == said.max():
-        return 0.0
-    return float(kendalltau(costs, said).statistic)
-
-
 def _quality(costs: Numbers, said: Numbers, said_p90: Numbers | None) -> ClassQuality:
-    errors = np.abs(said - costs) / costs
+    of_agents = errors(costs, said)
     return ClassQuality(
         len(costs),
-        float(np.median(errors)),
-        float(np.mean(errors)),
+        float(np.median(of_agents)),
+        float(np.mean(of_agents)),
         order(costs, said),
         None if said_p90 is None else float(np.mean(costs <= said_p90)),
     )

@@ -27,10 +27,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from predictor.types import AgentProgress, TaskContent, TaskPrediction
+from predictor.types import AgentProgress, Sketch, TaskContent, TaskPrediction
 from predictor.wording import EDGE_BYTES, edges, instructions, said, words
 
-Sketch: TypeAlias = NDArray[np.float32]
 Row: TypeAlias = NDArray[np.float32]
 
 TEXT_BUCKETS, SYSTEM_BUCKETS = 128, 32

@@ -1,9 +1,13 @@
 """The ladder: a predictor that needs no training, and knows least of all and soonest.
 
-It remembers the last agents at four rungs, from the widest to the narrowest: everybody, tenant, class, class and tenant. Each
-rung corrects the one before it by as much as it has seen to do so. In logarithms: what the wider rung says is a normal prior,
+It remembers the last agents at four rungs, from the widest to the narrowest: all, tenant, class, class and tenant. Each rung
+corrects the one before it by as much as it has seen to do so. In logarithms: what the wider rung predicts is a normal prior,
 what the narrower one remembers are observations, and the posterior is handed on (credibility theory; Bühlmann 1967). So
 one agent of a new class counts for something, three for most, and a hundred for all.
+
+Strangers count until a tenant has agents of its own, `OWN_AGENTS` of them: from then on its own stand on the wide rung too. So
+no tenant can move what another one's classes are predicted to cost. The rung of a class over all tenants is there for those
+that are new to it, and only while at least two tenants use the class. No tenant can push out another's classes (`shares`).
 
 What is learned of an agent's total depends on whose it is. Of its own kind: how much those cost in the end that came at
 least as far. Of strangers: by which factor they grew from where this one is now.
@@ -12,16 +16,18 @@ least as far. Of strangers: by which factor they grew from where this one is now
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from itertools import accumulate
 from statistics import NormalDist, fmean
 from typing import NamedTuple
 
+from predictor.shares import Shares
 from predictor.types import AgentPrediction, AgentProgress, FinishedAgent, TaskPrediction
 
 REMEMBERED_AGENTS = 100  # per rung; also the sample size of the paper's predictor
-MAX_RUNGS = 4096  # classes and tenants are the clients' words: the least recently used rung goes first
+MAX_CLASSES = 4096  # of all tenants; what a tenant's agents of any class do counts as one more
+OWN_AGENTS = 8  # of a class, or of any: a tenant that has so many is predicted without what strangers do
 # A class has changed when the mean of its last agents' log cost lies so many standard errors from that of those before: then
 # those are forgotten, and with them the older half of the last, which may be from before. The spread is at least that much.
 LAST_AGENTS, CHANGE, LEAST_SPREAD = 8, 4.0, 0.1
@@ -39,8 +45,6 @@ GROUP_VARIANCE, GROUP_OBSERVATIONS = 0.3, 2
 PRIOR_GROWTH = 0.5
 
 P90 = NormalDist().inv_cdf(0.9)
-
-Rung = tuple[str | None, str | None]
 
 
 class _Sums(NamedTuple):
@@ -184,9 +188,39 @@ class _Memory:
         return self._prompt_tokens / self._prompt_bytes if self._prompt_bytes and self._prompt_tokens else None
 
 
+class _Own:
+    """What a tenant's agents did: those of one class, or all."""
+
+    def __init__(self, agent_class: str | None) -> None:
+        self.all = _Memory()
+        # Without those from before the class has changed. Which classes a tenant uses comes and goes, so of all its agents
+        # none are forgotten.
+        self.since_change = self.all if agent_class is None else _Memory()
+
+    def add(self, seen: _Seen) -> None:
+        self.all.add(seen)
+        if self.since_change is not self.all:
+            self.since_change.add(seen)
+            self.since_change.forget_if_changed()
+
+    @property
+    def suffices(self) -> bool:
+        return len(self.all.agents) >= OWN_AGENTS
+
+
+class _Common:
+    """A class over all tenants that use it. memory: None while that is one."""
+
+    def __init__(self) -> None:
+        self.tenants: set[str] = set()
+        self.memory: _Memory | None = None
+
+
 class Ladder:
     def __init__(self) -> None:
-        self._memories: OrderedDict[Rung, _Memory] = OrderedDict()
+        self._all = _Memory()
+        self._own: Shares[str | None, _Own] = Shares(MAX_CLASSES)  # by class; None: of any
+        self._common: dict[str, _Common] = {}  # of the classes that are in `_own`
 
     def predict_task(
         self, agent_class: str | None, tenant: str, prompt_bytes: int, max_tokens: int | None = None
@@ -194,7 +228,7 @@ class Ladder:
         """prompt_bytes: of one prompt. max_tokens: the client's limit."""
         tokens_per_byte = 1 / PRIOR_BYTES_PER_TOKEN
         decode = _Belief(math.log(PRIOR_DECODE_TOKENS), PRIOR_VARIANCE)
-        for _, memory in self._climb(agent_class, tenant):
+        for memory in (*self._of_any(tenant), *self._of_class(agent_class, tenant)):
             tokens_per_byte = memory.tokens_per_byte or tokens_per_byte
             decode = decode.seeing(memory.decodes.shifted())
         decode_tokens = math.exp(decode.mean)
@@ -209,15 +243,14 @@ class Ladder:
             return AgentPrediction(0.0, 0.0, "ladder")
         arrived, outgrown = math.log(cost), False
         belief = _Belief(arrived, PRIOR_VARIANCE)
-        for (agent_class, _), memory in self._climb(progress.agent_class, progress.tenant):
-            if agent_class is None:
-                belief = belief.seeing(memory.growths(tasks, arrived))
-            else:
-                # What has not ended is a guess itself, and must not rule anybody out.
-                totals = memory.totals(tasks, progress.cost_ended)
-                # Past all of its own kind, what others cost says little of it.
-                outgrown = bool(memory.agents) and not totals
-                belief = belief.seeing(_Sums.of(totals))
+        for memory in self._of_any(progress.tenant):
+            belief = belief.seeing(memory.growths(tasks, arrived))
+        for memory in self._of_class(progress.agent_class, progress.tenant):
+            # What has not ended is a guess itself, and must not rule any agent out.
+            totals = memory.totals(tasks, progress.cost_ended)
+            # Past all of its own kind, what others cost says little of it.
+            outgrown = not totals
+            belief = belief.seeing(_Sums.of(totals))
         expected = math.exp(belief.mean)
         if outgrown:
             expected = max(expected, cost * (1 + PRIOR_GROWTH))
@@ -226,11 +259,13 @@ class Ladder:
 
     def history(self, agent_class: str | None, tenant: str) -> tuple[float, ...]:
         """What agents of this class did before, or without one those of the tenant: `features.HISTORY_COLUMNS`."""
-        for rung in reversed(_rungs(agent_class, tenant)):
-            memory = self._memories.get(rung)
-            if memory is not None:
-                return memory.history
-        return _NO_HISTORY
+        known = self._of_class(agent_class, tenant) or self._of_any(tenant)
+        return known[-1].history if known else _NO_HISTORY
+
+    @property
+    def remembered(self) -> int:
+        """Classes of tenants, at most `MAX_CLASSES`."""
+        return len(self._own)
 
     def learn(self, agent: FinishedAgent) -> None:
         sequences = sum(task.sequences for task in agent.tasks)
@@ -238,7 +273,7 @@ class Ladder:
             return
         decoded = sum(task.decode_tokens for task in agent.tasks)
         log_cost = _log(agent.cost)
-        if not math.isfinite(log_cost):  # of a damaged state; sums would never forget it
+        if not math.isfinite(log_cost):  # of a damaged state; sums would keep it for ever
             return
         seen = _Seen(
             tasks=len(agent.tasks),
@@ -249,28 +284,62 @@ class Ladder:
             prompt_tokens=sum(task.prompt_tokens for task in agent.tasks),
             decode=_log(decoded / sequences),
         )
-        for rung in _rungs(agent.agent_class, agent.tenant):
-            memory = self._memories.setdefault(rung, _Memory())
-            memory.add(seen)
-            if None not in rung:  # others see classes and tenants come and go
-                memory.forget_if_changed()
-            self._memories.move_to_end(rung)
-        while len(self._memories) > MAX_RUNGS:
-            self._memories.popitem(last=False)
+        self._all.add(seen)
+        self._remember(None, agent.tenant, seen)
+        if agent.agent_class is not None:
+            self._remember(agent.agent_class, agent.tenant, seen)
+            self._share(agent.agent_class, agent.tenant, seen)
 
-    def _climb(self, agent_class: str | None, tenant: str) -> Iterator[tuple[Rung, _Memory]]:
-        """The rungs that have seen anybody, the widest first."""
-        for rung in _rungs(agent_class, tenant):
-            memory = self._memories.get(rung)
-            if memory is not None:
-                self._memories.move_to_end(rung)
-                yield rung, memory
+    def _of_any(self, tenant: str) -> list[_Memory]:
+        """The rungs that know any agents, of whatever class, the widest first."""
+        own = self._own.get(tenant, None)
+        if own is None:
+            return [self._all] if self._all.agents else []
+        return [own.all if own.suffices else self._all, own.since_change]
 
+    def _of_class(self, agent_class: str | None, tenant: str) -> list[_Memory]:
+        """The rungs that know agents of the class, the widest first. Agents without a class have none."""
+        if agent_class is None:
+            return []
+        own = self._own.get(tenant, agent_class)
+        common = self._common.get(agent_class)
+        strangers = None if common is None else common.memory
+        if own is None:
+            return [] if strangers is None else [strangers]
+        return [own.all if own.suffices or strangers is None else strangers, own.since_change]
 
-def _rungs(agent_class: str | None, tenant: str) -> list[Rung]:
-    """The widest first. Agents without a class have no rung of a class."""
-    of_class: list[Rung] = [] if agent_class is None else [(agent_class, None), (agent_class, tenant)]
-    return [(None, None), (None, tenant), *of_class]
+    def _remember(self, agent_class: str | None, tenant: str, seen: _Seen) -> None:
+        own = self._own.get(tenant, agent_class)
+        if own is None:
+            own = _Own(agent_class)
+            forgotten = self._own.put(tenant, agent_class, own)
+            if forgotten is not None:
+                self._unshare(*forgotten)
+        own.add(seen)
+
+    def _share(self, agent_class: str, tenant: str, seen: _Seen) -> None:
+        common = self._common.setdefault(agent_class, _Common())
+        if common.memory is None and common.tenants - {tenant}:
+            (first,) = common.tenants
+            known = self._own.get(first, agent_class)
+            assert known is not None
+            common.memory = _Memory()
+            for earlier in known.all.agents:
+                common.memory.add(earlier)
+        common.tenants.add(tenant)
+        if common.memory is not None:
+            common.memory.add(seen)
+
+    def _unshare(self, tenant: str, agent_class: str | None) -> None:
+        """The tenant's own is forgotten."""
+        if agent_class is None:
+            return
+        common = self._common[agent_class]
+        common.tenants.remove(tenant)
+        if len(common.tenants) < 2:
+            common.memory = None
+        if not common.tenants:
+            del self._common[agent_class]
 
 
 def _log(value: float) -> float:

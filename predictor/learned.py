@@ -10,7 +10,7 @@ import logging
 import math
 from typing import NamedTuple, Protocol
 
-from predictor.features import Row, Sketch, row, sketch
+from predictor.features import Row, row, sketch
 from predictor.ladder import Ladder
 from predictor.types import (
     AgentPrediction,
@@ -18,6 +18,7 @@ from predictor.types import (
     Arrival,
     FinishedAgent,
     Predictor,
+    Sketch,
     TaskContent,
     TaskPrediction,
 )

@@ -128,7 +128,9 @@ def _fitted(samples: Sequence[Sample], seed: int) -> _OfClass:
         import torch
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ImportError as error:
-        raise MlpUnavailable(f"the paper's predictor needs scikit-learn and torch: {error}") from error
+        raise MlpUnavailable(
+            f"the paper's predictor needs torch and scikit-learn: pip install 'justitia[cpu,dev]' ({error})"
+        ) from error
 
     of_words = r"\w+"
     vectorizer = TfidfVectorizer(max_features=WORDS, sublinear_tf=True, dtype=np.float32, token_pattern=of_words)

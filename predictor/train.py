@@ -8,7 +8,7 @@ ninth decile.
 That a class has changed is the ladder's to notice: its guesses are what a model corrects. Newer agents do not weigh more:
 that was no better after a change, and worse without one.
 
-The same agents, seed and number of threads make the same model.
+The same agents, seed and number of threads make the same model. It needs XGBoost, of the extra `train`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import xgboost
 from numpy.typing import NDArray
 
 from predictor.dataset import Dataset, dataset
@@ -29,6 +28,9 @@ from predictor.features import COLUMNS
 from predictor.model import OUTPUTS, Boosted, Calibration, Settings, Told, guesses
 from predictor.trees import Trees, grown
 from predictor.types import FinishedAgent
+
+if TYPE_CHECKING:
+    import xgboost
 
 HELD_OUT_SHARE = 0.2
 FEWEST_AGENTS, FEWEST_HELD_OUT = 60, 12
@@ -138,6 +140,8 @@ def _left_out(data: Dataset, settings: Settings, seed: int, nthread: int) -> tup
 
 
 def _boosted(data: Dataset, settings: Settings, seed: int, nthread: int) -> Trees:
+    import xgboost  # here, as an installation that only asks models does not have it
+
     targets = np.stack((data.log_cost, data.log_decode), axis=1) - guesses(data.x)
     booster = xgboost.train(
         {

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, TypeAlias
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from predictor.cost import task_cost
 
-if TYPE_CHECKING:
-    from predictor.features import Sketch
+Sketch: TypeAlias = NDArray[np.float32]  # what is known of one task, as numbers: `features.sketch`
 
 
 # The source of a prediction that no predictor made.

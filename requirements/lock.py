@@ -14,7 +14,12 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = {"cpu": "cpu,otel,demo", "gpu": "gpu,otel,demo", "gateway": "otel", "dev": "cpu,otel,demo,dev"}
+EXTRAS = {
+    "cpu": "cpu,train,otel,demo",
+    "gpu": "gpu,train,otel,demo",
+    "gateway": "train,otel",
+    "dev": "cpu,train,otel,demo,dev",
+}
 # vLLM's CPU build asks for these three. Their published builds are for CUDA, break `import transformers` beside a CPU
 # torch, and serve images, sound and video, which text models do not need.
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}

@@ -79,9 +79,9 @@ def metrics_page() -> str:
         NOTE,
         "# Metrics",
         "",
-        f"Labels with a class hold at most {MAX_CLASSES:,} classes, those with a tenant {MAX_TENANTS:,} tenants; later ones",
-        f"are `other`. Without keys there is one tenant, `default`. Those with a model hold {MAX_MODELS} models, which the",
-        "engine must have served.",
+        f"Labels with a class hold at most {MAX_CLASSES:,} classes, of which a tenant adds at most as many as it leaves",
+        f"room for; those with a tenant hold {MAX_TENANTS:,} tenants; others are `other`. Without keys there is one tenant,",
+        f"`default`. Those with a model hold {MAX_MODELS} models, which the engine must have served.",
         "",
     ]
     lines += ["| name | kind | labels | |", "|---|---|---|---|"]

@@ -21,6 +21,8 @@ from gateway.cli.keys import run_keys
 from gateway.cli.predictor import ExportSettings, run_export, run_predictor
 from gateway.config.settings import GatewaySettings, ServeSettings, cache_home
 from gateway.config.sources import load, or_exit
+from gateway.demo.settings import DemoSettings
+from gateway.extras import missing
 from gateway.http.uvicorn_facts import UvicornDoesNotFit
 from gateway.reload import Check
 from gateway.server import PortTaken, RunningGateway, start_gateway
@@ -44,9 +46,6 @@ usage: justitia COMMAND [OPTIONS]
 
 `justitia COMMAND --help` lists the options. Each can also be set as JUSTITIA_NAME in the environment, or in a file (--config).
 """
-
-# What commands need that those without an engine do not: their modules are imported when they are asked for.
-EXTRAS = {"demo": "demo, and cpu or gpu", "replay": "cpu or gpu"}
 
 STOP_GRACE_S = 20.0
 
@@ -81,9 +80,9 @@ def main() -> None:
         try:
             sys.exit(commands[command](arguments))
         except ModuleNotFoundError as error:
-            if command not in EXTRAS:
+            if (needs := missing(error)) is None:
                 raise
-            print(f"justitia {command} needs the extra {EXTRAS[command]}: {error}", file=sys.stderr)
+            print(f"justitia {command} {needs}", file=sys.stderr)
             sys.exit(2)
 
 
@@ -99,9 +98,10 @@ def _checked(settings: type[Settings], arguments: list[str], program: str) -> tu
 
 
 def _demo(arguments: list[str]) -> int:
-    from gateway.demo.demo import DemoSettings, run_demo
+    settings = load(DemoSettings, arguments, program="justitia demo")
+    from gateway.demo.demo import run_demo  # its clients need what a gateway does not
 
-    return _run(run_demo(load(DemoSettings, arguments, program="justitia demo")))
+    return _run(run_demo(settings))
 
 
 def _replay(arguments: list[str]) -> int:

@@ -10,16 +10,18 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.table import Table
 
 from gateway.agent_trace import AgentTrace
-from gateway.demo.client import ReplayResult, TaskResult
 from gateway.demo.kinds import SIZES, Size, size_counts
 from gateway.replay.figures import mean, percentile
 from predictor.cost import task_cost
+
+if TYPE_CHECKING:  # replays report too, and have no HTTP client
+    from gateway.demo.client import ReplayResult, TaskResult
 
 
 class AgentOutcome(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 from gateway.flowcontrol.fairqueue import AgentId, Iterations, TaskId
 from gateway.flowcontrol.records import AgentRecord
-from predictor.features import Sketch
-from predictor.types import AgentProgress, FinishedTask
+from predictor.shares import Shares
+from predictor.types import AgentProgress, FinishedTask, Sketch
 
-# Names of sub-agents that are remembered: of a tenant, and, over a restart, of an agent.
-MAX_NAMES, MAX_ALIASES = 10_000, 256
+# Names of sub-agents that are remembered: of all tenants, and, over a restart, of an agent.
+MAX_NAMES, MAX_ALIASES = 100_000, 256
 # Idle agents of a tenant.
 MAX_IDLE = 10_000
 # Tasks of an agent that are kept to learn from. An id with more is a service's, and no agent's.
@@ -83,11 +83,11 @@ class LiveAgent:
 
 
 class Roots:
-    """The root of each sub-agent, by tenant. Names that were not used for longest are forgotten first; they would then be
-    agents of their own, if they came back without naming their parent."""
+    """The root of each sub-agent, by tenant. Where there are too many, the tenant that has most loses those that it used least
+    recently; they would then be agents of their own, if they came back without naming their parent."""
 
     def __init__(self) -> None:
-        self._roots: dict[str, OrderedDict[str, str]] = {}
+        self._roots: Shares[str, str] = Shares(MAX_NAMES)
 
     def root_of(self, tenant: str, name: str, parent: str | None) -> str:
         """The root of the parent, if one is named, now or earlier; else the agent itself."""
@@ -97,18 +97,12 @@ class Roots:
 
     def remember(self, tenant: str, name: str, root: str) -> None:
         """A request of `name` has arrived, and counts as its root's."""
-        if name == root:
-            return
-        roots = self._roots.setdefault(tenant, OrderedDict())
-        roots[name] = root
-        roots.move_to_end(name)
-        if len(roots) > MAX_NAMES:
-            roots.popitem(last=False)
+        if name != root:
+            self._roots.put(tenant, name, root)
 
     def _root(self, tenant: str, name: str) -> str:
         # There is no circle: a name is only put below a root that is not the name itself.
-        roots = self._roots.get(tenant)
-        while roots is not None and (above := roots.get(name)) is not None:
+        while (above := self._roots.get(tenant, name)) is not None:
             name = above
         return name
 

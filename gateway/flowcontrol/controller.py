@@ -317,9 +317,9 @@ class FlowController:
         """The agent waits for its tool: its KV stays at the engine for as long as it is worth it."""
         if not (self.options.keep_kv and engine.listens and engine.reporting and engine.prefix_caching):
             return
-        agent_class = agent.record.agent_class
-        effects.keep[agent.id] = self.lives.waits.worth_keeping(agent_class)
-        iterations = self.lives.waits.worth_reserving(agent_class, engine.refill_iterations)
+        kind = agent.record.tenant, agent.record.agent_class
+        effects.keep[agent.id] = self.lives.waits.worth_keeping(*kind)
+        iterations = self.lives.waits.worth_reserving(*kind, engine.refill_iterations)
         self.queue.reserve(self.clock, agent.id, done.prompt_tokens + done.decode_tokens, iterations)
 
     def _observe(self, now: Now, engine: EngineState) -> None:

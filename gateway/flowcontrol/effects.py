@@ -68,8 +68,9 @@ class Settlement(msgspec.Struct, frozen=True):
 
 
 class Charged(NamedTuple):
-    """A completed task whose cost is final, for the metrics."""
+    """A completed task of an agent, for the metrics."""
 
+    tenant: str
     agent_class: str | None
     task: FinishedTask
 

@@ -9,9 +9,9 @@ from typing import Protocol
 import msgspec
 
 from predictor.cost import task_cost
-from predictor.features import Sketch, is_kept
+from predictor.features import is_kept
 from predictor.ladder import PRIOR_BYTES_PER_TOKEN, PRIOR_DECODE_TOKENS
-from predictor.types import NO_SOURCE, AgentPrediction, AgentProgress, Arrival, TaskContent, TaskPrediction
+from predictor.types import NO_SOURCE, AgentPrediction, AgentProgress, Arrival, Sketch, TaskContent, TaskPrediction
 
 Cost = Callable[[float, float, float], float]  # of prompt, decode and cached tokens, in KV token·iterations
 

@@ -79,7 +79,7 @@ class Lives:
         agent.opening = estimate.sketch if agent.opening is None else agent.opening
         if agent.idle_since is not None:
             record.returns += 1
-            self.waits.came_back(record.agent_class, clock - agent.idle_since)
+            self.waits.came_back(record.tenant, record.agent_class, clock - agent.idle_since)
             agent.idle_since = None
 
     def settled(
@@ -105,12 +105,12 @@ class Lives:
             record.whole = False
         else:
             place = agent.complete(msgspec.structs.replace(done, **_NO_TEXT))
-            effects.completed.append(Charged(record.agent_class, done))
+            effects.completed.append(Charged(record.tenant, record.agent_class, done))
             if done.held is None and reported:
                 self.agents.awaited[task.id] = agent, place, done
                 agent.awaited += 1
             else:
-                effects.charged.append(Charged(record.agent_class, done))
+                effects.charged.append(Charged(record.tenant, record.agent_class, done))
         usage = self._quotas.charge(now, task.account, used)
         step = self._step(agent, done, place, usage, first=record.settled == 1)
         if self.is_busy(agent.id):
@@ -131,7 +131,7 @@ class Lives:
         done = msgspec.structs.replace(charged, held=counted)
         difference = done.cost - charged.cost
         agent.correct(place, msgspec.structs.replace(done, **_NO_TEXT), difference)
-        effects.charged.append(Charged(record.agent_class, done))
+        effects.charged.append(Charged(record.tenant, record.agent_class, done))
         self._queue.correct(clock, agent.id, KvTokenIterations(difference))
         account = self._quotas.account(record.tenant, now.ns)
         usage = self._quotas.charge(now, account, TenantUsage(kv_cost=difference))
@@ -207,9 +207,9 @@ class Lives:
             step = self._step(agent)
         if step is not None:
             effects.steps.append(msgspec.structs.replace(step, over=True))
-        effects.charged.extend(Charged(record.agent_class, task) for task in self.agents.remove(agent))
+        effects.charged.extend(Charged(record.tenant, record.agent_class, task) for task in self.agents.remove(agent))
         if agent.idle_since is not None:
-            self.waits.ended(record.agent_class)
+            self.waits.ended(record.tenant, record.agent_class)
         backlog_tag = self._queue.backlog_tag(agent.id)
         self._queue.evict(clock, agent.id)
         learned = finished(record, agent.tasks) if record.whole and agent.tasks else None

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from statistics import median
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
 
+from predictor.accuracy import Numbers, errors, order
+from predictor.types import NO_SOURCE
+
 WINDOW = 300
-# Sources of an `AgentPrediction` that are no model: the ladder, and nobody, when the predictor failed.
-LADDER, NOBODY = "ladder", "none"
+# The source of a prediction that no model corrected.
+LADDER = "ladder"
 
 
 class Judged(NamedTuple):
@@ -21,11 +24,6 @@ class Judged(NamedTuple):
     predicted: float
     p90: float
     observed: float
-
-    @property
-    def error(self) -> float:
-        """Relative to the truth, as `predictor.evaluate` has it."""
-        return abs(self.predicted - self.observed) / self.observed
 
 
 class Accuracy:
@@ -44,8 +42,8 @@ class Accuracy:
 
     def error(self, source: str | None = None) -> tuple[int, float]:
         """How many agents of this source, or of all; and the median of |predicted - observed| / observed, NaN of none."""
-        errors = [judged.error for judged in self._judged if source in (None, judged.source)]
-        return len(errors), median(errors) if errors else math.nan
+        judged = [judged for judged in self._judged if source in (None, judged.source)]
+        return len(judged), float(np.median(errors(*_columns(judged)))) if judged else math.nan
 
     def share_below_p90(self) -> float:
         """0.9, where the ninth decile is one. NaN of none."""
@@ -54,20 +52,17 @@ class Accuracy:
         return sum(judged.observed <= judged.p90 for judged in self._judged) / len(self._judged)
 
     def order(self) -> float:
-        """Kendall's τ-b between predicted and observed: 1 where all pairs of agents were ordered right, 0 where as by chance,
-        -1 where all were wrong. NaN if there is nothing to order."""
-        predicted = _signs([judged.predicted for judged in self._judged])
-        observed = _signs([judged.observed for judged in self._judged])
-        pairs = math.sqrt(np.count_nonzero(predicted)) * math.sqrt(np.count_nonzero(observed))
-        return float(np.sum(predicted * observed)) / pairs if pairs else math.nan
+        """Kendall's τ-b between predicted and observed (`predictor.accuracy.order`). NaN if there is nothing to order."""
+        observed, predicted = _columns(self._judged)
+        found = order(observed, predicted)
+        return math.nan if found is None or np.ptp(predicted) == 0 else found
 
 
 def kind(source: str) -> str:
     """A source without the model's name: for labels, which must be few."""
-    return source if source in (LADDER, NOBODY) else "model"
+    return source if source in (LADDER, NO_SOURCE) else "model"
 
 
-def _signs(values: list[float]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """Of the difference of each two."""
-    column = np.array(values, np.float64)
-    return np.sign(column[:, None] - column[None, :])
+def _columns(judged: Collection[Judged]) -> tuple[Numbers, Numbers]:
+    """Observed and predicted costs."""
+    return np.array([one.observed for one in judged]), np.array([one.predicted for one in judged])

@@ -20,7 +20,7 @@ class Outcomes:
         agent, record = ended.finished, ended.record
         if agent is None:
             return
-        self._metrics.agent_finished(record.agent_class, ended.jct_s)
+        self._metrics.agent_finished(record.tenant, record.agent_class, ended.jct_s)
         if record.predicted is not None and record.judged is not None:
             by = record.judged
             judged = self._accuracy.judge(by.source, record.predicted, max(by.p90, record.predicted), agent.cost)

@@ -21,6 +21,7 @@ from pathlib import Path
 from pydantic import Field
 
 from gateway.config.settings import StateSettings
+from gateway.extras import can_train, how_to_get
 from gateway.learning.serving import created_at
 from gateway.learning.store import console, kept_store
 from gateway.learning.training import BUSY, TOO_FEW_AGENTS, Note, threads, write_note
@@ -79,7 +80,11 @@ def alone(models: Path) -> Iterator[bool]:
 
 
 def run_train(settings: TrainSettings) -> int:
-    """0; 1 when it failed; 2 when there is no such state; `TOO_FEW_AGENTS`; `BUSY` when another is at work."""
+    """0; 1 when it failed; 2 when there is no such state, or no library to train with; `TOO_FEW_AGENTS`; `BUSY` when another
+    is at work."""
+    if not can_train():
+        _say(how_to_get("xgboost"))
+        return 2
     models = settings.models_directory
     store = kept_store("predictor train", settings)
     if store is None or models is None:

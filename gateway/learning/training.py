@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from gateway.config.settings import GatewaySettings, Live
+from gateway.extras import can_train, how_to_get
 from gateway.learning.accuracy import Accuracy
 from gateway.learning.serving import Learning
 from gateway.state import StateError, Store
@@ -93,8 +94,13 @@ class Training:
         self._store_failed = False
 
     async def watch(self) -> None:
+        told = False
         while True:
-            if self._settings.train and self._clock() >= self._not_before_s and await self._is_due():
+            if self._settings.train and not can_train():
+                if not told:
+                    logger.warning("no models are trained, and what serves goes on: training %s", how_to_get("xgboost"))
+                told = True
+            elif self._settings.train and self._clock() >= self._not_before_s and await self._is_due():
                 await self.train()
             await asyncio.sleep(self._poll_s)
 

@@ -169,10 +169,10 @@ class Dispatcher:
             self._journal.write(step)
             if step.usage is not None:
                 self.metrics.charged(step.usage)
-        for agent_class, task in effects.completed:
-            self.metrics.task_ended(agent_class, task.prompt_tokens, task.decode_tokens)
-        for agent_class, task in effects.charged:
-            self.metrics.task_charged(agent_class, task)
+        for tenant, agent_class, task in effects.completed:
+            self.metrics.task_ended(tenant, agent_class, task.prompt_tokens, task.decode_tokens)
+        for tenant, agent_class, task in effects.charged:
+            self.metrics.task_charged(tenant, agent_class, task)
         for ended in effects.ended:
             self._outcomes.ended(ended)
         for release in effects.releases:

@@ -17,6 +17,7 @@ from engine.lab.collector import collector_at_rest
 from engine.lab.profile import ProfileError, load_profile
 from gateway.agent_trace import AgentTrace, TraceError, read_trace
 from gateway.config.settings import command_config
+from gateway.extras import how_to_get
 from gateway.flowcontrol.fairqueue import POLICIES
 from gateway.replay.environment import versions
 from gateway.replay.predictors import COSTS, LEARNED, Believed, UnknownPredictor, beliefs
@@ -225,7 +226,7 @@ def _cannot_write(settings: ReplaySettings) -> str | None:
     except OSError as error:
         return str(error)
     except ImportError:
-        return "pictures need matplotlib: install the extra `demo`"
+        return f"a picture {how_to_get('matplotlib')}"
     return None
 
 

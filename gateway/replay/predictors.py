@@ -15,7 +15,7 @@ import numpy as np
 from gateway.agent_trace import AgentTrace, TaskTrace
 from gateway.flowcontrol.estimate import Asked, Cost
 from predictor.cost import task_cost
-from predictor.features import SCHEMA, Sketch, is_kept
+from predictor.features import SCHEMA, is_kept
 from predictor.ladder import PRIOR_BYTES_PER_TOKEN
 from predictor.learned import Learned
 from predictor.mlp import MlpUnavailable, PaperMlp, Sample
@@ -28,6 +28,7 @@ from predictor.types import (
     FinishedAgent,
     FinishedTask,
     Predictor,
+    Sketch,
     TaskContent,
     TaskPrediction,
 )

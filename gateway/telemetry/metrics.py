@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from enum import StrEnum
 
@@ -13,8 +14,9 @@ from gateway.protocol.errors import Outcome, Reason
 from gateway.telemetry.counters import Counts, Distributions
 from predictor.types import FinishedTask
 
-# Classes are the clients' words: after this many different ones, `other`.
-MAX_CLASSES = 1000
+# Clients choose the names of classes. A tenant may add at most as many as it leaves room for, so that one that makes up names
+# leaves labels for the next; what is too much is `other`.
+MAX_CLASSES = 2000
 NO_CLASS, OTHER_CLASSES = "none", "other"
 # Tenants have keys, so there are as many as somebody has made keys for.
 MAX_TENANTS = 1000
@@ -69,6 +71,7 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry, *, version: str, policy: str) -> None:
         self.registry = registry
         self._classes: set[str] = set()
+        self._classes_by: defaultdict[str, int] = defaultdict(int)  # how many each tenant was the first to use
         self._tenants: set[str] = set()
         self._models: set[str] = set()
 
@@ -324,19 +327,19 @@ class Metrics:
     def spans_dropped(self, count: int) -> None:
         self._spans_dropped.inc(count)
 
-    def task_ended(self, agent_class: str | None, prompt_tokens: int, completion_tokens: int) -> None:
-        label = self._class(agent_class)
+    def task_ended(self, tenant: str, agent_class: str | None, prompt_tokens: int, completion_tokens: int) -> None:
+        label = self._class(tenant, agent_class)
         self._prompt_tokens[label,].inc(prompt_tokens)
         self._completion_tokens[label,].inc(completion_tokens)
 
-    def task_charged(self, agent_class: str | None, task: FinishedTask) -> None:
+    def task_charged(self, tenant: str, agent_class: str | None, task: FinishedTask) -> None:
         """Once for each task, when nothing more will be known of it."""
-        self._observed_cost[self._class(agent_class),].inc(task.cost)
+        self._observed_cost[self._class(tenant, agent_class),].inc(task.cost)
         if task.held is not None and task.net_cost > 0:
             self._held_ratio[()].observe(task.held / task.net_cost)
 
-    def agent_finished(self, agent_class: str | None, jct_s: float) -> None:
-        label = self._class(agent_class)
+    def agent_finished(self, tenant: str, agent_class: str | None, jct_s: float) -> None:
+        label = self._class(tenant, agent_class)
         self._agents_finished[label,].inc()
         self._agent_jct_s[label,].observe(jct_s)
 
@@ -453,13 +456,14 @@ class Metrics:
     def connection_cut_off(self, why: CutOff) -> None:
         self._cut_off.labels(why).inc()
 
-    def _class(self, agent_class: str | None) -> str:
+    def _class(self, tenant: str, agent_class: str | None) -> str:
         if agent_class is None:
             return NO_CLASS
         if agent_class not in self._classes:
-            if len(self._classes) >= MAX_CLASSES:
+            if self._classes_by[tenant] >= MAX_CLASSES - len(self._classes):
                 return OTHER_CLASSES
             self._classes.add(agent_class)
+            self._classes_by[tenant] += 1
         return agent_class
 
     def _model(self, model: str | None, *, served: bool) -> str:

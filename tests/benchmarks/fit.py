@@ -38,8 +38,9 @@ from gateway.agent_trace import AgentTrace
 from gateway.config.settings import cache_home
 from gateway.demo import demo
 from gateway.demo.client import TaskResult
-from gateway.demo.demo import BASELINE, DemoSettings, Stage
+from gateway.demo.demo import BASELINE, Stage
 from gateway.demo.processes import ServerFailed, run_once
+from gateway.demo.settings import DemoSettings
 from gateway.demo.workload import demo_mix, length_table
 from gateway.replay import environment
 from gateway.replay.figures import percentile

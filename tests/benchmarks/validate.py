@@ -33,9 +33,10 @@ from engine.link import Hello, LinkError
 from gateway.agent_trace import AgentTrace
 from gateway.demo import report
 from gateway.demo.client import ReplayResult
-from gateway.demo.demo import BASELINE, DemoSettings
+from gateway.demo.demo import BASELINE
 from gateway.demo.kinds import Size
 from gateway.demo.processes import ServerFailed
+from gateway.demo.settings import DemoSettings
 from gateway.replay import environment
 from gateway.replay.figures import mean, percentile
 from tests.benchmarks.fit import Heard, Iteration, Mix, OtherWork, iterations, listening, stage

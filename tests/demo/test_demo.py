@@ -14,9 +14,9 @@ from rich.console import Console
 from engine.link import PROTOCOL, Hello, Report
 from gateway.demo import demo, report
 from gateway.demo.client import ReplayResult, TaskResult
-from gateway.demo.demo import DemoSettings
 from gateway.demo.engine_watch import EngineWatch
 from gateway.demo.progress import ReplayProgress
+from gateway.demo.settings import DemoSettings
 from gateway.demo.workload import demo_mix
 
 TRACE = demo_mix(7, agents=10)

@@ -54,7 +54,7 @@ class Scene:
             self.accuracy,
             now=lambda: Iterations(self.now),
             waits=self.waits,
-            keep=lambda agent_id, kv_tokens, _: self.kept.append((agent_id, kv_tokens)),
+            keep=lambda agent_id, kv_tokens, *_: self.kept.append((agent_id, kv_tokens)),
             correct=self.correct,
             charge=self.charge,
             tenant_weight=lambda tenant: 1.0,
@@ -157,12 +157,12 @@ async def test_an_idle_agents_kv_is_kept_and_its_wait_is_learned() -> None:
     assert scene.kept == [("t/a", 14)]
     scene.now = 30.0
     scene.task(2, held=1.0)
-    assert scene.waits.worth_keeping("kind") == 31
+    assert scene.waits.worth_keeping("t", "kind") == 31
     scene.now = 1000.0
     scene.feedback.sweep(idle_s=300)
     scene.task(3, held=1.0, final=True)
     assert len(scene.kept) == 2, "who says that it is done does not come back"
-    assert ToolWaits().worth_keeping("kind") == UNKNOWN
+    assert ToolWaits().worth_keeping("t", "kind") == UNKNOWN
 
 
 async def test_what_is_kept_tells_when_and_what_was_said_and_what_was_predicted_is_judged() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from gateway import extras
 from gateway.config.settings import GatewaySettings, Live
 from gateway.learning.accuracy import Accuracy
 from gateway.learning.serving import Serves
@@ -304,3 +305,25 @@ def test_a_note_comes_back(tmp_path: Path) -> None:
     for odd in (b'{"outcome":"\xff"}', b'{"new":' + b"[" * 100_000):  # no UTF-8; too deep
         (tmp_path / NOTE).write_bytes(odd)
         assert read_note(tmp_path) is None
+
+
+async def test_without_the_library_that_trains_it_reports_so_once_and_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "xgboost", None)
+    scene = Scene(tmp_path, NOTED, train_every=1)
+    await scene.finish(1)
+    asked = asyncio.Semaphore(0)
+
+    def can_train() -> bool:
+        asked.release()
+        return extras.can_train()
+
+    monkeypatch.setattr("gateway.learning.training.can_train", can_train)
+    watching = asyncio.create_task(scene.training.watch())
+    async with asyncio.timeout(10):
+        for _ in range(3):
+            await asked.acquire()
+    watching.cancel()
+    assert caplog.text.count("pip install 'justitia[train]'") == 1
+    assert read_note(tmp_path) is None

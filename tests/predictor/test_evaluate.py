@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from predictor.evaluate import NO_CLASS, order, quality
+from predictor.evaluate import NO_CLASS, quality
 
 
 def test_errors_order_and_coverage_by_hand() -> None:
@@ -28,12 +28,6 @@ def test_errors_order_and_coverage_by_hand() -> None:
 def test_without_p90_there_is_no_coverage() -> None:
     found = quality(np.array([1.0, 2.0]), np.array([1.0, 2.0]))
     assert found.coverage is None and found.classes[NO_CLASS].coverage is None
-
-
-def test_no_order_and_orders_of_nobody() -> None:
-    assert order(np.array([5.0]), np.array([5.0])) is None
-    assert order(np.array([5.0, 5.0]), np.array([1.0, 2.0])) is None
-    assert order(np.array([5.0, 6.0]), np.array([1.0, 1.0])) == 0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from predictor.features import HISTORY_COLUMNS
-from predictor.ladder import MAX_RUNGS, PRIOR_DECODE_TOKENS, PRIOR_GROWTH, REMEMBERED_AGENTS, Ladder
+from predictor.ladder import MAX_CLASSES, OWN_AGENTS, PRIOR_DECODE_TOKENS, PRIOR_GROWTH, REMEMBERED_AGENTS, Ladder
 from predictor.types import AgentProgress, FinishedAgent, FinishedTask
 
 
@@ -52,7 +52,7 @@ def test_the_narrowest_rung_that_has_seen_much_decides() -> None:
 
 def test_each_agent_of_a_new_class_moves_it_from_what_others_do_to_what_its_own_do() -> None:
     others = [agent("b", 400)] * 50
-    seen = [decode(taught(*others, *[agent("a", 10)] * count), "a", tenant="u") for count in (0, 1, 3, 10, 50)]
+    seen = [decode(taught(*others, *[agent("a", 10)] * count), "a") for count in (0, 1, 3, 10, 50)]
     assert seen == sorted(seen, reverse=True)
     assert seen[0] == pytest.approx(400, rel=0.05)
     assert seen[1] < 200, "one agent counts for something"
@@ -106,18 +106,54 @@ def test_only_the_last_agents_are_remembered() -> None:
     assert total(ladder, "a") == pytest.approx(agent("a", 50).cost, rel=0.01)
 
 
-def test_words_of_clients_do_not_fill_the_memory() -> None:
+def test_names_that_clients_make_up_do_not_fill_the_memory() -> None:
     ladder = taught(*[agent("kept", 10)] * 30)
-    for number in range(MAX_RUNGS):
+    for number in range(MAX_CLASSES + 100):
         ladder.learn(agent(f"class-{number}", 1))
         if number % 100 == 0:
             ladder.learn(agent("kept", 10))
-    assert len(ladder._memories) == MAX_RUNGS
+    assert ladder.remembered == MAX_CLASSES
     assert decode(ladder, "kept") == pytest.approx(10, rel=0.1)
 
 
+@pytest.mark.parametrize("agent_class", [None, "rag", "run"], ids=["of no class", "of its class", "of many classes"])
+def test_what_one_tenant_does_neither_moves_nor_erases_another_tenants_classes(agent_class: str | None) -> None:
+    """blue's client puts the number of its run into the class, or uses the name that red uses."""
+    ladder = taught(*[agent("rag", 500, tenant="red")] * 100)
+    before = ladder.predict_agent(AgentProgress("rag", "red", 1, cost_arrived=1)), decode(ladder, "rag", "red")
+    history = ladder.history("rag", "red")
+    for number in range(MAX_CLASSES + 100):
+        ladder.learn(agent(f"run-{number}" if agent_class == "run" else agent_class, 1, tenant="blue"))
+    after = ladder.predict_agent(AgentProgress("rag", "red", 1, cost_arrived=1)), decode(ladder, "rag", "red")
+    assert after == before
+    assert ladder.history("rag", "red") == history
+
+
+def test_a_class_that_several_tenants_use_is_known_to_a_tenant_that_is_new_to_it() -> None:
+    ladder = taught(*[agent("other", 400, tenant="v")] * 100, *[agent("a", 10, tenant="t")] * 50)
+    alone = decode(ladder, "a", "new")
+    assert alone == pytest.approx(decode(ladder, "unknown", "new")), "of one tenant it is that tenant's own"
+    ladder.learn(agent("a", 10, tenant="u"))
+    assert decode(ladder, "a", "new") == pytest.approx(10, rel=0.1), "with what was known before"
+
+
+def test_a_tenant_of_few_agents_is_helped_by_others_until_it_has_its_own() -> None:
+    others = [agent("a", 10, tenant=tenant) for tenant in "uv"] * 50
+    seen = [decode(taught(*others, *[agent("a", 90)] * own), "a") for own in range(OWN_AGENTS + 1)]
+    assert seen == sorted(seen) and seen[0] == pytest.approx(10, rel=0.1)
+    assert seen[-1] == decode(taught(*[agent("a", 90)] * OWN_AGENTS), "a"), "then it is as if it were alone"
+
+
+def test_a_class_that_is_forgotten_of_all_but_one_tenant_is_that_ones_again() -> None:
+    ladder = taught(agent("a", 10, tenant="t"), agent("a", 10, tenant="u"))
+    assert decode(ladder, "a", "new") < decode(ladder, "unknown", "new")
+    for number in range(MAX_CLASSES):
+        ladder.learn(agent(f"class-{number}", 100, tenant="u"))
+    assert decode(ladder, "a", "new") == decode(ladder, "unknown", "new")
+
+
 def test_an_agent_without_tasks_teaches_nothing() -> None:
-    assert taught(FinishedAgent("a", "t", []))._memories == {}
+    assert taught(FinishedAgent("a", "t", [])).remembered == 0
 
 
 def test_the_history_is_that_of_the_narrowest_rung_and_follows_what_is_learned() -> None:

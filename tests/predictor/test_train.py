@@ -175,7 +175,8 @@ def test_the_ladder_forgets_what_a_class_was() -> None:
 def test_the_ladder_forgets_nobody_while_a_class_stays_as_it_was() -> None:
     gateway = Gateway(seed=3)
     gateway.serve(900)
-    remembered = [len(memory.agents) for memory in gateway.predictor.ladder._memories.values()]
+    ladder = gateway.predictor.ladder
+    remembered = [len(own.since_change.agents) for own in ladder._own.values()]
     assert remembered == [REMEMBERED_AGENTS] * len(remembered)
 
 

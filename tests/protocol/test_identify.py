@@ -206,3 +206,12 @@ def test_of_sub_agents_so_many_are_remembered(monkeypatch: pytest.MonkeyPatch) -
     assert roots.fold("t", "c1", None) == "root"
     roots.fold("t", "c3", "root")
     assert [roots.fold("t", child, None) for child in ("c1", "c2", "c3")] == ["root", "c2", "root"]
+
+
+def test_no_tenant_makes_another_forget_its_sub_agents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_ALIASES", 4)
+    roots = Roots()
+    roots.fold("red", "child", "root")
+    for number in range(10):
+        roots.fold("blue", f"c{number}", "root")
+    assert roots.fold("red", "child", None) == "root"

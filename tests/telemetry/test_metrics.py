@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from gateway.protocol.errors import Outcome
-from gateway.telemetry.metrics import MAX_MODELS, Metrics
+from gateway.telemetry.metrics import MAX_CLASSES, MAX_MODELS, Metrics
 
 
 @pytest.fixture
@@ -59,3 +59,15 @@ def test_models_that_never_answered_and_those_above_the_limit_are_other(
     assert value(registry, count, "other", error_type="invalid") == 1000
     assert value(registry, count, "other", error_type="") == 2
     assert value(registry, count, f"served-{MAX_MODELS - 1}", error_type="") == 1
+
+
+def test_a_tenant_that_makes_up_classes_leaves_labels_for_others(metrics: Metrics, registry: CollectorRegistry) -> None:
+    for number in range(MAX_CLASSES):
+        metrics.agent_finished("blue", f"run-{number}", 1.0)
+    metrics.agent_finished("red", "rag", 1.0)
+    metrics.agent_finished("blue", "rag", 1.0)
+    ended = {
+        agent_class: registry.get_sample_value("justitia_agents_finished_total", {"agent_class": agent_class})
+        for agent_class in ("run-0", f"run-{MAX_CLASSES - 1}", "rag", "other")
+    }
+    assert ended == {"run-0": 1, f"run-{MAX_CLASSES - 1}": None, "rag": 2, "other": MAX_CLASSES // 2}
