@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.floating[Any]]
+# Ended agents by which a gateway that serves judges its predictions.
+WINDOW = 300
 
 
 def errors(costs: Numbers, predicted: Numbers) -> Numbers:

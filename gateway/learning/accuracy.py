@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from predictor.accuracy import Numbers, errors, order
+from predictor.accuracy import WINDOW, Numbers, errors, order
 from predictor.types import NO_SOURCE
 
-WINDOW = 300
 # The source of a prediction that no model corrected.
 LADDER = "ladder"
 

@@ -9,9 +9,9 @@ from enum import StrEnum
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info
 
 from gateway.flowcontrol.records import UsageRow
-from gateway.learning.accuracy import WINDOW
 from gateway.protocol.errors import Outcome, Reason
 from gateway.telemetry.counters import Counts, Distributions
+from predictor.accuracy import WINDOW
 from predictor.types import FinishedTask
 
 # Clients choose the names of classes. A tenant may add at most as many as it leaves room for, so that one that makes up names
