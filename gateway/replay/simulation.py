@@ -279,6 +279,7 @@ class _Simulation:
             flow.shared_tokens if waits else None,
             shared * self._unit,
         )
+        busy_s = engine.now_s - self._record.idle_s
         running = [(number, kv_tokens, output) for number, kv_tokens, output in step.running]
         report = Report(
             engine_id=ENGINE,
@@ -286,7 +287,7 @@ class _Simulation:
             free_blocks=(engine.capacity_tokens - engine.held_tokens) // self._block_size,
             running=len(running),
             waiting=engine.waiting,
-            prefill_iterations=self._setup.profile.per_prefill_token_s * engine.iterations / engine.now_s,
+            prefill_iterations=self._setup.profile.per_prefill_token_s * engine.iterations / busy_s,
             tasks=[number for number, _, _ in running],
             kv_tokens=[kv_tokens for _, kv_tokens, _ in running],
             output_tokens=[output for _, _, output in running],
