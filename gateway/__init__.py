@@ -1,5 +1,43 @@
-"""The gateway: an OpenAI-compatible server that groups requests into agents and releases them in a fair order.
+"""The gateway: an OpenAI-compatible server that groups requests into agents and releases their tasks in a fair order.
 
-The life of a request, in file names: `identify` → `estimate` → `fairness` → `release` → `engine_client` → `relay` →
-`usage` → `feedback`. `app` puts them together and is the only place that does.
+**A request's way**, by packages. Each may import only those below it in the list further down; `pyproject.toml` has the rules.
+
+    http         its bytes arrive, within limits; its disconnect cancels its task
+    tenancy      the tenant of its API key
+    protocol     its body is read: the endpoint, the agent that it names, its texts
+    api          its endpoint makes a task of it
+    flowcontrol  what will it cost, may it wait, when does it go: it is enqueued, released, settled
+    relay        it waits for its turn, goes to the engine, and its answer is relayed as it comes
+    protocol     the usage in its answer is read
+    flowcontrol  it is settled: charged, its agent goes on, is idle, or has ended
+    state        the settlement is written to the journal, and from there to the store
+    telemetry    it is counted, logged and traced
+    learning     the predictor learns from its agent, once that has ended
+
+**What lies where.** From the top; the file to open for a question stands in brackets.
+
+    cli          the command `justitia` and its sub-commands
+    server       the process: listens, stops in order
+    app          the composition root: makes all parts, and gives each what it needs
+    reload       other settings while the gateway serves
+    restart      what a start finds in the store
+    supervise    the loops that run beside the requests
+    check        settings and keys, checked together, before a start and a reload
+    api          an endpoint each [a new endpoint: `api/…` and `protocol/endpoints`]
+    relay        tasks between clients and the engine; drives flow control [what is done with effects: `relay/dispatcher`]
+    demo         `justitia demo`
+    learning     trains models beside the gateway, and judges predictions
+    http         client connections [a limit on what a client may send: `http/client_connection`]
+    replay       `justitia replay`: flow control on a virtual clock
+    telemetry    metrics, request log, traces, logs [a metric: `telemetry/metrics`]
+    tenancy      API keys and tenants
+    state        journal and store
+    flowcontrol  the pure core [why a task is not released: `flowcontrol/fairqueue/fair_queue`, `_fits`; what a broken-off task
+                 costs: `flowcontrol/settlement`; a quota: `flowcontrol/quotas`]
+    protocol     what clients and engines send [a header that names an agent: `protocol/identify`; an error: `protocol/errors`]
+    config       settings [a setting: `config/settings`]
+    agent_trace  the file format of recorded agents, for replay and export
+    extras       which optional libraries are missing, and how to get them
+
+Each package's own docstring names its files.
 """

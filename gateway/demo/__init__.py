@@ -1,6 +1,11 @@
-"""Benchmarks and the demo: what the gateway promises, measured by anyone on the real thing.
+"""`justitia demo`: one trace of agents, one real engine, two policies, and what changed.
 
-`trace` is the agent trace that every tool here reads, `workload` makes one, `client` replays it against a live gateway,
-`report` turns results into JSON, a table and a picture, and `demo` runs all of it with a tiny model on the spot.
-`speed` measures what the gateway itself costs. `stand_in` is an engine that answers at once, for what needs no real one.
+    demo          runs all of it with a tiny model on the spot
+    settings      its settings
+    workload      makes the trace, of the `kinds` of agents
+    client        replays the trace against a live gateway, as the agents' own programs would
+    engine_watch  listens to the engine's reports meanwhile
+    processes     starts and stops the servers
+    progress      shows how far a replay has come
+    report        turns results into JSON and a table; `picture` draws them
 """

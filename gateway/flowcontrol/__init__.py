@@ -28,6 +28,7 @@ tenant.
     settlement    the cost of a task, however it ended
     engine_state  what is known of an engine: τ, M, what it holds and serves
     quotas        what tenants may have, and what they have used
+    concurrency   the rule by which tenants share a bound
     tool_waits    for how long the KV of an agent that waits for its tool is worth keeping
     records       what is kept of agents, tasks and use
     fairqueue     the order: a pure package of its own, of the standard library alone

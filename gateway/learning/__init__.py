@@ -1,6 +1,11 @@
-"""Learning while serving: a trainer beside the gateway, and the model that serves.
+"""Learning while serving: models are trained beside the gateway, and the best one serves.
 
-`training` says when a new model is due and has it made by `justitia predictor train`, in a process of its own (`command`);
-that one promotes it if it is better. `serving` loads what the registry says is current, whoever said so. `export` writes what
-was learned from as an agent trace.
+    guarded   the predictor as flow control asks it: timed, and never in the way when it fails
+    outcomes  what is learned from an agent that has ended
+    accuracy  how good predictions were, of the agents that ended last
+    serving   loads the model that the registry names
+    training  decides when a new model is due, and starts the trainer
+    trainer   trains one model, in a process of its own, and promotes it if it is better
+    export    writes what was served as an agent trace
+    store     opens the state's store for commands
 """

@@ -53,6 +53,16 @@ that changes something takes `now` (τ) and, once the call is known to be allowe
 that is not allowed raises `QueueError`, and nothing has changed, the clock included. A decision costs O(log N) in the
 number of agents.
 
+**Files.**
+
+    fair_queue    the verbs
+    types         units, tasks, agents
+    reference     the ideal processor; `nested` is two levels of it
+    ranking       the order of service; `order` is a heap
+    policies      a file for each order
+    forecast      the memory of what is in flight, and its peak
+    reservations  memory kept for agents that wait for their tools
+
 Sources: Justitia, arXiv 2510.17015; Parekh and Gallager 1993 (GPS); Bennett and Zhang 1996.
 """
 
