@@ -1,4 +1,4 @@
-"""What the gateway answers by itself under `/v1`, told to metrics, request log and traces like any other request."""
+"""Routes that the gateway answers itself under `/v1`, with metrics, request log and traces as for any other request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def own_routes(observer: Observer) -> APIRouter:
         def get_route_handler(self) -> _Serve:
             serve = super().get_route_handler()
 
-            async def told(request: Request) -> Response:
+            async def serve_observed(request: Request) -> Response:
                 headers, raw = headers_of(request.scope), request.scope["headers"]
                 span = observer.begins(request.method, self.path_format, headers, raw, time.monotonic())
                 request.state.span = span
@@ -40,13 +40,13 @@ def own_routes(observer: Observer) -> APIRouter:
                 answer.headers[REQUEST_ID] = span.request_id
                 return answer
 
-            return told
+            return serve_observed
 
     return APIRouter(route_class=OwnRoute)
 
 
 def caller(request: Request, tenants: Tenants) -> Tenant:
-    """Whose key it is. Raises what `Tenants.authenticate` raises."""
+    """The tenant of the request's key. Raises what `Tenants.authenticate` raises."""
     tenant = tenants.authenticate(request.headers)
     request.state.span.authenticated(tenant.name)
     return tenant
