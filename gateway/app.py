@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.api.agents import agent_routes
+from gateway.api.agents import agent_routes, state_of
 from gateway.api.inference import task_routes
 from gateway.api.openapi import describe
 from gateway.api.operations import operation_routes
@@ -88,7 +88,7 @@ async def create_app(
     engine = EngineView(settings.capacity_tokens, settings.max_in_flight)
     limits = ReleaseLimits(beta=settings.beta, engine_waiting=settings.max_engine_waiting)
     queue = FairQueue(POLICIES[settings.policy](), limits)
-    metrics = Metrics(CollectorRegistry(), version=version, policy=settings.policy)
+    metrics = Metrics(CollectorRegistry())
     predictor = predictor or Learned()
     accuracy = Accuracy()
     store = store or open_store(settings.state, settings.kept_agents)
@@ -104,8 +104,8 @@ async def create_app(
     dispatcher = Dispatcher(queue, engine, tenants, waits=waits if settings.keep_kv else None)
     observer = Observer(
         metrics,
-        open_tracing(settings.otlp_endpoint, version, metrics.spans_dropped),
-        open_request_log(settings.request_log, metrics.log_dropped),
+        open_tracing(settings.otlp_endpoint, version, metrics.process.spans_dropped),
+        open_request_log(settings.request_log, metrics.process.log_dropped),
     )
     parts = Parts(
         queue=queue,
@@ -145,6 +145,12 @@ async def create_app(
         suspect=asyncio.Event(),
         live=Live(settings),
     )
+    metrics.process.reads(version, parts.live)
+    metrics.queue.reads(queue, tenants)
+    metrics.agents.reads(lambda: [state_of(queue.agents.get(agent_id)) for agent_id in parts.feedback.records])
+    metrics.engine.reads(engine)
+    metrics.learning.reads(accuracy, parts.learning)
+    metrics.state.reads(journal)
     app = Gateway(title="justitia", version=version, lifespan=_lifespan(settings, parts, store))
     app.state.parts = parts
     app.serve(task_routes(parts))
@@ -195,7 +201,7 @@ async def _recall(parts: Parts, store: Store) -> None:
 
 def _charge(tenants: Tenants, metrics: Metrics, tenant: str, used: TenantUsage) -> UsageRow:
     row = tenants.charge(tenants.named(tenant), used)
-    metrics.charged(row)
+    metrics.tenants.charged(row)
     return row
 
 

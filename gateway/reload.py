@@ -30,7 +30,6 @@ def apply(parts: Parts, old: GatewaySettings, new: GatewaySettings) -> None:
     parts.bodies.limit_bytes = new.max_held_bytes
     policy = POLICIES[new.policy]() if new.policy != old.policy else None
     parts.dispatcher.change(policy, beta=new.beta, engine_waiting=new.max_engine_waiting)
-    parts.metrics.policy_is(new.policy)
     if new.log_level != old.log_level:
         set_log_level(new.log_level)
 
@@ -61,7 +60,7 @@ class Reloader:
                 self._refuse(wrong)
             except Exception:
                 logger.exception("the settings could not be read")
-                self._parts.metrics.reloaded(ReloadOutcome.REFUSED)
+                self._parts.metrics.process.reloaded(ReloadOutcome.REFUSED)
 
     def _take(self, checked: Checked[Any]) -> None:
         """Raises `Wrong`; then nothing has changed."""
@@ -78,7 +77,7 @@ class Reloader:
         now = self._parts.settings
         apply(self._parts, now, now.model_copy(update={name: getattr(new, name) for name in changed}))
         self._given = new
-        self._parts.metrics.reloaded(ReloadOutcome.APPLIED)
+        self._parts.metrics.process.reloaded(ReloadOutcome.APPLIED)
         logger.info(
             "settings reloaded: %s", ", ".join(_change(name, old, new) for name in changed) or "none has changed"
         )
@@ -86,7 +85,7 @@ class Reloader:
             logger.info("%s", note)
 
     def _refuse(self, wrong: Wrong) -> None:
-        self._parts.metrics.reloaded(ReloadOutcome.REFUSED)
+        self._parts.metrics.process.reloaded(ReloadOutcome.REFUSED)
         logger.error("settings not reloaded, nothing has changed:")
         for problem in wrong.problems:
             logger.error("%s", problem)

@@ -163,8 +163,8 @@ async def start_gateway(settings: GatewaySettings) -> RunningGateway:
     _collect_seldom()
     limits = ConnectionLimits(open_files_for(settings.max_connections), settings.keep_alive_s, settings.client_stall_s)
     metrics = app.state.parts.metrics
-    connections = Connections(limits, metrics.connection_cut_off)
-    metrics.count_connections(lambda: len(connections))
+    connections = Connections(limits, metrics.connections.cut_off)
+    metrics.connections.reads(connections)
     config = uvicorn.Config(
         app,
         http=connections.protocol,  # type: ignore[arg-type]  # called like a class

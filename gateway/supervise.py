@@ -92,12 +92,12 @@ async def follow_link(parts: Parts, address: str) -> None:
             if isinstance(message, Hello):
                 parts.dispatcher.tell = link.change
                 continue
-            parts.metrics.link_reported()
+            parts.metrics.engine.link_reported()
             if time.monotonic() >= asked_s + SNAPSHOT_S:
                 link.ask_for_snapshot()
                 asked_s = time.monotonic()
             if link.resent + link.dropped > lost:
-                parts.metrics.link_lost(link.resent + link.dropped - lost)
+                parts.metrics.engine.link_lost(link.resent + link.dropped - lost)
                 lost = link.resent + link.dropped
     finally:
         parts.dispatcher.tell = None
@@ -144,13 +144,6 @@ async def watch_keys(tenants: Tenants) -> None:
 
 @contextlib.contextmanager
 def _hearing(parts: Parts) -> Iterator[None]:
-    """The engine's view is changed in here; then metrics and dispatcher are told. Not if it raises."""
-    counters, restarts = parts.engine.counters, parts.engine.restarts
+    """The engine's view is changed in here; then the dispatcher looks at it. Not if it raises."""
     yield
-    if parts.engine.counters != counters:
-        parts.metrics.engine_counted(
-            *(now - before for now, before in zip(parts.engine.counters, counters, strict=True))
-        )
-    if parts.engine.restarts > restarts:
-        parts.metrics.engine_restarted()
     parts.dispatcher.engine_spoke()

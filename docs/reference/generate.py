@@ -74,14 +74,14 @@ def _default(name: str, default: Any, made: bool) -> str:
 
 def metrics_page() -> str:
     registry = CollectorRegistry()
-    Metrics(registry, version="", policy="")
+    Metrics(registry)
     lines = [
         NOTE,
         "# Metrics",
         "",
-        f"Labels with a class hold at most {MAX_CLASSES:,} classes, those with a tenant {MAX_TENANTS:,} tenants; later ones",
-        f"are `other`. Without keys there is one tenant, `default`. Those with a model hold {MAX_MODELS} models, which the",
-        "engine must have served.",
+        f"Labels are bounded: {MAX_CLASSES:,} classes;",
+        f"{MAX_TENANTS:,} tenants (without keys there is one, `default`); {MAX_MODELS} models, which the engine must have",
+        "served. Further ones are `other`.",
         "",
     ]
     lines += ["| name | kind | labels | |", "|---|---|---|---|"]

@@ -153,12 +153,14 @@ class Feedback:
         else:
             record.tasks.append(finished)
             record.cost_ended += finished.cost
-            self._metrics.task_ended(record.agent_class, finished.prompt_tokens, finished.decode_tokens)
+            self._metrics.agents.task_ended(
+                record.tenant, record.agent_class, finished.prompt_tokens, finished.decode_tokens
+            )
             if finished.held is None and awaited is not None:
                 self.awaited[awaited] = record, len(record.tasks) - 1
                 record.awaited += 1
             else:
-                self._metrics.task_charged(record.agent_class, finished)
+                self._metrics.agents.task_charged(record.tenant, record.agent_class, finished)
         is_busy = self._is_busy(record.id)
         if record.final and not is_busy and not record.awaited:  # else the sweep will, or the engine's word
             self._end(record, finished, used, is_first=record.tasks_settled == 1)
@@ -174,7 +176,7 @@ class Feedback:
         record.awaited -= 1
         charged = record.tasks[place]
         finished = record.tasks[place] = msgspec.structs.replace(charged, held=cost)
-        self._metrics.task_charged(record.agent_class, finished)
+        self._metrics.agents.task_charged(record.tenant, record.agent_class, finished)
         record.cost_ended += finished.cost - charged.cost
         self._correct(record.id, finished.cost - charged.cost)
         self._write(record, finished, place, TenantUsage(kv_cost=finished.cost - charged.cost))
@@ -267,7 +269,7 @@ class Feedback:
         if record.awaited:
             for task_id in [task_id for task_id, (whose, _) in self.awaited.items() if whose is record]:
                 _, place = self.awaited.pop(task_id)
-                self._metrics.task_charged(record.agent_class, record.tasks[place])
+                self._metrics.agents.task_charged(record.tenant, record.agent_class, record.tasks[place])
         if record.idle_since is not None:
             self._waits.ended(record.agent_class)
         known = self._queue.agents.get(record.id)
@@ -284,7 +286,7 @@ class Feedback:
             1.0 if known is None else known.weight,
             record.expected_tasks,
         )
-        self._metrics.agent_finished(record.agent_class, record.last_end_s - record.first_arrival_s)
+        self._metrics.agents.finished(record.tenant, record.agent_class, record.last_end_s - record.first_arrival_s)
         self._judge(record, agent.cost)
         self._learn(agent)
 
@@ -294,7 +296,7 @@ class Feedback:
         by = record.judged
         judged = self._accuracy.judge(by.source, record.predicted, max(by.p90, record.predicted), cost)
         if judged is not None:
-            self._metrics.agent_judged(
+            self._metrics.learning.judged(
                 kind(by.source), judged.observed / judged.predicted, below_p90=judged.observed <= judged.p90
             )
 

@@ -123,7 +123,7 @@ class Relay:
         except GatewayError as error:
             self._outcome = error.outcome
             if error.reason is not None:
-                self._parts.metrics.rejected(self._request.tenant.name, error.reason)
+                self._parts.metrics.tenants.rejected(self._request.tenant.name, error.reason)
             await self._send_error(error, send)
         except Exception:
             logger.exception("a task failed")
@@ -140,7 +140,8 @@ class Relay:
         estimate = self._estimate = estimate_arrival(
             parts.predictor, request.body, progress, parts.engine.max_model_len
         )
-        parts.metrics.predicted(time.perf_counter() - begun_s, failed=estimate.agent.source == NOBODY)
+        parts.metrics.learning.predicted(time.perf_counter() - begun_s, failed=estimate.agent.source == NOBODY)
+        request.span.predicted(estimate.cost)
         task = Task(
             request.id,
             agent_id,
@@ -320,16 +321,9 @@ class Relay:
         finally:
             queue_s = None if self._turn is None else self._turn.queued_s
             if queue_s is not None:
-                self._parts.metrics.left_queue(self._outcome, queue_s)
-            self._request.span.ended(
-                self._outcome,
-                at_s=ended_s,
-                queue_s=queue_s,
-                engine_s=self._engine_s,
-                usage=self._usage,
-                predicted_cost=None if self._estimate is None else self._estimate.cost,
-                observed_cost=self._cost,
-            )
+                self._parts.metrics.requests.left_queue(self._outcome, queue_s)
+            self._request.span.charged(self._usage, self._cost)
+            self._request.span.ended(self._outcome, at_s=ended_s, queue_s=queue_s, engine_s=self._engine_s)
 
     def _charge(self) -> None:
         """Settle the turn, with what was used, once. Awaits nothing. Of an answer it is done before its end is sent: what a
