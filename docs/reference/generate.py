@@ -15,7 +15,7 @@ from gateway.check import schema
 from gateway.config.settings import PREFIX, GatewaySettings, ServeSettings, TenantSettings
 from gateway.protocol.errors import GatewayError, Outcome, Reason
 from gateway.reload import reloadable
-from gateway.telemetry.metrics import MAX_CLASSES, MAX_MODELS, MAX_TENANTS, Metrics
+from gateway.telemetry.metrics import MAX_CLASSES, MAX_MODELS, MAX_TENANTS, OWN_CLASSES, Metrics
 
 HERE = Path(__file__).resolve().parent
 NOTE = "<!-- Made by generate.py from the code. -->"
@@ -79,7 +79,7 @@ def metrics_page() -> str:
         NOTE,
         "# Metrics",
         "",
-        f"Labels are bounded: {MAX_CLASSES:,} classes;",
+        f"Labels are bounded: {MAX_CLASSES:,} classes, and the first {OWN_CLASSES} of each tenant in any case;",
         f"{MAX_TENANTS:,} tenants (without keys there is one, `default`); {MAX_MODELS} models, which the engine must have",
         "served. Further ones are `other`.",
         "",

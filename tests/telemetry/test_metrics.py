@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from gateway.protocol.errors import Outcome
 from gateway.protocol.usage import Usage
-from gateway.telemetry.metrics import MAX_MODELS, Metrics
+from gateway.telemetry.metrics import MAX_CLASSES, MAX_MODELS, OWN_CLASSES, Metrics
 from gateway.telemetry.request_span import Observer
 
 
@@ -77,6 +77,24 @@ def test_models_that_never_answered_and_those_above_the_limit_are_other(
     assert value(registry, count, "other", error_type="invalid") == 1000
     assert value(registry, count, "other", error_type="") == 2
     assert value(registry, count, f"served-{MAX_MODELS - 1}", error_type="") == 1
+
+
+def test_a_tenant_with_ever_new_classes_leaves_room_for_those_of_others(
+    metrics: Metrics, registry: CollectorRegistry
+) -> None:
+    for number in range(MAX_CLASSES + 5):
+        metrics.agents.finished("flood", f"flood-{number}", 1.0)
+    for number in range(OWN_CLASSES + 3):
+        metrics.agents.finished("red", f"red-{number}", 1.0)
+    metrics.agents.finished("flood", "red-0", 1.0)
+
+    def finished(agent_class: str) -> float | None:
+        return registry.get_sample_value("justitia_agents_finished_total", {"agent_class": agent_class})
+
+    assert finished(f"flood-{MAX_CLASSES - 1}") == 1
+    assert finished(f"red-{OWN_CLASSES - 1}") == 1
+    assert finished("red-0") == 2, "a name that is known is no new one"
+    assert finished("other") == 5 + 3
 
 
 def test_what_is_read_at_a_scrape_has_no_samples_before_there_is_a_view(

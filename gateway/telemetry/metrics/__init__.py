@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from gateway.telemetry.metrics.agents import AgentMetrics
 from gateway.telemetry.metrics.connections import ConnectionMetrics, CutOff
 from gateway.telemetry.metrics.engine import EngineMetrics
-from gateway.telemetry.metrics.labels import MAX_CLASSES, MAX_MODELS, MAX_TENANTS, OTHER, BoundedLabels
+from gateway.telemetry.metrics.labels import MAX_CLASSES, MAX_MODELS, MAX_TENANTS, OTHER, OWN_CLASSES, BoundedLabels
 from gateway.telemetry.metrics.learning import LearningMetrics, TrainingOutcome
 from gateway.telemetry.metrics.process import ProcessMetrics, ReloadOutcome
 from gateway.telemetry.metrics.queue import QueueMetrics
@@ -25,6 +25,7 @@ __all__ = [
     "MAX_MODELS",
     "MAX_TENANTS",
     "OTHER",
+    "OWN_CLASSES",
     "CutOff",
     "Metrics",
     "ReloadOutcome",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-# Clients choose classes.
-MAX_CLASSES = 1000
+# Clients choose classes. So many are kept over all tenants; and so many of each tenant's in any case, so that one tenant
+# with ever new names does not take the labels of the others.
+MAX_CLASSES, OWN_CLASSES = 1000, 16
 NO_CLASS = "none"
 # Tenants have keys, so an operator has made each of them.
 MAX_TENANTS = 1000
@@ -17,6 +18,7 @@ class BoundedLabels:
 
     def __init__(self) -> None:
         self._classes: set[str] = set()
+        self._classes_of: dict[str, int] = {}  # how many of the classes each tenant was the first to use
         self._tenants: set[str] = set()
         self._models: set[str] = set()
 
@@ -24,8 +26,11 @@ class BoundedLabels:
         if agent_class is None:
             return NO_CLASS
         if agent_class not in self._classes:
-            if len(self._classes) >= MAX_CLASSES:
+            tenant = self.tenant(tenant)
+            own = self._classes_of.get(tenant, 0)
+            if own >= OWN_CLASSES and len(self._classes) >= MAX_CLASSES:
                 return OTHER
+            self._classes_of[tenant] = own + 1
             self._classes.add(agent_class)
         return agent_class
 
