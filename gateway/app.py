@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.api.agents import agent_routes
+from gateway.api.agents import agent_routes, state_of
 from gateway.api.inference import TaskRoute
 from gateway.api.openapi import describe
 from gateway.api.operations import operation_routes
@@ -106,7 +106,7 @@ async def create_app(
     version = distribution_version("justitia")
     app = Gateway(title="justitia", version=version)
     app.live = Live(settings)
-    app.metrics = Metrics(CollectorRegistry(), version=version, policy=settings.policy)
+    app.metrics = Metrics(CollectorRegistry())
     app.tenants = Tenants(Keys.load(settings.keys_file), settings.tenants)
     app.journal = Journal(
         store or open_store(settings.state, settings.kept_agents),
@@ -114,7 +114,7 @@ async def create_app(
         kept_agents=settings.kept_agents,
     )
     app.predictor = predictor or Learned()
-    guarded = GuardedPredictor(app.predictor, app.metrics)
+    guarded = GuardedPredictor(app.predictor, app.metrics.learning)
     app.accuracy = Accuracy()
     app.flow = _flow(settings, guarded, app.tenants, app.journal.id)
     app.outcomes = Outcomes(guarded, app.accuracy, app.metrics)
@@ -125,12 +125,13 @@ async def create_app(
     app.learning = Learning(app.predictor, settings.models_directory, app.metrics)
     app.observer = Observer(
         app.metrics,
-        open_tracing(settings.otlp_endpoint, version, app.metrics.spans_dropped),
-        open_request_log(settings.request_log, app.metrics.log_dropped),
+        open_tracing(settings.otlp_endpoint, version, app.metrics.process.spans_dropped),
+        open_request_log(settings.request_log, app.metrics.process.log_dropped),
     )
     app.bodies = ConcurrencyLimit(settings.max_held_bytes, lambda: tenants.total_weight)
     app.gathered = ConcurrencyLimit(GATHERED_BYTES, lambda: tenants.total_weight)
     app.background = Background()
+    _add_readings(app)
     app.router.lifespan_context = _lifespan(app, settings)
     _add_routes(app)
     _answer_errors(app, app.observer)
@@ -149,6 +150,17 @@ def _flow(settings: GatewaySettings, predictor: GuardedPredictor, tenants: Tenan
     return flow
 
 
+def _add_readings(app: Gateway) -> None:
+    """What metrics read at a scrape."""
+    flow, metrics = app.flow, app.metrics
+    metrics.process.reads(app.version, app.live)
+    metrics.queue.reads(flow.queue, flow.quotas)
+    metrics.agents.reads(lambda: [state_of(flow.queue.agents[agent.id]) for agent in flow.agents])
+    metrics.engine.reads(flow.engine)
+    metrics.learning.reads(app.accuracy, app.learning)
+    metrics.state.reads(app.journal)
+
+
 def _add_routes(app: Gateway) -> None:
     # Numbers that grow over restarts too, so that an engine which outlives the gateway never sees one twice.
     numbers = itertools.count(time.time_ns())
@@ -165,9 +177,7 @@ def _add_routes(app: Gateway) -> None:
     app.serve([*tasks, *passthrough_routes(app.client, app.tenants, app.observer, app.bodies, app.live)])
     app.include_router(agent_routes(app.dispatcher, app.tenants, app.observer))
     app.include_router(usage_routes(app.tenants, app.observer, app.journal.store, app.journal.flush))
-    app.include_router(
-        operation_routes(app.dispatcher, app.journal, app.accuracy, app.learning, app.live, version=app.version)
-    )
+    app.include_router(operation_routes(app.dispatcher, app.journal, app.live, version=app.version))
 
 
 def _lifespan(app: Gateway, settings: GatewaySettings) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:

@@ -51,7 +51,6 @@ class Reloader:
         """begun: what the gateway was started with. check: reads it anew; it may block."""
         self._dispatcher, self._tenants, self._bodies = dispatcher, tenants, bodies
         self._observer, self._live, self._check = observer, live, check
-        self._metrics = observer.metrics
         self._given: GatewaySettings = begun.settings
         self._asked = False
         self._running: asyncio.Task[None] | None = None
@@ -73,7 +72,7 @@ class Reloader:
                 self._refuse(wrong)
             except Exception:
                 logger.exception("the settings could not be read")
-                self._metrics.reloaded(ReloadOutcome.REFUSED)
+                self._observer.metrics.process.reloaded(ReloadOutcome.REFUSED)
 
     def _take(self, checked: Checked[Any]) -> None:
         """Raises `Wrong`; then nothing has changed."""
@@ -90,7 +89,7 @@ class Reloader:
         held = self._live.settings
         self._apply(held, held.model_copy(update={name: getattr(new, name) for name in changed}))
         self._given = new
-        self._metrics.reloaded(ReloadOutcome.APPLIED)
+        self._observer.metrics.process.reloaded(ReloadOutcome.APPLIED)
         logger.info(
             "settings reloaded: %s", ", ".join(_change(name, old, new) for name in changed) or "none has changed"
         )
@@ -108,12 +107,11 @@ class Reloader:
         self._bodies.limit = new.max_held_bytes
         policy = POLICIES[new.policy]() if new.policy != old.policy else None
         self._dispatcher.change(flow_options(new), policy)
-        self._metrics.policy_is(new.policy)
         if new.log_level != old.log_level:
             set_log_level(new.log_level)
 
     def _refuse(self, wrong: Wrong) -> None:
-        self._metrics.reloaded(ReloadOutcome.REFUSED)
+        self._observer.metrics.process.reloaded(ReloadOutcome.REFUSED)
         logger.error("settings not reloaded, nothing has changed:")
         for problem in wrong.problems:
             logger.error("%s", problem)

@@ -167,8 +167,8 @@ async def start_gateway(settings: GatewaySettings) -> RunningGateway:
     _collect_seldom()
     limits = ConnectionLimits(open_files_for(settings.max_connections), settings.keep_alive_s, settings.client_stall_s)
     metrics = app.metrics
-    connections = Connections(limits, metrics.connection_cut_off)
-    metrics.count_connections(lambda: len(connections))
+    connections = Connections(limits, metrics.connections.cut_off)
+    metrics.connections.reads(connections)
     config = uvicorn.Config(
         app,
         http=partial(ClientConnection, connections),  # type: ignore[arg-type]  # called like a class

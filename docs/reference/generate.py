@@ -15,7 +15,7 @@ from gateway.check import schema
 from gateway.config.settings import PREFIX, GatewaySettings, ServeSettings, TenantSettings
 from gateway.protocol.errors import GatewayError, Outcome, Reason
 from gateway.reload import reloadable
-from gateway.telemetry.metrics import MAX_CLASSES, MAX_MODELS, MAX_TENANTS, Metrics
+from gateway.telemetry.metrics import MAX_CLASSES, MAX_MODELS, MAX_TENANTS, OWN_CLASSES, Metrics
 
 HERE = Path(__file__).resolve().parent
 NOTE = "<!-- Made by generate.py from the code. -->"
@@ -74,14 +74,14 @@ def _default(name: str, default: Any, made: bool) -> str:
 
 def metrics_page() -> str:
     registry = CollectorRegistry()
-    Metrics(registry, version="", policy="")
+    Metrics(registry)
     lines = [
         NOTE,
         "# Metrics",
         "",
-        f"Labels with a class hold at most {MAX_CLASSES:,} classes, of which a tenant adds at most as many as it leaves",
-        f"room for; those with a tenant hold {MAX_TENANTS:,} tenants; others are `other`. Without keys there is one tenant,",
-        f"`default`. Those with a model hold {MAX_MODELS} models, which the engine must have served.",
+        f"Labels are bounded: {MAX_CLASSES:,} classes, and the first {OWN_CLASSES} of each tenant in any case;",
+        f"{MAX_TENANTS:,} tenants (without keys there is one, `default`); {MAX_MODELS} models, which the engine must have",
+        "served. Further ones are `other`.",
         "",
     ]
     lines += ["| name | kind | labels | |", "|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""Endpoints that the gateway answers by itself under `/v1`, recorded in metrics, request log and traces like all others."""
+"""Routes that the gateway answers itself under `/v1`, with metrics, request log and traces as for any other request."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def own_routes(observer: Observer) -> APIRouter:
 
 
 def caller(request: Request, tenants: Tenants) -> Tenant:
-    """The tenant that the request's key belongs to. Raises what `Tenants.authenticate` raises."""
+    """The tenant of the request's key. Raises what `Tenants.authenticate` raises."""
     tenant = tenants.authenticate(request.headers)
     request.state.span.authenticated(tenant.name)
     return tenant

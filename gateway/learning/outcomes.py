@@ -20,13 +20,13 @@ class Outcomes:
         agent, record = ended.finished, ended.record
         if agent is None:
             return
-        self._metrics.agent_finished(record.tenant, record.agent_class, ended.jct_s)
+        self._metrics.agents.finished(record.tenant, record.agent_class, ended.jct_s)
         if record.predicted is not None and record.judged is not None:
             by = record.judged
             judged = self._accuracy.judge(by.source, record.predicted, max(by.p90, record.predicted), agent.cost)
             if judged is not None:
                 ratio = judged.observed / judged.predicted
-                self._metrics.agent_judged(kind(by.source), ratio, below_p90=judged.observed <= judged.p90)
+                self._metrics.learning.judged(kind(by.source), ratio, below_p90=judged.observed <= judged.p90)
         self.learn(agent)
 
     def learn(self, agent: FinishedAgent) -> None:

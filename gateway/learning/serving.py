@@ -45,7 +45,6 @@ class Learning:
         self._metrics, self._poll_s = metrics, poll_s
         self._seen: int | None = None  # the version that serves, or was refused for good
         self._told: str | None = None
-        self._failures = 0
         self._looking = asyncio.Lock()
 
     async def watch(self) -> None:
@@ -68,18 +67,15 @@ class Learning:
             else:
                 await self._change(version, self.learned)
 
-    def new_failures(self) -> int:
-        """Of models, since this was asked last."""
-        if self.learned is None:
-            return 0
-        before, self._failures = self._failures, self.learned.failures
-        return self._failures - before
+    @property
+    def failures(self) -> int:
+        """Predictions that models failed to make, since the start."""
+        return 0 if self.learned is None else self.learned.failures
 
     async def _change(self, version: int | None, learned: Learned) -> None:
         if version is None:
             self._seen, self._told = None, None
             learned.model, self.serves = None, None
-            self._metrics.model_serves(0, 0.0, math.nan)
             logger.info("no model is current: the ladder serves")
             return
         try:
@@ -91,14 +87,13 @@ class Learning:
             return
         self._seen, self._told = version, None
         learned.model = model
-        self.serves = serves = Serves(model.name, version, created_at(model.told), error_of(model.told))
-        self._metrics.model_serves(version, serves.created_at, serves.error)
+        self.serves = Serves(model.name, version, created_at(model.told), error_of(model.told))
         logger.info("the model %s serves, made from %d agents", model.name, model.told.agents)
 
     def _refuse(self, reason: str) -> None:
         """Counted and said once for each reason."""
         if reason != self._told:
-            self._metrics.model_refused()
+            self._metrics.learning.model_refused()
             logger.warning("%s; %s serves on", reason, "the ladder" if self.serves is None else self.serves.name)
         self._told = reason
 

@@ -114,7 +114,7 @@ class Training:
             logger.warning("the trainer cannot be started: %s", error)
             code = 1
         outcome = self._outcome(code, before)
-        self._metrics.trained(outcome, self._clock() - begun_s)
+        self._metrics.learning.trained(outcome, self._clock() - begun_s)
         if outcome in (TrainingOutcome.PROMOTED, TrainingOutcome.UNCHANGED, TrainingOutcome.TOO_FEW):
             logger.info("training took %.1f s: %s", self._clock() - begun_s, outcome)
             self._failures = 0
@@ -141,7 +141,7 @@ class Training:
         except StateError as error:
             if not self._store_failed:
                 logger.warning("the state store does not say whether a training is due: %s", error)
-                self._metrics.state_failed()
+                self._metrics.state.failed()
             self._store_failed = True
             return False
         self._store_failed = False

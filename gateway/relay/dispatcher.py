@@ -168,11 +168,11 @@ class Dispatcher:
         for step in effects.steps:
             self._journal.write(step)
             if step.usage is not None:
-                self.metrics.charged(step.usage)
+                self.metrics.tenants.charged(step.usage)
         for tenant, agent_class, task in effects.completed:
-            self.metrics.task_ended(tenant, agent_class, task.prompt_tokens, task.decode_tokens)
+            self.metrics.agents.task_ended(tenant, agent_class, task.prompt_tokens, task.decode_tokens)
         for tenant, agent_class, task in effects.charged:
-            self.metrics.task_charged(tenant, agent_class, task)
+            self.metrics.agents.task_charged(tenant, agent_class, task)
         for ended in effects.ended:
             self._outcomes.ended(ended)
         for release in effects.releases:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
 from http import HTTPStatus
 
 from engine.link import Ended, GatewayLink, Hello, Message
@@ -82,12 +81,12 @@ class EngineMonitor:
                 self._take(message, linked=True)
                 if isinstance(message, Ended | Hello):
                     continue
-                self._metrics.link_reported()
+                self._metrics.engine.link_reported()
                 if time.monotonic() >= asked_s + SNAPSHOT_S:
                     link.ask_for_snapshot()
                     asked_s = time.monotonic()
                 if link.resent + link.dropped > lost:
-                    self._metrics.link_lost(link.resent + link.dropped - lost)
+                    self._metrics.engine.link_lost(link.resent + link.dropped - lost)
                     lost = link.resent + link.dropped
         finally:
             self._dispatcher.link = None
@@ -106,20 +105,7 @@ class EngineMonitor:
             await asyncio.sleep(METRICS_S)
 
     def _take(self, message: Message, *, linked: bool) -> None:
-        with self._counting():
-            effects = self._dispatcher.flow.engine_reports(now(), message, linked=linked)
+        effects = self._dispatcher.flow.engine_reports(now(), message, linked=linked)
         self._dispatcher.apply(effects)
         if not isinstance(message, Ended):
             self._dispatcher.pump()
-
-    @contextlib.contextmanager
-    def _counting(self) -> Iterator[None]:
-        """What the engine has counted in here goes to the metrics."""
-        engine = self._engine
-        counters, restarts = engine.counters, engine.restarts
-        yield
-        if engine.counters != counters:
-            grown = (after - before for after, before in zip(engine.counters, counters, strict=True))
-            self._metrics.engine_counted(*grown)
-        if engine.restarts > restarts:
-            self._metrics.engine_restarted()

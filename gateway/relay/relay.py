@@ -107,6 +107,7 @@ class Relay:
     async def _serve(self, send: Send) -> None:
         try:
             turn = self._turn = self._engine.dispatcher.submit(self._request.arriving)
+            self._request.span.predicted(turn.task.estimate.cost)
             self._request.span.queued()
             while True:
                 release = await turn.wait()
@@ -123,7 +124,7 @@ class Relay:
         except GatewayError as error:
             self._outcome = error.outcome
             if error.reason is not None:
-                self._engine.dispatcher.metrics.rejected(self._request.arriving.tenant, error.reason)
+                self._engine.dispatcher.metrics.tenants.rejected(self._request.tenant.name, error.reason)
             await self._send_error(error, send)
         except Exception:
             logger.exception("a task failed")
@@ -295,16 +296,10 @@ class Relay:
         finally:
             task = None if self._turn is None else self._turn.task
             if task is not None:
-                self._engine.dispatcher.metrics.left_queue(self._outcome, task.queued_s)
-            self._request.span.ended(
-                self._outcome,
-                at_s=ended_s,
-                queue_s=None if task is None else task.queued_s,
-                engine_s=self._engine_s,
-                usage=self._usage,
-                predicted_cost=None if task is None else task.estimate.cost,
-                observed_cost=None if self._settlement is None else self._settlement.cost,
-            )
+                self._engine.dispatcher.metrics.requests.left_queue(self._outcome, task.queued_s)
+            self._request.span.charged(self._usage, None if self._settlement is None else self._settlement.cost)
+            queue_s = None if task is None else task.queued_s
+            self._request.span.ended(self._outcome, at_s=ended_s, queue_s=queue_s, engine_s=self._engine_s)
 
     def _settle(self) -> None:
         """Settle the turn, once. Awaits nothing. Of an answer it is done before its end is sent: what a client has seen the end

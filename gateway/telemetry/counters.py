@@ -1,7 +1,7 @@
-"""Counters and histograms of what happens at every request, kept as plain numbers until somebody asks for them.
+"""Counters and histograms of what happens at every request, kept as plain numbers until a scrape.
 
-The client library's own take a lock and look at their arguments each time, which comes to as much as a request's place in
-the queue costs. These are for the event loop alone.
+The client library's own take a lock and check their arguments each time; for one request that takes as long as its place in
+the queue. These are for the event loop alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Labels = tuple[str, ...]
 
 
 class Count:
-    """It only grows."""
+    """A number that only grows."""
 
     __slots__ = ("value",)
 
@@ -32,11 +32,12 @@ class Count:
 
 
 class Distribution:
-    """How many values were at most each bound, and their sum. bounds: in order, the last one infinite."""
+    """How many values fell into each bucket, and their sum."""
 
     __slots__ = ("_bounds", "counts", "sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
+        """bounds: of the buckets, upper and inclusive, in order; the last one infinite."""
         self._bounds = bounds
         self.counts = [0] * len(bounds)
         self.sum = 0.0
@@ -50,9 +51,9 @@ Child = TypeVar("Child")
 
 
 class _Tally(dict[Labels, Child], Collector, Generic[Child]):
-    """One metric: its children by their labels' values, made when they are first asked for."""
+    """One metric: its children by the values of their labels, each made when it is first looked up."""
 
-    # A registry keeps collectors by what they are, not by what they hold.
+    # A registry keeps collectors by identity, not by content.
     __eq__ = object.__eq__
     __hash__ = object.__hash__  # type: ignore[assignment]
 
@@ -72,6 +73,8 @@ class _Tally(dict[Labels, Child], Collector, Generic[Child]):
 
 
 class Counts(_Tally[Count]):
+    """A counter."""
+
     def __init__(self, registry: CollectorRegistry, name: str, text: str, labels: Labels = ()) -> None:
         self._name, self._text = name, text
         super().__init__(registry, Count, labels)
@@ -84,11 +87,12 @@ class Counts(_Tally[Count]):
 
 
 class Distributions(_Tally[Distribution]):
-    """bounds: in order, all of them finite."""
+    """A histogram."""
 
     def __init__(
         self, registry: CollectorRegistry, name: str, text: str, bounds: Sequence[float], labels: Labels = ()
     ) -> None:
+        """bounds: in order, all of them finite."""
         self._name, self._text = name, text
         all_bounds = (*map(float, bounds), math.inf)
         self._written = [*map(str, all_bounds[:-1]), "+Inf"]

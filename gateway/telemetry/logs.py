@@ -1,7 +1,7 @@
-"""What the gateway says of itself, on standard error: a line a message, as text (time, level, where, what), or as JSON.
+"""The gateway's own log, on standard error: a line a message, as text (time, level, logger, message), or as JSON.
 
-What an exception says may quote what was being worked on, be it a prompt. So an exception is logged with its kind and its
-place, and with its own words only where those are the system's.
+The message of an exception may quote what was being worked on, such as a prompt. So an exception is logged with its type and
+its traceback, and with its message only if that comes from the operating system.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def set_up_logs(level: str, form: Literal["text", "json"] = "text") -> None:
 
 def set_log_level(level: str) -> None:
     logging.getLogger().setLevel(level.upper())
-    # That a collector is gone, the gateway says itself, once.
+    # The gateway itself logs that a collector is gone, once.
     logging.getLogger("opentelemetry").setLevel(logging.NOTSET if level == "debug" else logging.CRITICAL)
 
 
 class _Text(logging.Formatter):
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802  # the standard library's name
-        return "\n".join(_told(ei[1])) if ei[1] is not None else ""
+        return "\n".join(_described(ei[1])) if ei[1] is not None else ""
 
 
 class _Json(_Text):
@@ -54,17 +54,17 @@ class _Json(_Text):
         return msgspec.json.encode(line).decode()
 
 
-def _told(error: BaseException) -> list[str]:
-    """Causes first."""
+def _described(error: BaseException) -> list[str]:
+    """In lines, its causes first."""
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    lines = [] if cause is None else [*_told(cause), "and then"]
+    lines = [] if cause is None else [*_described(cause), "and then"]
     lines += ["".join(traceback.format_tb(error.__traceback__)).rstrip()]
     kind = type(error).__qualname__
     return [*lines, f"{kind}: {error}" if isinstance(error, OSError) else kind]
 
 
 class LoggedText(io.StringIO):
-    """A file whose lines are logged: for what is else said to a terminal."""
+    """A file whose lines are logged: for output that would else go to a terminal."""
 
     def __init__(self, logger: logging.Logger) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """The request log: one line of JSON for each request, when it has ended.
 
-The event loop only gathers lines; a thread of its own encodes and writes them, a few milliseconds' worth at a time. So a pipe
-that nobody reads, or a disk that is slow, holds up that thread alone: when too many lines wait for it, further ones are
-dropped and counted.
+The event loop only gathers lines; a separate thread encodes and writes them, those of a few milliseconds at a time. So a pipe
+without a reader, or a slow disk, delays that thread alone: when too many lines wait for it, further ones are dropped and
+counted.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ import select
 import sys
 import threading
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    from gateway.telemetry.request_span import RequestSpan
 
 logger = logging.getLogger(__name__)
 
 STDOUT, NONE = "-", "none"
 GATHER_S = 0.005
-# Of lines that wait to be written; about 10 MB.
+# Lines that may wait to be written; about 10 MB.
 MAX_LINES = 10_000
-# For what is left at the end.
+# Seconds for the last lines, when the gateway stops.
 CLOSE_S = 2.0
 CHUNK_BYTES = 65536
 
@@ -39,19 +43,13 @@ class RequestLogError(Exception):
 
 
 class Line(msgspec.Struct, kw_only=True, rename={"agent_class": "class"}):
-    """One request. Every line has every field; null is what there was not, or what nobody knows.
+    """One request. Every line has every field; null stands for what there was not, or is not known."""
 
-    time: of its end. status: what the client was answered. Times in milliseconds: in the queue, at the engine, neither of
-    both, from arrival to end, and to the first bytes of a stream. Costs are the task's own, in KV token·iterations. retries:
-    how often it was sent again because the engine had lost it. error: the gateway's own code; what the engine refuses has
-    none.
-    """
-
-    time: datetime | None = None
+    time: datetime | None = None  # of its end
     request_id: str
     trace_id: str | None = None
     endpoint: str
-    status: int | None = None
+    status: int | None = None  # of the answer to the client
     outcome: str | None = None
     tenant: str | None = None
     agent: str | None = None
@@ -62,24 +60,66 @@ class Line(msgspec.Struct, kw_only=True, rename={"agent_class": "class"}):
     streaming: bool | None = None
     queue_ms: float | None = None
     engine_ms: float | None = None
-    overhead_ms: float | None = None
-    total_ms: float | None = None
-    first_token_ms: float | None = None
+    overhead_ms: float | None = None  # neither in the queue nor at the engine
+    total_ms: float | None = None  # from its arrival to its end
+    first_token_ms: float | None = None  # from its arrival to the first bytes of a stream
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     completion_tokens: int | None = None
-    predicted_cost: float | None = None
+    predicted_cost: float | None = None  # the task's own, in KV token·iterations, as is the next
     observed_cost: float | None = None
     finish_tag: float | None = None
-    retries: int = 0
-    error: str | None = None
+    retries: int = 0  # how often it was sent again because the engine had lost it
+    error: str | None = None  # the gateway's own code; an error of the engine has none
+
+
+def line_of(span: RequestSpan) -> Line:
+    """Of a request that has ended."""
+    task, usage = span.arriving, span.usage
+    return Line(
+        time=datetime.now(UTC),
+        request_id=span.request_id,
+        trace_id=span.trace_id,
+        endpoint=span.endpoint,
+        status=span.status,
+        outcome=str(span.outcome),
+        tenant=span.tenant,
+        agent=None if task is None else task.agent,
+        agent_class=None if task is None else task.agent_class,
+        source=None if task is None else task.source,
+        task=None if task is None else str(task.id),
+        model=span.model,
+        streaming=span.streaming,
+        queue_ms=_ms(span.queue_s),
+        engine_ms=_ms(span.engine_s),
+        overhead_ms=_ms(span.overhead_s),
+        total_ms=_ms(span.total_s),
+        first_token_ms=_ms(span.first_token_s),
+        prompt_tokens=None if usage is None else usage.prompt_tokens,
+        cached_tokens=None if usage is None else usage.cached_tokens,
+        completion_tokens=None if usage is None else usage.completion_tokens,
+        predicted_cost=_short(span.predicted_cost),
+        observed_cost=_short(span.observed_cost),
+        finish_tag=_short(span.finish_tag),
+        retries=span.retries,
+        error=span.error,
+    )
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e6) / 1000  # three digits; round(…, 3) takes longer
+
+
+def _short(number: float | None) -> float | None:
+    return None if number is None else round(number, 1)
 
 
 class RequestLog:
-    """descriptor: of an open file, which is ours from now on. path: whose file it is, if it may be moved away. dropped: told of
-    lines that are lost, also from another thread. Call all but that in the event loop."""
+    """An open file, and the thread that writes to it. Its methods are for the event loop."""
 
     def __init__(self, descriptor: int, path: Path | None, dropped: Callable[[int], None]) -> None:
+        """descriptor: of an open file; the log closes it. path: of the same file, if it may be moved away. dropped: called
+        with the number of lines lost, from either thread."""
         self._descriptor, self._path, self._dropped = descriptor, path, dropped
         self._gathered: list[Line] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -102,11 +142,11 @@ class RequestLog:
             self._timer = asyncio.get_running_loop().call_later(GATHER_S, self._hand_over)
 
     def reopen(self) -> None:
-        """Before the next line. Without it, a file that has been moved away is noticed all the same."""
+        """Open the file anew before the next line. A file that has been moved away is noticed without it, too."""
         self._reopen = True
 
     async def close(self) -> None:
-        """Returns when everything is written, or the time for it is over."""
+        """Returns when everything is written, or after `CLOSE_S`."""
         self._hand_over()
         self._closed = True
         if self._thread is not None:
@@ -145,7 +185,7 @@ class RequestLog:
 
     def _write(self, data: bytes) -> int:
         """The number of lines that were not written."""
-        self._look_after_file()
+        self._reopen_if_moved()
         written = 0
         try:
             if self._torn:
@@ -154,10 +194,10 @@ class RequestLog:
             while written < len(data):
                 try:
                     written += os.write(self._descriptor, data[written : written + CHUNK_BYTES])
-                except BlockingIOError:  # somebody with the same standard output wants it so
+                except BlockingIOError:  # another process with the same standard output has made it so
                     self._until_writable()
         except OSError as error:
-            self._say_failing(error)
+            self._warn_once(error)
             self._torn = self._torn or (written > 0 and data[written - 1] != ord("\n"))
             return data.count(b"\n", written)
         self._failing = False
@@ -168,14 +208,14 @@ class RequestLog:
         waiting.register(self._descriptor, select.POLLOUT)
         waiting.poll()
 
-    def _look_after_file(self) -> None:
+    def _reopen_if_moved(self) -> None:
         if self._path is None or not (self._reopen or self._was_moved(self._path)):
             return
         self._reopen = False
         try:
             descriptor = _open(self._path)
         except OSError as error:
-            self._say_failing(error)
+            self._warn_once(error)
             return
         os.close(self._descriptor)
         self._descriptor, self._torn = descriptor, False
@@ -185,7 +225,7 @@ class RequestLog:
             return not os.path.samestat(path.stat(), os.fstat(self._descriptor))
         return True
 
-    def _say_failing(self, error: OSError) -> None:
+    def _warn_once(self, error: OSError) -> None:
         if not self._failing:
             logger.warning("the request log cannot be written, and its lines are dropped: %s", error)
         self._failing = True

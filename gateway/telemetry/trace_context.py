@@ -1,6 +1,6 @@
-"""W3C Trace Context: of which trace a request says that it is a part.
+"""W3C Trace Context: the trace that a request belongs to, by its headers. https://www.w3.org/TR/trace-context/
 
-What is malformed is as good as absent, and is not passed on either: https://www.w3.org/TR/trace-context/.
+A malformed header is treated as absent, and is not passed on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 MAX_MEMBERS = 32
 
-# A later version may say more after the four fields that we know.
+# A later version may add to the four fields that we know.
 _PARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _MEMBER = re.compile(
     r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"
@@ -21,13 +21,12 @@ _MEMBER = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    """trace_id, parent_id: in lower-case hexadecimal, as they are written. sampled: the caller keeps its spans. state: what
-    each tracing system wrote down for itself, in one line; empty if there is none."""
+    """What the caller of a request sends about its trace."""
 
-    trace_id: str
+    trace_id: str  # as it is written, in lower-case hexadecimal; so is the next
     parent_id: str
-    sampled: bool
-    state: str = ""
+    sampled: bool  # the caller keeps its spans
+    state: str = ""  # what each tracing system recorded for itself, in one line
 
 
 def parse_traceparent(value: str) -> TraceContext | None:
@@ -43,7 +42,7 @@ def parse_traceparent(value: str) -> TraceContext | None:
 
 
 def parse_tracestate(value: str) -> str:
-    """In one line, without empty members; nothing, if anything in it is wrong."""
+    """In one line, without empty members; empty if any of it is malformed."""
     members = [member for part in value.split(",") if (member := part.strip(" \t"))]
     keys = {member.partition("=")[0] for member in members}
     if len(members) > MAX_MEMBERS or len(keys) < len(members):
@@ -52,8 +51,8 @@ def parse_tracestate(value: str) -> str:
 
 
 def take_trace_context(headers: dict[str, str], raw: list[tuple[bytes, bytes]]) -> TraceContext | None:
-    """headers: by lower-case name; what is wrong is taken out. raw: the same as they came, since the state may be spread over
-    several, and a parent that is given twice is none."""
+    """headers: by lower-case name; malformed ones are removed. raw: the headers as they came, since the state may be spread
+    over several; a parent that is given twice counts as malformed."""
     parent, state = headers.get(TRACEPARENT), headers.pop(TRACESTATE, None)
     if parent is None:
         return None

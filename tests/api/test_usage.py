@@ -66,7 +66,7 @@ class Scene:
             max_waiting_bytes=1,
             wall=lambda: self.now,
         )
-        observer = Observer(Metrics(CollectorRegistry(), version="", policy=""))
+        observer = Observer(Metrics(CollectorRegistry()))
         app = FastAPI()
         app.include_router(usage_routes(self.tenants, observer, self.books, self.books.flush, wall=lambda: self.now))
 

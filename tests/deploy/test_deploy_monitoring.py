@@ -63,7 +63,7 @@ def declared() -> dict[str, set[str]]:
     from prometheus_client import CollectorRegistry
 
     registry = CollectorRegistry()
-    metrics.Metrics(registry, version="0", policy="fcfs")
+    metrics.Metrics(registry)
     series: dict[str, set[str]] = {}
     for collector, names in registry._collector_to_names.items():
         labels = set(getattr(collector, "_labelnames", ()))

@@ -24,8 +24,7 @@ def test_every_field_of_a_line_is_told_and_in_the_example() -> None:
 
 
 def test_attributes_and_metrics_that_are_named_exist() -> None:
-    files = sorted((ROOT / "gateway" / "telemetry").rglob("*.py"))
-    code = "".join(file.read_text() for file in files)
+    code = "".join(path.read_text() for path in sorted((ROOT / "gateway" / "telemetry").rglob("*.py")))
     for attribute in re.findall(r"`((?:gen_ai|http|error)\.[a-z_.]+)`", TEXT):
         assert f'"{attribute}"' in code
     for metric in re.findall(r"`(?:justitia_|gen_ai_server_)(\w+)`", TEXT):

@@ -50,7 +50,7 @@ class Scene:
             self.queue,
             self.predictor,
             self.journal,
-            Metrics(self.registry, version="", policy=""),
+            Metrics(self.registry),
             self.accuracy,
             now=lambda: Iterations(self.now),
             waits=self.waits,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from gateway.learning.accuracy import Accuracy
 from gateway.learning.serving import Learning
 from gateway.telemetry.metrics import Metrics
 from predictor.learned import Learned
@@ -32,14 +33,16 @@ class Scene:
     def __init__(self, models: Path) -> None:
         self.models, self.metrics = Registry(models), CollectorRegistry()
         self.predictor = Learned()
-        self.learning = Learning(self.predictor, models, Metrics(self.metrics, version="", policy=""), poll_s=0.01)
+        metrics = Metrics(self.metrics)
+        self.learning = Learning(self.predictor, models, metrics, poll_s=0.01)
+        metrics.learning.reads(Accuracy(), self.learning)
 
     @property
     def name(self) -> str | None:
         return None if self.predictor.model is None else self.predictor.model.name
 
-    def metric(self, name: str) -> float | None:
-        return self.metrics.get_sample_value(f"justitia_{name}")
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.metrics.get_sample_value(f"justitia_{name}", labels)
 
 
 async def test_what_is_promoted_serves_and_what_is_rolled_back_does_not(tmp_path: Path, model: bytes) -> None:
@@ -142,12 +145,12 @@ async def test_who_takes_no_models_gets_none(tmp_path: Path, model: bytes) -> No
     registry = Registry(tmp_path)
     registry.promote(registry.add(model))
     for predictor, models in ((Learned(), None), (object(), tmp_path)):
-        learning = Learning(predictor, models, Metrics(CollectorRegistry(), version="", policy=""))  # type: ignore[arg-type]
+        learning = Learning(predictor, models, Metrics(CollectorRegistry()))  # type: ignore[arg-type]
         await learning.look()
-        assert (learning.serves, learning.new_failures()) == (None, 0)
+        assert (learning.serves, learning.failures) == (None, 0)
 
 
 async def test_failures_of_models_are_told_as_they_grow(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     scene.predictor.failures = 3
-    assert [scene.learning.new_failures(), scene.learning.new_failures()] == [3, 0]
+    assert scene.metric("predictor_failures_total", part="model") == 3

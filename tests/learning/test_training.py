@@ -19,7 +19,7 @@ from gateway.config.settings import GatewaySettings, Live
 from gateway.learning.accuracy import Accuracy
 from gateway.learning.serving import Serves
 from gateway.learning.training import BACKOFF_MAX_S, NOTE, Note, Training, read_note, run, write_note
-from gateway.state import StateError
+from gateway.state import Journal, StateError
 from gateway.state.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics, TrainingOutcome
 from predictor.types import FinishedAgent, FinishedTask
@@ -47,6 +47,8 @@ class Scene:
         self.now = 1000.0
         self.models, self.store, self.accuracy, self.learning = models, MemoryStore(), Accuracy(), Looks()
         self.registry = CollectorRegistry()
+        metrics = Metrics(self.registry)
+        metrics.state.reads(Journal(self.store))
         self.live = Live(GatewaySettings(state="memory:", models=models, **settings))
         self.training = Training(
             self.live,
@@ -54,7 +56,7 @@ class Scene:
             self.store,
             self.learning,  # type: ignore[arg-type]
             self.accuracy,
-            Metrics(self.registry, version="", policy=""),
+            metrics,
             command=[sys.executable, "-c", script],
             grace_s=0.2,
             poll_s=0.01,

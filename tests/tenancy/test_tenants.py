@@ -297,14 +297,14 @@ def test_after_a_restart_todays_use_counts() -> None:
 
 def test_metrics_of_tenants_have_bounded_labels() -> None:
     registry = CollectorRegistry()
-    metrics = Metrics(registry, version="", policy="")
+    metrics = Metrics(registry)
     clock = Clock()
     tenants = made(clock=clock)
     for number in range(MAX_TENANTS + 5):
         name = f"t{number}"
-        metrics.rejected(name, Reason.TASKS)
-        metrics.charged(tenants.charge(tenants.named(name), TenantUsage(1, 10, 4, 2, 7.5)))
-    metrics.charged(tenants.charge(tenants.named("t0"), TenantUsage(kv_cost=-1.5)))
+        metrics.tenants.rejected(name, Reason.TASKS)
+        metrics.tenants.charged(tenants.charge(tenants.named(name), TenantUsage(1, 10, 4, 2, 7.5)))
+    metrics.tenants.charged(tenants.charge(tenants.named("t0"), TenantUsage(kv_cost=-1.5)))
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"justitia_{name}", labels)

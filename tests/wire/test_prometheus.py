@@ -88,7 +88,7 @@ async def test_a_real_prometheus_answers_queries_for_queue_time_jct_and_kv_held(
 async def test_the_exposition_parses_and_has_bounded_labels() -> None:
     async with running_gateway(engine="unix:/tmp/no-engine-is-here.sock") as gateway:
         for number in range(1100):
-            gateway.app.metrics.agent_finished("default", f"class-{number}", 1.0)
+            gateway.app.metrics.agents.finished("default", f"class-{number}", 1.0)
         await gateway.chat()
         families = {
             family.name: family

@@ -1,12 +1,12 @@
 """The orders in which agents can be served.
 
-    policy      the interface
-    justitia    selective pampering: by virtual finish time
-    fcfs        first come, first served, by task; `agent_fcfs` by agent
-    vtc         the virtual token counter, of agents
-    las         least attained service
-    sjf         shortest job first, by task
-    srjf        shortest remaining job first, by agent
+policy      the interface
+justitia    selective pampering: by virtual finish time
+fcfs        first come, first served, by task; `agent_fcfs` by agent
+vtc         the virtual token counter, of agents
+las         least attained service
+sjf         shortest job first, by task
+srjf        shortest remaining job first, by agent
 """
 
 from __future__ import annotations
