@@ -20,7 +20,7 @@ import re
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -65,9 +65,9 @@ _LEXICAL = (
     "system_brief",
     "system_thorough",
 )
-_PLAIN_COLUMNS = (*_LENGTHS, *_LEXICAL)
+PLAIN_COLUMNS = (*_LENGTHS, *_LEXICAL)
 SKETCH_COLUMNS = (
-    *_PLAIN_COLUMNS,
+    *PLAIN_COLUMNS,
     *(f"text_{i}" for i in range(TEXT_BUCKETS)),
     *(f"system_{i}" for i in range(SYSTEM_BUCKETS)),
 )
@@ -88,7 +88,7 @@ GUESS_COLUMNS = ("agent_guess", "decode_guess")
 RELATIVE_COLUMNS = ("things", "things_relative", "expected_relative", "prompt_relative", "arrived_relative")
 COLUMNS = (
     *(f"task_{name}" for name in SKETCH_COLUMNS),
-    *(f"opening_{name}" for name in _PLAIN_COLUMNS),
+    *(f"opening_{name}" for name in PLAIN_COLUMNS),
     *PROGRESS_COLUMNS,
     *HISTORY_COLUMNS,
     *GUESS_COLUMNS,
@@ -98,8 +98,9 @@ COLUMNS = (
 COLUMN = {name: place for place, name in enumerate(COLUMNS)}
 SCHEMA = f"{VERSION}-{zlib.crc32(' '.join(COLUMNS).encode()):08x}"
 
-_PROMPT_BYTES = _PLAIN_COLUMNS.index("prompt_bytes")
-_TELLING = tuple(_PLAIN_COLUMNS.index(name) for name in ("parts", "items", "counted"))
+_FIRST_TEXT = len(PLAIN_COLUMNS)
+_PROMPT_BYTES = PLAIN_COLUMNS.index("prompt_bytes")
+_TELLING = tuple(PLAIN_COLUMNS.index(name) for name in ("parts", "items", "counted"))
 
 _SYMBOLS = b"{}[]()<>=;:+*/_#"
 _KINDS = bytes(0x30 if 0x30 <= c <= 0x39 else 0x23 if c in _SYMBOLS else 0x20 for c in range(256))
@@ -109,7 +110,7 @@ _ITEM = re.compile(rb"\n[^\S\n]*(?:[-*]|\d{1,3}[.):]) ")
 
 
 def sketch(content: TaskContent) -> Sketch:
-    """Of one task. Shape (len(SKETCH_COLUMNS),)."""
+    """Of one task; `columns_of` has it as columns."""
     text, instructing = edges(content.text), instructions(content.text)
     asked, (brief, thorough, system_words) = said(instructing), _of_system(instructions(content.system))
     kinds, log1p = text.translate(_KINDS), math.log1p
@@ -139,21 +140,29 @@ def sketch(content: TaskContent) -> Sketch:
         brief,
         thorough,
     )
-    made = array("f", plain)
-    made += _hashed(instructing, TEXT_BUCKETS)
-    made += system_words
-    return np.frombuffer(made, np.float32)
+    return Sketch(array("f", plain).tobytes(), _hashed(instructing, TEXT_BUCKETS, _FIRST_TEXT) + system_words)
 
 
-def row(progress: AgentProgress, history: tuple[float, ...], agent_guess: float, task_guess: TaskPrediction) -> Row:
-    """Of a task that has arrived: `progress.latest`. history: `HISTORY_COLUMNS`. The guesses are the ladder's. Shape
-    (len(COLUMNS),)."""
+def columns_of(sketch: Sketch) -> Row:
+    """Shape (len(SKETCH_COLUMNS),)."""
+    made = np.zeros(len(SKETCH_COLUMNS), np.float32)
+    made[:_FIRST_TEXT] = np.frombuffer(sketch.plain, np.float32)
+    pairs = np.frombuffer(sketch.words, np.uint16)
+    made[pairs[0::2]] = _LOGS[pairs[1::2]]
+    return made
+
+
+def numbers(
+    progress: AgentProgress, history: tuple[float, ...], agent_guess: float, task_guess: TaskPrediction
+) -> bytes:
+    """What the row of a task has besides sketches, as float32. progress: with the task. history: `HISTORY_COLUMNS`. The guesses
+    are the ladder's."""
     opening, latest = progress.opening, progress.latest
     assert opening is not None and latest is not None
     _, class_cost, _, class_tasks, _, _, class_prompt_bytes, _ = history
     arrived, things = _log(progress.cost_arrived), _things(opening)
     expected = math.nan if progress.expected_tasks is None else _log(progress.expected_tasks)
-    numbers = (
+    values = (
         _log(progress.tasks_arrived),
         _log(progress.tasks_ended),
         arrived,
@@ -166,11 +175,18 @@ def row(progress: AgentProgress, history: tuple[float, ...], agent_guess: float,
         things,
         things - class_tasks,
         expected - class_tasks,
-        float(latest[_PROMPT_BYTES]) - class_prompt_bytes,
+        memoryview(latest.plain).cast("f")[_PROMPT_BYTES] - class_prompt_bytes,
         arrived - class_cost,
         *_class_bits(progress.agent_class),
     )
-    return np.concatenate((latest, opening[: len(_PLAIN_COLUMNS)], _floats(numbers)))
+    return array("f", values).tobytes()
+
+
+def row(sketch: Sketch, opening: Sketch, numbers: bytes) -> Row:
+    """Of a task: its sketch, that of its agent's first task, and its `numbers`. Shape (len(COLUMNS),)."""
+    return np.concatenate(
+        (columns_of(sketch), np.frombuffer(opening.plain, np.float32), np.frombuffer(numbers, np.float32))
+    )
 
 
 def is_kept(arrived: int) -> bool:
@@ -188,7 +204,8 @@ def _log(value: float) -> float:
 
 def _things(opening: Sketch) -> float:
     """The surest of what is said: the total of numbered parts, a list, a number. NaN if none is."""
-    parts, items, counted = (float(opening[place]) for place in _TELLING)
+    plain = memoryview(opening.plain).cast("f")
+    parts, items, counted = (plain[place] for place in _TELLING)
     if not math.isnan(parts):
         return parts
     return items if items > _log(1) else counted
@@ -199,10 +216,10 @@ def _log_of_largest(values: Sequence[int]) -> float:
 
 
 @lru_cache(1024)
-def _of_system(instructing: bytes) -> tuple[int, int, array[float]]:
+def _of_system(instructing: bytes) -> tuple[int, int, bytes]:
     """brief, thorough, and its words, hashed. Agents of a class have one system prompt, so it is remembered."""
     always = said(instructing)
-    return always.brief, always.thorough, _hashed(instructing, SYSTEM_BUCKETS)
+    return always.brief, always.thorough, _hashed(instructing, SYSTEM_BUCKETS, _FIRST_TEXT + TEXT_BUCKETS)
 
 
 class _Hashes(dict[bytes, int]):
@@ -216,22 +233,18 @@ class _Hashes(dict[bytes, int]):
 
 
 _hash = _Hashes()
-_LOGS = tuple(math.log1p(count) for count in range(2 * EDGE_BYTES))
+_LOGS = np.array([math.log1p(count) for count in range(2 * EDGE_BYTES)], np.float32)
 
 
-def _hashed(text: bytes, buckets: int) -> array[float]:
-    """log(1 + how often) its words fall into each bucket."""
-    often = array("f", bytes(4 * buckets))
+def _hashed(text: bytes, buckets: int, first: int) -> bytes:
+    """The buckets that its words fall into, and how often, as `Sketch.words` has them. first: the column of the first one."""
     shift = 32 - (buckets - 1).bit_length()
+    pairs = array("H")
     # The upper bits of a product: the best mixed ones.
     for place, count in Counter([_hash[word] >> shift for word in words(text)]).items():
-        often[place] = _LOGS[count]
-    return often
-
-
-def _floats(values: Iterable[float]) -> NDArray[np.float32]:
-    """Several times as fast as NumPy makes them of so few."""
-    return np.frombuffer(array("f", values), np.float32)
+        pairs.append(first + place)
+        pairs.append(count)
+    return pairs.tobytes()
 
 
 def _class_bits(agent_class: str | None) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ import logging
 import math
 from typing import NamedTuple, Protocol
 
-from predictor.features import Row, row, sketch
+from predictor.features import Row, is_kept, numbers, row, sketch
 from predictor.ladder import Ladder
 from predictor.types import (
     AgentPrediction,
@@ -50,40 +50,42 @@ class Learned(Predictor):
         self._told: Model | None = None  # the one whose failure was logged last
 
     def arrive(self, content: TaskContent, progress: AgentProgress) -> Arrival:
-        made = sketch(content)
+        is_asked_for = self.model is not None or is_kept(progress.tasks_arrived + 1)
+        made = sketch(content) if is_asked_for else None
         task = self.ladder.predict_task(progress.agent_class, progress.tenant, content.prompt_bytes, content.max_tokens)
         progress = progress.with_task(content.sequences * task.cost, made)
         agent = self.ladder.predict_agent(progress)
-        arrived = self._row(progress, agent, task)
-        answer = self._ask(arrived)
+        if made is None:
+            return Arrival(task, agent, None)
+        known = self._numbers(progress, agent, task)
+        answer = self._ask(made, progress, known)
         if answer is not None:
             decode_tokens = answer.decode_tokens
             if content.max_tokens is not None:
                 decode_tokens = min(decode_tokens, content.max_tokens)
             task = TaskPrediction(task.prompt_tokens, max(1.0, decode_tokens))
             agent = self._agent(answer, progress)
-        return Arrival(task, agent, made, arrived.tobytes())
+        return Arrival(task, agent, made, known if is_kept(progress.tasks_arrived) else b"")
 
     def predict_agent(self, progress: AgentProgress) -> AgentPrediction:
         agent = self.ladder.predict_agent(progress)
-        latest: Sketch | None = progress.latest
-        if self.model is None or latest is None:
+        if self.model is None or progress.latest is None:
             return agent
         task = self.ladder.predict_task(progress.agent_class, progress.tenant, 0)
-        answer = self._ask(self._row(progress, agent, task))
+        answer = self._ask(progress.latest, progress, self._numbers(progress, agent, task))
         return agent if answer is None else self._agent(answer, progress)
 
     def learn(self, agent: FinishedAgent) -> None:
         self.ladder.learn(agent)
 
-    def _row(self, progress: AgentProgress, agent: AgentPrediction, task: TaskPrediction) -> Row:
-        return row(progress, self.ladder.history(progress.agent_class, progress.tenant), agent.cost, task)
+    def _numbers(self, progress: AgentProgress, agent: AgentPrediction, task: TaskPrediction) -> bytes:
+        return numbers(progress, self.ladder.history(progress.agent_class, progress.tenant), agent.cost, task)
 
-    def _ask(self, arrived: Row) -> Answer | None:
-        if self.model is None:
+    def _ask(self, made: Sketch, progress: AgentProgress, known: bytes) -> Answer | None:
+        if self.model is None or progress.opening is None:
             return None
         try:
-            answer = self.model.predict(arrived)
+            answer = self.model.predict(row(made, progress.opening, known))
         except Exception:
             if self._told is not self.model:  # it may fail at every request
                 logger.exception("the model %s failed", self.model.name)

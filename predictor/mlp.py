@@ -88,7 +88,7 @@ class PaperMlp(Predictor):
         known = self._classes.get(progress.agent_class)
         if known is None:
             return Arrival(
-                task, self.ladder.predict_agent(progress.with_task(content.sequences * task.cost, made)), made, b""
+                task, self.ladder.predict_agent(progress.with_task(content.sequences * task.cost, made)), made
             )
         log_cost, log_decode = _said(known, _text(content))
         decode_tokens = max(1.0, math.exp(log_decode))
@@ -98,8 +98,8 @@ class PaperMlp(Predictor):
         progress = progress.with_task(content.sequences * task.cost, made)
         cost = math.exp(log_cost)
         if cost < progress.cost_arrived:
-            return Arrival(task, self.ladder.predict_agent(progress), made, b"")
-        return Arrival(task, AgentPrediction(cost, cost * math.exp(P90 * known.spread), "mlp"), made, b"")
+            return Arrival(task, self.ladder.predict_agent(progress), made)
+        return Arrival(task, AgentPrediction(cost, cost * math.exp(P90 * known.spread), "mlp"), made)
 
     def predict_agent(self, progress: AgentProgress) -> AgentPrediction:
         return self.ladder.predict_agent(progress)

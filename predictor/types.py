@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from predictor.cost import task_cost
 
-Sketch: TypeAlias = NDArray[np.float32]  # what is known of one task, as numbers: `features.sketch`
-
-
 # The source of a prediction that no predictor made.
 NO_SOURCE = "none"
+
+
+class Sketch(NamedTuple):
+    """What is known of one task from its request, as numbers (`features.sketch`). Each agent that lives has two."""
+
+    plain: bytes  # float32, one for each of `features.PLAIN_COLUMNS`
+    words: (
+        bytes  # uint16 in pairs: a bucket of hashed words, and how often it was met; those that were not are left out
+    )
 
 
 class TaskContent(msgspec.Struct, frozen=True):
@@ -54,7 +58,7 @@ class AgentProgress(msgspec.Struct, frozen=True):
     opening: Sketch | None = None
     latest: Sketch | None = None
 
-    def with_task(self, cost: float, sketch: Sketch) -> AgentProgress:
+    def with_task(self, cost: float, sketch: Sketch | None) -> AgentProgress:
         """When a task more has arrived, of this predicted cost."""
         return AgentProgress(
             self.agent_class,
@@ -66,7 +70,7 @@ class AgentProgress(msgspec.Struct, frozen=True):
             self.returns,
             self.expected_tasks,
             sketch if self.opening is None else self.opening,
-            sketch,
+            self.latest if sketch is None else sketch,
         )
 
 
@@ -96,17 +100,17 @@ class AgentPrediction(msgspec.Struct, frozen=True):
 
 
 class Arrival(msgspec.Struct, frozen=True):
-    """What is predicted when a task arrives: of it, and of its agent. row: all that it follows from, for training."""
+    """What is predicted when a task arrives."""
 
     task: TaskPrediction
-    agent: AgentPrediction
-    sketch: Sketch
-    row: bytes
+    agent: AgentPrediction  # of its agent, with this task
+    sketch: Sketch | None  # None where nothing will ask for it
+    numbers: bytes = b""  # float32: what the row has besides sketches (`features.row`); empty where no row is kept
 
 
 class FinishedTask(msgspec.Struct, frozen=True, array_like=True):
     """A task as the engine's usage told it: tokens summed over its sequences (prompts × n). held: what its scheduler counted,
-    in KV token·iterations, if it said so. arrived_s, ended_s: since its agent's first arrival. row: `Arrival.row`, of the
+    in KV token·iterations, if it said so. arrived_s, ended_s: since its agent's first arrival. row: see `features.row`, of the
     arrivals that `features.is_kept` says. prompt, system: what was asked and what instructed, if the user wants texts kept.
     max_tokens: the client's limit."""
 

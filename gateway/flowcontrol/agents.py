@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+
+import msgspec
 
 from gateway.flowcontrol.fairqueue import AgentId, Iterations, TaskId
 from gateway.flowcontrol.records import AgentRecord
@@ -28,8 +29,7 @@ def agent_id_of(tenant: str, name: str) -> AgentId:
     return AgentId(f"{tenant}/{name}")
 
 
-@dataclass(slots=True, eq=False)
-class LiveAgent:
+class LiveAgent(msgspec.Struct, eq=False):
     """An agent while it lives: its record, and what only this process needs."""
 
     id: AgentId
@@ -40,7 +40,7 @@ class LiveAgent:
     awaited: int = 0  # completed tasks whose KV the engine has not reported yet
     idle_since: Iterations | None = None  # it waits for its tool, or has ended
     cost_ended: float = 0.0  # of its completed tasks, in KV token·iterations
-    tasks: list[FinishedTask] = field(default_factory=list)  # the completed ones, without texts
+    tasks: list[FinishedTask] | None = None  # the completed ones, without texts
     opening: Sketch | None = None  # of its first task, and of its last
     latest: Sketch | None = None
 
@@ -68,17 +68,18 @@ class LiveAgent:
         place = self.record.answered
         self.record.answered += 1
         self.cost_ended += task.cost
-        if place < MAX_TASKS:
-            self.tasks.append(task)
+        if place >= MAX_TASKS:
+            self.tasks, self.record.whole = None, False
+        elif self.tasks is None:
+            self.tasks = [task]
         else:
-            self.tasks.clear()
-            self.record.whole = False
+            self.tasks.append(task)
         return place
 
     def correct(self, place: int, task: FinishedTask, difference: float) -> None:
         """The completed task at this place cost more than it was charged, by this difference."""
         self.cost_ended += difference
-        if place < len(self.tasks):
+        if self.tasks is not None:
             self.tasks[place] = task
 
 
@@ -132,7 +133,7 @@ class Agents:
             return
         self.roots.remember(record.tenant, alias, record.name)
         if alias not in record.aliases and len(record.aliases) < MAX_ALIASES:
-            record.aliases.append(alias)
+            record.aliases += (alias,)
 
     def is_idle(self, agent: LiveAgent) -> None:
         """Nothing of the agent waits, and nothing is in flight."""

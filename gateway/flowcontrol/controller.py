@@ -28,7 +28,7 @@ from gateway.flowcontrol.fairqueue import (
 from gateway.flowcontrol.lives import Lives
 from gateway.flowcontrol.quotas import MAX_RETRY_AFTER_S, Quotas
 from gateway.flowcontrol.records import AgentRecord, UsageRow
-from gateway.flowcontrol.settlement import LiveTask, cost_of_broken_off, cost_of_finished, finished_task, use_of
+from gateway.flowcontrol.settlement import LiveTask, cost_of_broken_off, cost_of_finished, finished_task, row_of, use_of
 from gateway.protocol.errors import RESTART_S, NoEngine, Outcome, ShuttingDown, WaitedTooLong
 from predictor.cost import task_cost
 from predictor.types import FinishedTask
@@ -124,7 +124,8 @@ class FlowController:
         engine = self.engine
         if self.cut_off or not engine.takes_tasks(now.s):
             return effects
-        effects.releases = self.queue.release(self.clock, engine.waiting)
+        if self.queue.waiting:
+            effects.releases = self.queue.release(self.clock, engine.waiting)
         for release in effects.releases:
             task = self.tasks[release.task.id]
             self._stop_waiting(now, task)
@@ -297,7 +298,7 @@ class FlowController:
             finished_task(task, ending.usage, held if self.options.charge_held else None),
             arrived_s=max(0.0, task.arrived_s - begin_s),
             ended_s=now.s - begin_s,
-            row=task.estimate.row,
+            row=row_of(task),
             prompt=ending.prompt,
             system=ending.system,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import NamedTuple, NewType
 
 import msgspec
@@ -91,14 +90,13 @@ class Rejected(NamedTuple):
     error: GatewayError
 
 
-@dataclass(slots=True)
-class Effects:
+class Effects(msgspec.Struct):
     """What a call wants done. The driver does all of it before it calls again."""
 
-    releases: list[Release] = field(default_factory=list)  # tasks to be sent to the engine, in order
-    revised: list[Release] = field(default_factory=list)  # tasks at the engine whose rank has changed
-    keep: dict[str, int] = field(default_factory=dict)  # agents, and iterations for which to keep their KV
-    steps: list[Step] = field(default_factory=list)  # for the journal, before the end of an answer is sent
-    completed: list[Charged] = field(default_factory=list)  # tasks, as their usage reports them
-    charged: list[Charged] = field(default_factory=list)  # tasks whose cost will not change any more
-    ended: list[Ended] = field(default_factory=list)
+    releases: list[Release] = []  # tasks to be sent to the engine, in order
+    revised: list[Release] = []  # tasks at the engine whose rank has changed
+    keep: dict[str, int] = {}  # agents, and iterations for which to keep their KV
+    steps: list[Step] = []  # for the journal, before the end of an answer is sent
+    completed: list[Charged] = []  # tasks, as their usage reports them
+    charged: list[Charged] = []  # tasks whose cost will not change any more
+    ended: list[Ended] = []

@@ -9,7 +9,6 @@ from typing import Protocol
 import msgspec
 
 from predictor.cost import task_cost
-from predictor.features import is_kept
 from predictor.ladder import PRIOR_BYTES_PER_TOKEN, PRIOR_DECODE_TOKENS
 from predictor.types import NO_SOURCE, AgentPrediction, AgentProgress, Arrival, Sketch, TaskContent, TaskPrediction
 
@@ -32,7 +31,7 @@ class Estimate(msgspec.Struct, frozen=True):
     prompt_tokens: float
     agent: AgentPrediction  # of its agent, with this task
     sketch: Sketch | None  # see `predictor.types.Arrival`
-    row: bytes  # the same; empty, if it is not kept
+    numbers: bytes  # the same
 
 
 def estimate_arrival(
@@ -60,7 +59,7 @@ def estimate_arrival(
         prompt_tokens=content.sequences * prediction.prompt_tokens,
         agent=_at_least(progress.cost_arrived + predicted, None if arrival is None else arrival.agent),
         sketch=None if arrival is None else arrival.sketch,
-        row=arrival.row if arrival is not None and is_kept(progress.tasks_arrived + 1) else b"",
+        numbers=b"" if arrival is None else arrival.numbers,
     )
 
 

@@ -26,8 +26,6 @@ from gateway.flowcontrol.tool_waits import ToolWaits
 from predictor.features import SCHEMA
 from predictor.types import FinishedTask
 
-_NO_TEXT: dict[str, None] = {"prompt": None, "system": None}
-
 
 class Lives:
     """Moves agents through their lives: in the queue, in the registry, and in steps."""
@@ -64,9 +62,7 @@ class Lives:
         """A task of this agent is in the queue."""
         agent, estimate = task.agent, task.estimate
         record = agent.record
-        if not record.run:
-            self._runs += 1
-            record.run = f"{self._journal}-{self._runs}"
+        if agent.arrived == 0:
             self.agents.add(agent)
         self.agents.named(agent, arriving.alias)
         self.agents.is_busy(agent)
@@ -75,8 +71,8 @@ class Lives:
         record.expected_tasks = arriving.expected_tasks or record.expected_tasks
         record.final = record.final or arriving.final
         record.prediction = estimate.agent
-        agent.latest = estimate.sketch
-        agent.opening = estimate.sketch if agent.opening is None else agent.opening
+        agent.latest = estimate.sketch or agent.latest
+        agent.opening = agent.opening or estimate.sketch
         if agent.idle_since is not None:
             record.returns += 1
             self.waits.came_back(record.tenant, record.agent_class, clock - agent.idle_since)
@@ -104,7 +100,7 @@ class Lives:
         if done is None:
             record.whole = False
         else:
-            place = agent.complete(msgspec.structs.replace(done, **_NO_TEXT))
+            place = agent.complete(_without_texts(done))
             effects.completed.append(Charged(record.tenant, record.agent_class, done))
             if done.held is None and reported:
                 self.agents.awaited[task.id] = agent, place, done
@@ -130,7 +126,7 @@ class Lives:
         agent.awaited -= 1
         done = msgspec.structs.replace(charged, held=counted)
         difference = done.cost - charged.cost
-        agent.correct(place, msgspec.structs.replace(done, **_NO_TEXT), difference)
+        agent.correct(place, _without_texts(done), difference)
         effects.charged.append(Charged(record.tenant, record.agent_class, done))
         self._queue.correct(clock, agent.id, KvTokenIterations(difference))
         account = self._quotas.account(record.tenant, now.ns)
@@ -172,15 +168,15 @@ class Lives:
         except QueueError as error:
             learned = finished(record, record.tasks) if record.whole and record.answered else None
             effects.ended.append(Ended(record, record.last_end_at - record.arrived_at, 0.0, learned))
-            effects.steps.append(Step(agent=msgspec.structs.replace(record, tasks=[]), over=True))
+            effects.steps.append(Step(agent=msgspec.structs.replace(record, tasks=()), over=True))
             return str(error)
-        tasks, record.tasks = record.tasks[:MAX_TASKS], []
+        tasks, record.tasks = record.tasks[:MAX_TASKS], ()
         record.journal = self._journal  # from now on: another gateway that starts leaves it alone
         record.schema = record.schema if record.schema == SCHEMA else ""  # of two schemas they are of none
         first_arrival_s = now.s - max(0.0, now.wall_s - record.arrived_at)
         last_end_s = first_arrival_s + record.last_end_at - record.arrived_at
         agent = LiveAgent(agent_id, record, first_arrival_s, last_end_s, record.settled)
-        agent.tasks = [msgspec.structs.replace(task, **_NO_TEXT) for task in tasks]
+        agent.tasks = [_without_texts(task) for task in tasks]
         agent.cost_ended = sum(task.cost for task in tasks)
         if not record.final:
             agent.idle_since = clock  # the time before the restart cannot be known
@@ -197,7 +193,7 @@ class Lives:
         """The steps that a store needs which has lost this agent."""
         if not agent.record.settled or self.agents.by_id.get(agent.id) is not agent:
             return []
-        tasks = enumerate(agent.tasks)
+        tasks = enumerate(agent.tasks or ())
         return [self._step(agent), *(Step(run=agent.record.run, task=task, place=place) for place, task in tasks)]
 
     def _end(self, clock: Iterations, agent: LiveAgent, step: Step | None, effects: Effects) -> None:
@@ -225,6 +221,15 @@ class Lives:
         first: bool = False,
     ) -> Step:
         """The agent as it is now. The queue knows it still."""
+        if not agent.record.run:
+            self._runs += 1
+            agent.record.run = f"{self._journal}-{self._runs}"
         agent.record.standing = self._queue.standing(agent.id)
         kept = task if place < MAX_TASKS else None
         return Step(agent.record, first, kept, place if kept is not None else 0, False, usage)
+
+
+def _without_texts(task: FinishedTask) -> FinishedTask:
+    if task.prompt is None and task.system is None:
+        return task
+    return msgspec.structs.replace(task, prompt=None, system=None)

@@ -5,6 +5,8 @@ A step is what the gateway's journal writes and its store takes: flow control re
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from gateway.flowcontrol.fairqueue import Standing
@@ -70,8 +72,8 @@ class AgentRecord(msgspec.Struct, omit_defaults=True):
     prediction: AgentPrediction | None = None  # at its last arrival
     judged: AgentPrediction | None = None
     schema: str = ""  # of its tasks' rows, if they are all of one
-    aliases: list[str] = []  # names of its sub-agents
-    tasks: list[FinishedTask] = []  # empty, except in what a store returns
+    aliases: tuple[str, ...] = ()  # names of its sub-agents
+    tasks: tuple[FinishedTask, ...] = ()  # empty, except in what a store returns
 
 
 class Step(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -92,7 +94,7 @@ def hour_of(seconds: float) -> int:
     return int(seconds // HOUR_S) * HOUR_S
 
 
-def finished(agent: AgentRecord, tasks: list[FinishedTask]) -> FinishedAgent:
+def finished(agent: AgentRecord, tasks: Iterable[FinishedTask]) -> FinishedAgent:
     """What is learned from an agent that has ended."""
     return FinishedAgent(
         agent.agent_class,

@@ -7,7 +7,7 @@ release. A task that never reached the engine costs nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from gateway.flowcontrol.agents import LiveAgent
 from gateway.flowcontrol.effects import Arriving, Ending, EngineId
@@ -18,11 +18,11 @@ from gateway.flowcontrol.quotas import Account
 from gateway.flowcontrol.records import TenantUsage
 from gateway.protocol.errors import Outcome
 from gateway.protocol.usage import Usage
+from predictor.features import row
 from predictor.types import FinishedTask
 
 
-@dataclass(slots=True, eq=False)
-class LiveTask:
+class LiveTask(msgspec.Struct, eq=False):
     """A task from its arrival to its settlement."""
 
     id: TaskId
@@ -81,6 +81,14 @@ def finished_task(task: LiveTask, usage: Usage, held: float | None) -> FinishedT
         held=held,
         max_tokens=task.max_tokens,
     )
+
+
+def row_of(task: LiveTask) -> bytes:
+    """What was known of the task at its arrival, to train on; empty, if it is not kept."""
+    sketch, opening, numbers = task.estimate.sketch, task.agent.opening, task.estimate.numbers
+    if not numbers or sketch is None or opening is None:
+        return b""
+    return row(sketch, opening, numbers).tobytes()
 
 
 def cost_of_finished(task: FinishedTask, cost: Cost) -> float:

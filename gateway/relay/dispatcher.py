@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Protocol
 
 from engine.hints import to_tag
@@ -52,7 +51,7 @@ def now() -> Now:
 class Turn:
     """A task between its relay and flow control."""
 
-    __slots__ = ("_aborted", "_dispatcher", "_over", "_owners", "_release", "_released", "settled", "task")
+    __slots__ = ("_dispatcher", "_over", "_release", "_released", "aborted", "owners", "settled", "task")
 
     def __init__(self, dispatcher: Dispatcher, task: LiveTask) -> None:
         self.task = task
@@ -60,13 +59,14 @@ class Turn:
         self._dispatcher = dispatcher
         self._release: Release | None = None
         self._released: asyncio.Future[Release] | None = None  # while its relay waits
-        self._aborted: GatewayError | None = None
-        self._owners: tuple[asyncio.Task[object], ...] = ()  # tasks of asyncio that deal with the engine
+        self.aborted: GatewayError | None = None
+        self.owners: tuple[asyncio.Task[object], ...] = ()  # tasks of asyncio that deal with the engine
         self._over: asyncio.Future[None] | None = None
 
     async def wait(self) -> Release:
         """Until the task may go to the engine. Raises `WaitedTooLong`, `ShuttingDown`, or what it was aborted with."""
-        self._raise_if_aborted()
+        if self.aborted is not None:
+            raise self.aborted
         if self._release is None:
             self._released = self._dispatcher.loop.create_future()
             try:
@@ -75,39 +75,25 @@ class Turn:
                 self._released = None
         return self._release
 
-    @contextmanager
-    def at_engine(self) -> Iterator[None]:
+    def at_engine(self) -> AtEngine:
         """Around what is awaited of the engine: `abort` breaks it off, and then this raises the error."""
-        self._raise_if_aborted()
-        owner = asyncio.current_task(self._dispatcher.loop)
-        assert owner is not None
-        self._owners += (owner,)
-        cancelling = owner.cancelling()
-        try:
-            yield
-        except asyncio.CancelledError:
-            # The owner is also cancelled when its client disconnects: see `asyncio.timeout`, which does the same.
-            if self._aborted is not None and owner.uncancel() <= cancelling:
-                raise self._aborted from None
-            raise
-        finally:
-            self._owners = tuple(other for other in self._owners if other is not owner)
+        return AtEngine(self)
 
     def lost(self, *, reached: bool, retry: bool) -> bool:
         """The engine lost the task. reached: it had it. Returns whether the task waits again."""
         if self.settled:
             return False
         self._release = None
-        return self._dispatcher.lost(self, reached=reached, retry=retry and self._aborted is None)
+        return self._dispatcher.lost(self, reached=reached, retry=retry and self.aborted is None)
 
     def abort(self, error: GatewayError) -> asyncio.Future[None]:
         """Ends the task from outside: its owner gets the error, whatever it waits for. Done when the turn is settled."""
         if self._over is None:
             self._over = self._dispatcher.loop.create_future()
-            self._aborted = error
+            self.aborted = error
             if self._released is not None and not self._released.done():
                 self._released.set_exception(error)
-            for owner in self._owners:
+            for owner in self.owners:
                 owner.cancel()
         return self._over
 
@@ -123,13 +109,33 @@ class Turn:
         if self._released is not None and not self._released.done():
             self._released.set_result(release)
 
-    def _raise_if_aborted(self) -> None:
-        if self._aborted is not None:
-            raise self._aborted
-
     def is_over(self) -> None:
         if self._over is not None and not self._over.done():
             self._over.set_result(None)
+
+
+class AtEngine:
+    """A context in which the current task of asyncio is cancelled when the turn is aborted; see `Turn.at_engine`."""
+
+    __slots__ = ("_cancelling", "_owner", "_turn")
+
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
+
+    def __enter__(self) -> None:
+        if self._turn.aborted is not None:
+            raise self._turn.aborted
+        owner = asyncio.current_task()
+        assert owner is not None
+        self._owner, self._cancelling = owner, owner.cancelling()
+        self._turn.owners += (owner,)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        turn, owner = self._turn, self._owner
+        turn.owners = () if len(turn.owners) == 1 else tuple(other for other in turn.owners if other is not owner)
+        # The owner is also cancelled when its client disconnects: see `asyncio.timeout`, which does the same.
+        if kind is asyncio.CancelledError and turn.aborted is not None and owner.uncancel() <= self._cancelling:
+            raise turn.aborted from None
 
 
 class Dispatcher:

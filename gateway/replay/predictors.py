@@ -10,12 +10,11 @@ from statistics import fmean
 from typing import Protocol
 
 import msgspec
-import numpy as np
 
 from gateway.agent_trace import AgentTrace, TaskTrace
 from gateway.flowcontrol.estimate import Asked, Cost
 from predictor.cost import task_cost
-from predictor.features import SCHEMA, is_kept
+from predictor.features import SCHEMA, row
 from predictor.ladder import PRIOR_BYTES_PER_TOKEN
 from predictor.learned import Learned
 from predictor.mlp import MlpUnavailable, PaperMlp, Sample
@@ -37,8 +36,6 @@ LEARNED = ("xgboost", "mlp", "ladder")
 ABLATIONS = ("text", "class", "growth")
 # Agents after which a model is trained anew, at most, and on how many of the newest.
 TRAIN_EVERY, TRAIN_ON = 200, 10_000
-# Of a predictor that remembers nothing of an agent's tasks.
-NO_SKETCH: Sketch = np.zeros(0, np.float32)
 
 
 class UnknownPredictor(ValueError):
@@ -67,7 +64,7 @@ class Exact:
     def arrive(self, content: TaskContent, progress: AgentProgress) -> Arrival:
         assert isinstance(content, TracedTask)
         total = self.total(content.agent)
-        return Arrival(self.lengths(content), AgentPrediction(total, total, "exact"), NO_SKETCH, b"")
+        return Arrival(self.lengths(content), AgentPrediction(total, total, "exact"), None)
 
     def predict_agent(self, progress: AgentProgress) -> None:
         """No more is known than at its arrivals."""
@@ -145,7 +142,12 @@ def content_of(agent: AgentTrace, task: TaskTrace) -> TracedTask:
 def taught(agents: Sequence[AgentTrace], serving: Serving) -> None:
     """Teaches a predictor agents of the past, one after the other."""
     for agent in agents:
-        rows = [arrival.row if is_kept(place + 1) else b"" for place, arrival in enumerate(arrivals(agent, serving))]
+        asked = list(arrivals(agent, serving))
+        opening = asked[0].sketch
+        rows = [
+            row(one.sketch, opening, one.numbers).tobytes() if one.numbers and one.sketch and opening else b""
+            for one in asked
+        ]
         in_order = [task for wave in waves(agent) for task in wave]
         tasks = [finished_task(task, row) for task, row in zip(in_order, rows, strict=True)]
         serving.learn(FinishedAgent(agent.agent_class or None, agent.tenant, tasks, SCHEMA))
@@ -177,8 +179,8 @@ def arrivals(agent: AgentTrace, asked: Asked) -> Iterator[Arrival]:
             yield arrival
             cost += arrival.task.cost
             arrived += 1
-            latest = arrival.sketch
-            opening = latest if opening is None else opening
+            latest = arrival.sketch or latest
+            opening = opening or latest
         cost_ended += sum(finished_task(task).cost for task in wave)
         cost, ended, returns = cost_ended, arrived, returns + 1
 

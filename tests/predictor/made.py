@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from predictor.features import SCHEMA
+from predictor.features import SCHEMA, row
 from predictor.learned import Learned
 from predictor.types import AgentProgress, Arrival, FinishedAgent, FinishedTask, TaskContent
 
@@ -38,11 +38,14 @@ class Gateway:
         done = []
         for content, decode in self._tasks(agent_class, tasks, depth):
             arrival = self.predictor.arrive(content, progress)
-            done.append(FinishedTask(content.prompt_bytes, content.prompt_bytes // 4, 0, decode, row=arrival.row))
+            opening = progress.opening or arrival.sketch
+            assert arrival.sketch is not None and opening is not None
+            made = row(arrival.sketch, opening, arrival.numbers).tobytes()
+            done.append(FinishedTask(content.prompt_bytes, content.prompt_bytes // 4, 0, decode, row=made))
             cost = sum(task.cost for task in done)
             progress = AgentProgress(
                 agent_class, "t", len(done), len(done), cost, cost, len(done), None,
-                arrival.sketch if progress.opening is None else progress.opening, arrival.sketch,
+                opening, arrival.sketch,
             )  # fmt: skip
         agent = FinishedAgent(agent_class, "t", done, SCHEMA)
         self.predictor.learn(agent)

@@ -10,17 +10,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from predictor.features import COLUMN, COLUMNS, HISTORY_COLUMNS, SKETCH_COLUMNS, Row, is_kept, row, sketch
+from predictor.features import (
+    COLUMN,
+    COLUMNS,
+    HISTORY_COLUMNS,
+    SKETCH_COLUMNS,
+    Row,
+    columns_of,
+    is_kept,
+    numbers,
+    row,
+    sketch,
+)
 from predictor.learned import Answer, Learned
 from predictor.types import AgentProgress, TaskContent, TaskPrediction
 
 
 def column(of: TaskContent, name: str) -> float:
-    return float(sketch(of)[SKETCH_COLUMNS.index(name)])
+    return float(columns_of(sketch(of))[SKETCH_COLUMNS.index(name)])
 
 
 def words(text: str) -> list[float]:
-    made = sketch(TaskContent(len(text), text=text.encode()))
+    made = columns_of(sketch(TaskContent(len(text), text=text.encode())))
     return [float(value) for name, value in zip(SKETCH_COLUMNS, made, strict=True) if name.startswith("text_")]
 
 
@@ -67,14 +78,14 @@ def test_only_the_edges_of_a_long_text_are_read() -> None:
         TaskContent(9, text=f"{begin}{'x y ' * 1000}{end}".encode()),
         TaskContent(9, text=f"{begin}{end}".encode()),
     )
-    np.testing.assert_array_equal(sketch(one), sketch(other))
+    np.testing.assert_array_equal(columns_of(sketch(one)), columns_of(sketch(other)))
 
 
 def test_a_row_has_the_task_its_opening_and_its_agents_progress() -> None:
     opening, latest = sketch(TaskContent(100)), sketch(TaskContent(900))
     progress = AgentProgress("kind", "t", 5, 3, 1e6, returns=2, expected_tasks=9, opening=opening, latest=latest)
     history = tuple(float(i) for i in range(len(HISTORY_COLUMNS)))
-    made = row(progress, history, 2e6, TaskPrediction(100, 50))
+    made = row(latest, opening, numbers(progress, history, 2e6, TaskPrediction(100, 50)))
     assert made.shape == (len(COLUMNS),) and made.dtype == np.float32
     told = {name: float(value) for name, value in zip(COLUMNS, made, strict=True)}
     assert told["task_prompt_bytes"] == pytest.approx(math.log1p(900))
@@ -112,11 +123,17 @@ def test_what_is_kept_for_training_is_what_the_model_was_asked() -> None:
     first = serving.arrive(contents[0], AgentProgress("kind", "t", expected_tasks=3))
     then = AgentProgress("kind", "t", 1, 1, 500.0, 500.0, expected_tasks=3, opening=first.sketch, latest=first.sketch)
     second = serving.arrive(contents[1], then)
-    assert [arrival.row for arrival in (first, second)] == [asked.tobytes() for asked in model.asked]
-    without = Learned()
-    assert without.arrive(contents[0], AgentProgress("kind", "t", expected_tasks=3)).row == first.row, (
-        "also while there is no model"
-    )
+    assert first.sketch is not None and second.sketch is not None
+    kept = [row(arrival.sketch, first.sketch, arrival.numbers) for arrival in (first, second)]
+    assert [each.tobytes() for each in kept] == [asked.tobytes() for asked in model.asked]
+    without = Learned().arrive(contents[0], AgentProgress("kind", "t", expected_tasks=3))
+    assert (without.sketch, without.numbers) == (first.sketch, first.numbers), "also while there is no model"
+
+
+def test_nothing_is_made_of_a_task_that_no_model_asks_for_and_no_row_is_kept_of() -> None:
+    asked = [Learned().arrive(TaskContent(400), AgentProgress("kind", "t", arrived)) for arrived in (0, 8, 11)]
+    assert [arrival.sketch is not None for arrival in asked] == [True, False, True]
+    assert [bool(arrival.numbers) for arrival in asked] == [True, False, True]
 
 
 @given(
@@ -137,5 +154,5 @@ def test_what_is_kept_for_training_is_what_the_model_was_asked() -> None:
 def test_nothing_that_a_client_can_send_makes_an_infinity(content: TaskContent, cost: float) -> None:
     made = sketch(content)
     progress = AgentProgress(None, "t", 10**9, 0, cost, opening=made, latest=made)
-    told = row(progress, (math.nan,) * len(HISTORY_COLUMNS), cost, TaskPrediction(1, 1))
+    told = row(made, made, numbers(progress, (math.nan,) * len(HISTORY_COLUMNS), cost, TaskPrediction(1, 1)))
     assert not np.isinf(told).any()

@@ -1,7 +1,8 @@
 """Agents whose prompts are text, and the text decides what they cost, as in life. Predictors are judged by them.
 
 The words (`train`, `held_out`, `common`) are data, and `laws` what they imply; `program` is one agent's program, which says
-the one and does the other; `classes` has the nine classes, `material` what they are about; `tokens` counts; `english` makes plain sentences; `sides` tells the two sides apart.
+the one and does the other; `classes` has the nine classes, `material` what they are about;
+`tokens` counts; `english` makes plain sentences; `sides` tells the two sides apart.
 
 **Two sides.** What is learned from and what is held out have different topics, documents, names, tools and wordings, and
 obey the same laws. Half of the time (`COMMON_SHARE`) an agent takes a wording that both sides know, where there are such:

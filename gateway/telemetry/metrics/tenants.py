@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
-from gateway.protocol.errors import Reason
 from gateway.flowcontrol.records import UsageRow
+from gateway.protocol.errors import Reason
 from gateway.telemetry.metrics.labels import BoundedLabels
 from gateway.telemetry.metrics.table import Subject, counter, counts
 
