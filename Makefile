@@ -19,7 +19,7 @@ BIN = .venv/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 READY = .venv/.ready-$(KIND)
 
-.PHONY: setup check test contracts serve demo replay report bench gpu-check lock clean
+.PHONY: setup check test test-fast test-wire test-engine contracts serve demo replay report bench gpu-check lock clean
 
 setup: $(READY)
 
@@ -40,9 +40,20 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# All of it; the three below are its parts, by what a test may do: tests/kinds.py.
 test: $(READY)
 	@sh tests/install-servers.sh
 	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest --kind fast $(ARGS)
+
+test-wire: $(READY)
+	@sh tests/install-servers.sh
+	$(BIN)/python -m pytest --kind wire $(ARGS)
+
+test-engine: $(READY)
+	$(BIN)/python -m pytest --kind engine $(ARGS)
 
 # The oldest and the newest vLLM that we support, without their engines: see engine/compat.py.
 contracts: $(READY)

@@ -32,6 +32,8 @@ FOLDERS = {"clients": "wire", "contracts": "vllm", "wire": "wire"}
 
 HEAVY = frozenset({"vllm", "torch", "transformers"})
 OUTSIDE = frozenset({"socket.connect", "socket.bind", "subprocess.Popen", "os.fork", "os.posix_spawn"})
+# What the standard library's `platform` asks, once, of which machine it is on.
+PLATFORM = ["uname", "-p"]
 
 _MARKED_FILE = re.compile(r"^pytestmark = .*\bmark\.(engine|vllm|wire)\b", re.MULTILINE)
 
@@ -67,9 +69,9 @@ class Guard:
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "import":
-            if arguments[0] in HEAVY and (not self._may_import or (self._is_held and self.kind in (FAST, "wire"))):
+            if arguments[0].partition(".")[0] in HEAVY and (not self._may_import or (self._is_held and self.kind in (FAST, "wire"))):
                 raise NotOfItsKind(f"{arguments[0]} is imported: mark what needs it with `vllm`")
-        elif event in OUTSIDE and self.kind == FAST and self._is_held:
+        elif event in OUTSIDE and self.kind == FAST and self._is_held and arguments[1:2] != (PLATFORM,):
             raise NotOfItsKind(f"{event} {arguments[1:2]}: mark the test with `wire`")
 
     @property

@@ -15,7 +15,7 @@ from gateway.demo.client import ReplayOptions, TaskResult, replay
 from gateway.demo.workload import length_key, length_table
 from tests.benchmarks.stand_in import StandIn
 
-pytestmark = pytest.mark.asyncio
+pytestmark = pytest.mark.wire
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import LoopThread
+from tests.loop_thread import LoopThread
 from tests.wire.hostile import GatewayProcess, Neighbour, chat, files_to_spare, gateway_process, head, open_files, post
 from tests.wire.scripted_engine import (
     DONE,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import LiveEngine
+from tests.engine.live import LiveEngine
 from tests.wire.conftest import GatewayUnderTest, StartGateway, running_gateway
 from tests.wire.leaver import Leaver
 from tests.wire.scripted_dialects import BODIES, events_of, half_then_wait, in_dialect, in_dialect_when_told

@@ -13,7 +13,7 @@ import pytest
 
 from engine.launcher import EngineProcess, EngineSpec
 from gateway.telemetry.request_span import open_tracing
-from tests.conftest import START_TIMEOUT_S
+from tests.engine.live import START_TIMEOUT_S
 from tests.wire.collector import Collector, Told
 from tests.wire.conftest import GatewayUnderTest, StartGateway, running_gateway
 from tests.wire.scripted_engine import ScriptedEngine, wait_for_word
