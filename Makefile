@@ -2,6 +2,7 @@
 #
 # HOST, PORT, MODEL: where to serve, and what. TRACE: what to replay. KIND: cpu or gpu; found out by itself.
 # VLLMS: the releases that `make contracts` looks at besides the installed one, and ARGS more of them.
+# WORKERS: processes that tests without an engine are run in; 0 for a debugger.
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -11,9 +12,12 @@ PYTHON ?= python3
 ARGS ?=
 TRACE ?= paper:0:3
 VLLMS ?= 0.27.0 0.33.0
+WORKERS ?= 2
 
 # PyTorch's CPU builds are on the configured package indexes on some machines, on PyTorch's own everywhere.
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
+
+PARALLEL = -n $(WORKERS) --dist loadfile
 
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -40,19 +44,18 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# All of it; the three below are its parts, by what a test may do: tests/kinds.py.
-test: $(READY)
-	@sh tests/install-servers.sh
-	$(BIN)/python -m pytest $(ARGS)
+# By what a test may do: tests/kinds.py. Those with an engine share one, so they run in one process.
+test: test-fast test-wire test-engine
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest --kind fast $(ARGS)
+	$(BIN)/python -m pytest --kind fast $(PARALLEL) $(ARGS)
 
 test-wire: $(READY)
 	@sh tests/install-servers.sh
-	$(BIN)/python -m pytest --kind wire $(ARGS)
+	$(BIN)/python -m pytest --kind wire $(PARALLEL) $(ARGS)
 
 test-engine: $(READY)
+	@sh tests/install-servers.sh
 	$(BIN)/python -m pytest --kind engine $(ARGS)
 
 # The oldest and the newest vLLM that we support, without their engines: see engine/compat.py.

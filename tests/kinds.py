@@ -69,7 +69,8 @@ class Guard:
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "import":
-            if arguments[0].partition(".")[0] in HEAVY and (not self._may_import or (self._is_held and self.kind in (FAST, "wire"))):
+            held = not self._may_import or (self._is_held and self.kind in (FAST, "wire"))
+            if held and arguments[0].partition(".")[0] in HEAVY:
                 raise NotOfItsKind(f"{arguments[0]} is imported: mark what needs it with `vllm`")
         elif event in OUTSIDE and self.kind == FAST and self._is_held and arguments[1:2] != (PLATFORM,):
             raise NotOfItsKind(f"{event} {arguments[1:2]}: mark the test with `wire`")
@@ -114,6 +115,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if kind_of(item) not in RUNS[run]]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if kind_of(item) in RUNS[run]]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """`make test ARGS=…` names files for each of its runs: that one of them finds nothing of its kind there is no failure."""
+    if session.config.getoption("kind") is not None and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK
 
 
 class _Held:

@@ -370,6 +370,7 @@ def first_then_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checking, "equality_table", str)
 
 
+@pytest.mark.wire
 @pytest.mark.usefixtures("first_then_ended")
 def test_what_was_found_is_told_when_the_run_is_ended() -> None:
     console = Console(file=io.StringIO())
@@ -382,6 +383,7 @@ def test_what_was_found_is_told_when_the_run_is_ended() -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.wire
 @pytest.mark.usefixtures("first_then_ended")
 def test_setups_can_be_chosen_by_name() -> None:
     settings = CheckSettings(only=("kept", "none such"), speed=False)

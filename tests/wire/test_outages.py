@@ -364,10 +364,6 @@ async def test_a_stopped_gateway_catches_up(engine: LiveEngine, recorder: Record
         assert await metric(process.client, "preemptions_total") == end.preempted - start.preempted
         recomputed = end.recomputed_tokens - start.recomputed_tokens
         assert await metric(process.client, "recomputed_tokens_total") == recomputed
-        reports = await metric(process.client, "link_reports_total")
-        print(
-            f"{during} iterations while it was stopped, {reports:.0f} reports heard of {end.iteration - start.iteration}"
-        )
 
 
 async def test_a_killed_gateway_leaves_an_idle_engine_and_the_next_one_knows_it(
