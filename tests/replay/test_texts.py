@@ -66,7 +66,6 @@ def tau(pairs: list[tuple[float, float]]) -> float:
 
 def test_a_spec_says_seed_load_and_side() -> None:
     assert built_in("text:2") == texts(2, held_out=False)
-    assert built_in("text:7:2") == texts(7, load=2)
     assert built_in("text:2:3:held-out") == texts(2, held_out=True)
 
 
