@@ -2,6 +2,7 @@
 #
 # HOST, PORT, MODEL: where to serve, and what. TRACE: what to replay. KIND: cpu or gpu; found out by itself.
 # VLLMS: the releases that `make contracts` looks at besides the installed one, and ARGS more of them.
+# WORKERS: processes that tests without an engine are run in; 0 for a debugger.
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -11,15 +12,18 @@ PYTHON ?= python3
 ARGS ?=
 TRACE ?= paper:0:3
 VLLMS ?= 0.27.0 0.33.0
+WORKERS ?= 2
 
 # PyTorch's CPU builds are on the configured package indexes on some machines, on PyTorch's own everywhere.
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
+
+PARALLEL = -n $(WORKERS) --dist loadfile
 
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip --quiet --disable-pip-version-check
 READY = .venv/.ready-$(KIND)
 
-.PHONY: setup check test test-wheel contracts serve demo replay report bench gpu-check lock clean
+.PHONY: setup check test test-fast test-wire test-engine test-wheel contracts serve demo replay report bench gpu-check lock clean
 
 setup: $(READY)
 
@@ -40,9 +44,19 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(READY)
+# By what a test may do: tests/kinds.py. Those with an engine share one, so they run in one process.
+test: test-fast test-wire test-engine
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest --kind fast $(PARALLEL) $(ARGS)
+
+test-wire: $(READY)
 	@sh tests/install-servers.sh
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --kind wire $(PARALLEL) $(ARGS)
+
+test-engine: $(READY)
+	@sh tests/install-servers.sh
+	$(BIN)/python -m pytest --kind engine $(ARGS)
 
 # What a user installs: the wheel in a clean environment, its size, its commands, and an answer through it.
 test-wheel: $(READY)

@@ -16,7 +16,8 @@ import pytest
 def _port_to_come_back_to() -> int:
     """Not one that the system gives to whoever connects: while the server is away, somebody may be given it."""
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for port in range(first - 1 - os.getpid() % 1000, 1024, -1):
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # each has a hundred ports of its own
+    for port in range(first - 1 - 100 * worker - os.getpid() % 10, 1024, -1):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             return port

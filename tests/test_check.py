@@ -138,6 +138,7 @@ def test_a_start_is_given_the_keys() -> None:
 EXAMPLES = [ROOT / "deploy" / "gateway" / "justitia.yaml"]
 
 
+@pytest.mark.wire
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda path: path.name)
 def test_example_files_are_right_by_the_code_and_by_the_published_schema(
     file: Path, capsys: pytest.CaptureFixture[str]

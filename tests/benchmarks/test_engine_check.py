@@ -222,6 +222,7 @@ def test_the_verdict(low: float, high: float, told: str) -> None:
 # The models
 
 
+@pytest.mark.vllm
 def test_tensors_are_written_as_they_are_read(tmp_path: Path) -> None:
     model = tiny_model.make(tmp_path / "tiny")
     tensors = models.read_tensors(model / models.WEIGHTS)
@@ -233,6 +234,7 @@ def test_tensors_are_written_as_they_are_read(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.vllm
 def test_only_the_layers_of_the_lively_model_are_other(tmp_path: Path) -> None:
     tiny = tiny_model.make(tmp_path / "tiny")
     lively = models.lively(tmp_path / "lively", tiny, factor=2.0)
@@ -244,6 +246,7 @@ def test_only_the_layers_of_the_lively_model_are_other(tmp_path: Path) -> None:
     assert (lively / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.vllm
 def test_a_size_has_a_configuration_and_no_weights(tmp_path: Path) -> None:
     tiny = tiny_model.make(tmp_path / "tiny")
     large = models.of_size(tmp_path / "7b", tiny, models.SIZE_7B)
@@ -253,6 +256,7 @@ def test_a_size_has_a_configuration_and_no_weights(tmp_path: Path) -> None:
     assert not (large / models.WEIGHTS).exists()
 
 
+@pytest.mark.vllm
 def test_what_a_token_takes(tmp_path: Path) -> None:
     tiny = tiny_model.make(tmp_path / "tiny")
     large = models.of_size(tmp_path / "large", tiny, models.SIZE_7B)
@@ -313,6 +317,7 @@ def test_the_gpu_check_asks_for_more_and_the_rehearsal_for_less() -> None:
     assert settings("--no-speed", "--seed", "5") == CheckSettings(speed=False, seed=5)
 
 
+@pytest.mark.wire
 @pytest.mark.skipif(not on_cpu(), reason="there is a GPU")
 def test_the_gpu_check_is_refused_without_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.benchmarks.engine_check", "--gpu", "--out", str(tmp_path / "out.jsonl")]
@@ -365,6 +370,7 @@ def first_then_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checking, "equality_table", str)
 
 
+@pytest.mark.wire
 @pytest.mark.usefixtures("first_then_ended")
 def test_what_was_found_is_told_when_the_run_is_ended() -> None:
     console = Console(file=io.StringIO())
@@ -377,6 +383,7 @@ def test_what_was_found_is_told_when_the_run_is_ended() -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.wire
 @pytest.mark.usefixtures("first_then_ended")
 def test_setups_can_be_chosen_by_name() -> None:
     settings = CheckSettings(only=("kept", "none such"), speed=False)

@@ -17,6 +17,8 @@ from tests.benchmarks.predictor_costs import Costs
 from tests.benchmarks.predictor_report import Report, page, pictures
 from tests.benchmarks.predictor_studies import LIARS, Job, Oracle, Row, _with_liars, jobs
 
+pytestmark = pytest.mark.vllm
+
 
 def evaluation(job: Job, error: float) -> Evaluation:
     of_class = ClassQuality(30, error, 1.2 * error, 0.6, 0.9)

@@ -25,6 +25,8 @@ from tests.benchmarks.speed.relays import BARE, DIRECT, GATEWAY, Cores, bare_rel
 from tests.benchmarks.speed.settings import QUICK, ROWS
 from tests.benchmarks.speed.waiting import _p99
 
+pytestmark = pytest.mark.wire
+
 WAYS = {DIRECT, BARE, GATEWAY}
 
 

@@ -1,28 +1,15 @@
-"""`justitia predictor …`: what is told, what is changed, and how it ends. Trainings are real, in processes of their own."""
+"""`justitia predictor …` about models that there are: what it prints, what it changes, and how it ends."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from gateway.cli.predictor import run_predictor
-from gateway.learning.trainer import LOCK, _read, unseen
-from gateway.learning.training import BUSY, TOO_FEW_AGENTS, read_note
-from gateway.state import open_store
-from gateway.telemetry.metrics import TrainingOutcome
-from predictor.model import Settings, Told
+from predictor.model import Settings
 from predictor.registry import Registry
 from predictor.train import train
-from predictor.types import FinishedAgent, FinishedTask
-from tests.learning.conftest import State
 from tests.predictor.made import Gateway
 
 
@@ -34,14 +21,6 @@ def model() -> bytes:
     ).model.encoded()
 
 
-@pytest.fixture(scope="module")
-def agents() -> list[FinishedAgent]:
-    """They finished a minute ago, one a millisecond."""
-    begin = time.time() - 60
-    served = Gateway().serve(150)
-    return [msgspec.structs.replace(agent, arrived_at=begin + place / 1000) for place, agent in enumerate(served)]
-
-
 @pytest.fixture
 def registry(tmp_path: Path, model: bytes) -> Registry:
     """Two models; the second serves, and before it the first did."""
@@ -49,17 +28,6 @@ def registry(tmp_path: Path, model: bytes) -> Registry:
     for _ in range(2):
         made.promote(made.add(model))
     return made
-
-
-def command(state: State, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JUSTITIA_")}
-    return subprocess.run(
-        [sys.executable, "-m", "gateway.cli", "predictor", *arguments, "--state", state.url],
-        env=environment | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_models_are_listed_and_the_one_that_serves_is_marked(
@@ -136,114 +104,3 @@ def test_only_one_version_has_served(tmp_path: Path, model: bytes, capsys: pytes
 def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_predictor([]) == 0
     assert "rollback" in capsys.readouterr().out
-
-
-async def test_the_first_training_makes_a_model_and_the_next_must_be_better(
-    state: State, agents: list[FinishedAgent]
-) -> None:
-    await state.keep(agents)
-    ended = command(state, "train")
-    assert ended.returncode == 0, ended.stderr
-    assert "000001 serves" in ended.stderr
-    models = state.path.parent / "models"
-    note = read_note(models)
-    assert note is not None
-    assert (note.added, note.outcome, note.version) == (150, TrainingOutcome.PROMOTED, 1)
-    assert Registry(models).current() == 1
-    again = command(state, "train")
-    assert again.returncode == TOO_FEW_AGENTS, again.stderr
-    assert "0 new agents to judge by" in again.stderr, "the model has learned from all that are there"
-    note = read_note(models)
-    assert note is not None
-    assert note.outcome is TrainingOutcome.TOO_FEW
-    assert Registry(models).versions() == [1]
-
-
-async def test_too_few_agents_are_no_failure(state: State, agents: list[FinishedAgent]) -> None:
-    await state.keep(agents[:20])
-    ended = command(state, "train")
-    assert ended.returncode == TOO_FEW_AGENTS
-    assert "20 agents with rows of this version" in ended.stderr
-
-
-async def test_a_model_that_cannot_be_used_is_nobody_to_beat(state: State, agents: list[FinishedAgent]) -> None:
-    models = Registry(state.path.parent / "models")
-    models.promote(models.add(b"damaged"))
-    await state.keep(agents)
-    ended = command(state, "train")
-    assert ended.returncode == 0
-    assert "the current model is passed over" in ended.stderr
-    assert models.current() == 2
-
-
-async def test_two_trainings_at_once_there_are_not(state: State, agents: list[FinishedAgent]) -> None:
-    await state.keep(agents)
-    models = state.path.parent / "models"
-    models.mkdir()
-    with (models / LOCK).open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        ended = command(state, "train")
-    assert ended.returncode == BUSY
-    assert "another training is at work" in ended.stderr
-
-
-@pytest.mark.parametrize("limit_s", ["0.2"])
-async def test_the_kernel_ends_a_training_that_takes_too_long(
-    state: State, agents: list[FinishedAgent], limit_s: str
-) -> None:
-    await state.keep(agents)
-    ended = command(state, "train", "--train-limit-s", limit_s)
-    assert ended.returncode == -signal.SIGALRM
-    assert not Registry(state.path.parent / "models").versions()
-
-
-async def test_where_models_cannot_be_written_it_is_said(state: State, agents: list[FinishedAgent]) -> None:
-    await state.keep(agents)
-    ended = command(state, "train", "--models", "/proc/models")
-    assert ended.returncode == 1
-    assert "/proc/models" in ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-def test_who_has_finished_since_a_model_was_made() -> None:
-    agents = [FinishedAgent(None, "t", [FinishedTask(4, 1, 0, 1, ended_s=5.0)], arrived_at=100.0 + n) for n in range(4)]
-    assert unseen(agents, 107.0) == 1
-    assert unseen(agents, 0.0) is None
-    assert Told(1, 1).created == "", "a model need not say"
-
-
-BOUNDS = """
-import os, time
-from gateway.learning.trainer import step_back
-step_back(0.5, 64)
-assert os.nice(0) >= 10
-try:
-    bytes(2**28)
-except MemoryError:
-    print("no more memory", flush=True)
-while True:
-    time.sleep(60)
-"""
-
-
-def test_a_trainer_asks_for_no_more_than_it_may_have() -> None:
-    program = (
-        "import resource; from gateway.learning.trainer import step_back;"
-        "resource.setrlimit(resource.RLIMIT_DATA, (2**29, 2**30)); step_back(60, 2048);"
-        "print(resource.getrlimit(resource.RLIMIT_DATA) == (2**30, 2**30))"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert ended.stdout == "True\n", ended.stderr
-
-
-async def test_a_trainer_lets_go_of_texts(state: State) -> None:
-    task = FinishedTask(40, 10, 0, 7, row=b"row", prompt="private", system="too")
-    await state.keep([FinishedAgent("kind", "t", [task])])
-    (agent,) = (await _read(open_store(state.url))).agents
-    assert agent.tasks == [FinishedTask(40, 10, 0, 7, row=b"row")]
-
-
-def test_a_trainer_steps_back_and_is_bounded() -> None:
-    ended = subprocess.run([sys.executable, "-c", BOUNDS], capture_output=True, text=True, check=False)
-    assert "no more memory" in ended.stdout
-    assert ended.returncode == -signal.SIGALRM

@@ -15,7 +15,7 @@ import pytest
 from gateway.flowcontrol import agent_id_of
 from gateway.protocol.identify import DEFAULT_TENANT
 from predictor.types import FinishedTask
-from tests.conftest import LiveEngine
+from tests.engine.live import LiveEngine
 from tests.wire.conftest import GatewayUnderTest, gateway, running_gateway, scripted, start
 
 __all__ = ["gateway", "scripted", "start"]  # fixtures

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from tests.clients.comparing import plain, plain_chunks
 from tests.clients.conftest import RUN, Both, charged, tokens
-from tests.conftest import LiveEngine
+from tests.engine.live import LiveEngine
 from tests.wire.conftest import GatewayUnderTest
 
 pytestmark = pytest.mark.engine

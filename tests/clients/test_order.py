@@ -11,7 +11,7 @@ import pytest
 from engine.hints import Hints, to_fields
 from gateway.flowcontrol import agent_id_of
 from gateway.protocol.identify import DEFAULT_TENANT
-from tests.conftest import LiveEngine
+from tests.engine.live import LiveEngine
 from tests.wire.conftest import running_gateway
 
 pytestmark = pytest.mark.engine

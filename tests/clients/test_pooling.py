@@ -21,7 +21,8 @@ from gateway.protocol.identify import DEFAULT_TENANT
 from predictor.types import FinishedTask
 from tests.clients.comparing import plain
 from tests.clients.conftest import RUN, openai_client
-from tests.conftest import START_TIMEOUT_S, LoopThread
+from tests.engine.live import START_TIMEOUT_S
+from tests.loop_thread import LoopThread
 from tests.wire.conftest import GatewayUnderTest, StartGateway, running_gateway
 from tests.wire.scripted_engine import ScriptedEngine, push
 from tests.wire.scripted_engine import start as start_answer

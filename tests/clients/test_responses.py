@@ -12,7 +12,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 
 from tests.clients.comparing import plain, plain_events
 from tests.clients.conftest import RUN, Both, charged, openai_client, tokens
-from tests.conftest import LiveEngine
+from tests.engine.live import LiveEngine
 from tests.wire.conftest import GatewayUnderTest
 
 pytestmark = pytest.mark.engine

@@ -15,7 +15,7 @@ from gateway.demo.client import ReplayOptions, TaskResult, replay
 from gateway.demo.workload import length_key, length_table
 from tests.benchmarks.stand_in import StandIn
 
-pytestmark = pytest.mark.asyncio
+pytestmark = pytest.mark.wire
 
 
 @dataclass
@@ -105,7 +105,7 @@ async def test_stages_wait_for_those_before_them_and_think(run: Run) -> None:
         agent(TaskTrace("m1", 5, 5), TaskTrace("m2", 5, 5), TaskTrace("r", 5, 5, after=("m1", "m2"), think_s=0.1)),
     )
     assert last.submit_s >= max(first.end_s, second.end_s) + 0.1
-    assert abs(first.submit_s - second.submit_s) < 0.05
+    assert max(first.submit_s, second.submit_s) < min(first.end_s, second.end_s), "neither waits for the other"
 
 
 async def test_the_last_request_of_a_fan_out_is_final_though_others_run(run: Run) -> None:
@@ -202,7 +202,8 @@ async def test_a_cancelled_replay_leaves_nothing_behind(serving: Any) -> None:
     async with serving(app) as url:
         before = asyncio.all_tasks()
         replaying = asyncio.create_task(replay([agent(TaskTrace("t", 5, 5))], ReplayOptions(url, "tiny")))
-        await asyncio.sleep(0.2)
+        while not app.running:
+            await asyncio.sleep(0)
         replaying.cancel()
         with pytest.raises(asyncio.CancelledError):
             await replaying

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.demo.processes import ServerFailed, apart, free_port, own_environment, run_once, server
 
-pytestmark = pytest.mark.asyncio
+pytestmark = pytest.mark.wire
 
 
 def stand_in(port: int) -> list[str]:

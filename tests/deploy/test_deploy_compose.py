@@ -72,6 +72,7 @@ def reachable(profile: str, client: str, host: str) -> set[str]:
     return found
 
 
+@pytest.mark.wire
 def test_the_file_follows_the_compose_specification() -> None:
     check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(COMPOSE)]
     result = subprocess.run(check, capture_output=True, text=True, check=False)

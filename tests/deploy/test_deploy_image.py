@@ -28,6 +28,7 @@ def arguments_of(instruction: str) -> list[str]:
     return [arguments for word, arguments in instructions() if word == instruction]
 
 
+@pytest.mark.wire
 def test_hadolint_has_nothing_to_say() -> None:
     beside_python = shutil.which("hadolint", path=str(Path(sys.executable).parent))
     hadolint = beside_python or shutil.which("hadolint")
@@ -100,6 +101,7 @@ def test_only_pytorchs_index_is_named_beside_the_services() -> None:
     assert hosts <= {"download.pytorch.org", "127.0.0.1", "prometheus"}
 
 
+@pytest.mark.wire
 def test_check_install_finds_the_pip_lines_of_each_engine(tmp_path: Path) -> None:
     # A `python3 -m venv` that makes a `pip` which only says what it was asked.
     fake = tmp_path / "python"

@@ -74,10 +74,12 @@ def declared() -> dict[str, set[str]]:
     return series
 
 
+@pytest.mark.wire
 def test_promtool_accepts_the_configuration_and_the_rules() -> None:
     promtool("check", "config", str(PROMETHEUS / "prometheus.yml"))
 
 
+@pytest.mark.wire
 def test_alerts_fire_when_they_should_and_only_then() -> None:
     promtool("test", "rules", str(Path(__file__).with_name("rules_test.yml")))
 
@@ -94,6 +96,7 @@ def test_every_alert_is_tested_and_says_what_it_means() -> None:
         assert any(case["exp_alerts"] for case in mine), f"{rule['alert']} is never seen to fire"
 
 
+@pytest.mark.wire
 def test_every_expression_of_the_dashboard_is_promql(tmp_path: Path) -> None:
     rules = [
         {"record": f"panel:{number}", "expr": expression}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from gateway.check import schema
+from gateway.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(
@@ -20,24 +19,23 @@ BLOCKS = re.findall(
 )
 
 
-def test_what_it_shows_is_what_happens(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(tmp_path / "state")}
+def test_what_it_shows_is_what_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     answered = 0
     for kind, text in BLOCKS:
         if kind == "yaml":
             (tmp_path / "justitia.yaml").write_text(text)
             continue
-        command, _, answer = text.removeprefix("$ justitia ").partition("\n")
-        ran = subprocess.run(
-            [sys.executable, "-m", "gateway.cli", *command.split()],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ran.stdout + ran.stderr == answer
-        assert ran.returncode == (0 if ran.stdout else 2)
+        command, _, answer = text.removeprefix("$ ").partition("\n")
+        monkeypatch.setattr(sys, "argv", command.split())
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        assert printed.out + printed.err == answer
+        assert ended.value.code == (0 if printed.out else 2)
         answered += 1
     assert answered == 2
 

@@ -100,6 +100,7 @@ async def shell(tmp_path: Path):  # type: ignore[no-untyped-def]
     await asyncio.wait_for(process.wait(), 20)
 
 
+@pytest.mark.wire
 async def test_the_commands_do_what_they_say(gateway: GatewayUnderTest, shell: Shell, tmp_path: Path) -> None:
     here = [block.replace("http://127.0.0.1:8000", gateway.url) for block in BLOCKS]
     make, ask, use, agents, revoke = here

@@ -29,6 +29,7 @@ def test_what_can_be_installed_is_what_is_supported() -> None:
     assert asked == [name + compat.SUPPORTED for name in compat.DISTRIBUTIONS]
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     ("versions", "finding"),
     [
@@ -52,8 +53,8 @@ def test_a_version_in_range(monkeypatch: pytest.MonkeyPatch, version: str) -> No
     assert compat.distribution() == ("vllm", version)
 
 
+@pytest.mark.vllm
 def test_a_fact_is_asked_of_its_releases_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("vllm")
     old = compat.Call("vllm.gone", "old", (), before=(0, 30))
     new = compat.Call("vllm.gone", "new", (), since=(0, 30))
     monkeypatch.setattr(compat, "FACTS", (old, new))
@@ -67,8 +68,8 @@ def test_a_fact_is_asked_of_its_releases_only(monkeypatch: pytest.MonkeyPatch) -
         assert compat.check()[1:] == [f"vllm {version}: vllm.gone.{missing} {gone}"]
 
 
+@pytest.mark.vllm
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("vllm")
     scheduler, queue = "vllm.v1.core.sched.scheduler", "vllm.v1.core.sched.request_queue"
     monkeypatch.setattr(
         compat,

@@ -14,7 +14,7 @@ from engine.hints import INT64_MAX, INT64_MIN, Hints, to_fields
 from engine.lab.forced_length import KEY_XARG
 from engine.launcher import EngineState
 from engine.link import GatewayLink, Hello, Report
-from tests.conftest import LiveEngine
+from tests.engine.live import LiveEngine
 
 pytestmark = pytest.mark.engine
 

@@ -18,6 +18,8 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
 from engine.lab.forced_length import KEY_XARG, TABLE_ENVIRONMENT, ForcedLength, LengthTable
 
+pytestmark = pytest.mark.vllm
+
 VOCABULARY, END, OTHER_END = 16, 0, 3
 
 

@@ -24,6 +24,8 @@ from engine.scheduler.kept_blocks import KeptBlocks
 from engine.scheduler.scheduler import JustitiaScheduler
 from tests.engine.clockwork import BLOCK_SIZE, Clockwork
 
+pytestmark = pytest.mark.vllm
+
 
 @pytest.fixture(scope="module", autouse=True)
 def vllm_is_quiet() -> Iterator[None]:

@@ -18,6 +18,8 @@ import pytest
 from engine import compat, launcher
 from engine.launcher import EngineFailed, EngineProcess, EngineSpec, EngineState, _group_runs
 
+pytestmark = pytest.mark.wire
+
 FAKE = Path(__file__).with_name("fake_engine.py")
 READY_S = 20.0
 

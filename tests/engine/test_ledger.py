@@ -29,6 +29,8 @@ from engine.scheduler.scheduler import JustitiaScheduler
 from engine.scheduler.waiting_queue import hints_of
 from tests.engine.clockwork import BLOCK_SIZE, Clockwork
 
+pytestmark = pytest.mark.vllm
+
 
 @pytest.fixture(scope="module", autouse=True)
 def vllm_is_quiet() -> Iterator[None]:

@@ -39,6 +39,8 @@ from engine.link import (
     parse,
 )
 
+pytestmark = pytest.mark.wire
+
 HELLO = Hello(PROTOCOL, "e1", "0.32.0", 127, 32, 64, 2048)
 ANSWER_S = 5.0
 

@@ -15,7 +15,7 @@ from engine.hints import Hints, to_fields
 from engine.lab.forced_length import KEY_XARG
 from engine.link import Report
 from tests.benchmarks.inversions import Changed, Record, Recorder, Released, judge, recording
-from tests.conftest import LiveEngine
+from tests.engine.live import LiveEngine
 
 pytestmark = pytest.mark.engine
 

@@ -8,6 +8,8 @@ import pytest
 
 from engine.scheduler.step_times import StepTimes
 
+pytestmark = pytest.mark.vllm
+
 
 def test_a_prompts_token_in_iterations() -> None:
     """A step takes 20 ms, and 0.1 ms more for each token of a prompt; every tenth has 512 of them."""

@@ -11,6 +11,8 @@ pytest.importorskip("transformers")
 
 from engine.lab import tiny_model
 
+pytestmark = pytest.mark.vllm
+
 
 def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}

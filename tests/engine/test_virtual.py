@@ -14,6 +14,8 @@ from engine.hints import Hints
 from engine.lab.profile import StepProfile
 from engine.lab.virtual import Ended, Running, Step, VirtualEngine, VirtualTask
 
+pytestmark = pytest.mark.vllm
+
 PROFILE = StepProfile(
     name="by hand",
     description="",

@@ -19,6 +19,8 @@ from vllm.v1.request import Request
 from engine.hints import AGENT_XARG, TASK_XARG, Hints
 from engine.scheduler.waiting_queue import WaitingQueue, hints_of, place_of
 
+pytestmark = pytest.mark.vllm
+
 
 def request(name: str, hints: Hints, arrival: float = 0.0) -> Request:
     xargs = {AGENT_XARG: hints.agent, TASK_XARG: hints.task}

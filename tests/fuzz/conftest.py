@@ -14,8 +14,8 @@ import pytest
 
 from gateway.app import Gateway
 from gateway.tenancy.keys import add_key
-from tests.conftest import LoopThread
 from tests.fuzz.strict_engine import StrictEngine
+from tests.loop_thread import LoopThread
 from tests.wire.conftest import running_gateway
 
 SETTLE_S = 20

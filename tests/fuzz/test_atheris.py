@@ -12,6 +12,8 @@ import pytest
 
 from tests.fuzz.bounds import TIMES
 
+pytestmark = pytest.mark.wire
+
 pytest.importorskip("atheris", reason="atheris has no build for this machine")
 
 ROOT = Path(__file__).resolve().parent.parent.parent

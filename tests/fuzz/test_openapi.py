@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.fuzz.bounds import TIMES
 from tests.fuzz.conftest import Fuzzed
 from tests.fuzz.documented import DOCUMENT
+
+pytestmark = pytest.mark.wire
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = 15

@@ -20,6 +20,8 @@ from tests.fuzz.documented import assert_documented
 from tests.fuzz.properties import strict_json
 from tests.fuzz.values import HEADERS, any_body, bodies, header_values
 
+pytestmark = pytest.mark.wire
+
 TASKS = {endpoint.path for endpoint in ENDPOINTS}
 PATHS = tuple(TASKS | {passed.path for passed in PASSTHROUGH if passed.method == "POST" and "{" not in passed.path})
 Headers = list[tuple[bytes, bytes]]

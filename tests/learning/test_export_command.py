@@ -56,7 +56,7 @@ async def test_since(state: State, tmp_path: Path, since: str, count: int) -> No
     [
         (["--state", "memory:"], 2, "ends with its gateway"),
         (["--state", "sqlite:////nowhere/state.db"], 2, "there is no state /nowhere/state.db"),
-        (["--state", "redis://127.0.0.1:1/0"], 1, "redis:"),
+        pytest.param(["--state", "redis://127.0.0.1:1/0"], 1, "redis:", marks=pytest.mark.wire),
         (["--since", "2030-01-01"], 1, "no agents are kept since then"),
         (["--out", "/nowhere/trace"], 1, "No such file or directory"),
         (["--out", "/proc/trace"], 1, "/proc/.trace."),

@@ -24,6 +24,8 @@ from gateway.state.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics, TrainingOutcome
 from predictor.types import FinishedAgent, FinishedTask
 
+pytestmark = pytest.mark.wire
+
 SAY = "import sys, os, time, signal, pathlib; "
 HANG = SAY + "print('hanging', flush=True); time.sleep(3600)"
 NOTED = (
@@ -45,6 +47,7 @@ class Looks:
 class Scene:
     def __init__(self, models: Path, script: str = "", **settings: Any) -> None:
         self.now = 1000.0
+        self.looked = 0  # at the clock
         self.models, self.store, self.accuracy, self.learning = models, MemoryStore(), Accuracy(), Looks()
         self.registry = CollectorRegistry()
         metrics = Metrics(self.registry)
@@ -60,8 +63,12 @@ class Scene:
             command=[sys.executable, "-c", script],
             grace_s=0.2,
             poll_s=0.01,
-            clock=lambda: self.now,
+            clock=self._clock,
         )
+
+    def _clock(self) -> float:
+        self.looked += 1
+        return self.now
 
     async def finish(self, count: int) -> None:
         for _ in range(count):
@@ -206,7 +213,10 @@ async def test_the_watch_trains_once_at_a_time_and_waits_after_a_failure(tmp_pat
         async with asyncio.timeout(20):
             while scene.trained("failed") != failures:
                 await asyncio.sleep(0.01)
-        await asyncio.sleep(0.1)  # ten looks
+        looked = scene.looked
+        async with asyncio.timeout(20):
+            while scene.looked < looked + 10:
+                await asyncio.sleep(0.01)
         assert scene.trained("failed") == failures
         scene.now += BACKOFF_MAX_S
     watch.cancel()

@@ -11,6 +11,8 @@ import pytest
 from predictor.mlp import FEWEST_SAMPLES, MlpUnavailable, PaperMlp, Sample
 from predictor.types import AgentProgress, FinishedAgent, FinishedTask, TaskContent
 
+pytestmark = pytest.mark.vllm
+
 BRIEF, LONG = "Answer in one word, please.", "Write everything down in great detail."
 
 

@@ -192,6 +192,7 @@ def test_no_file_and_no_permission(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.wire
 def test_serving_loads_nothing_that_only_training_needs() -> None:
     code = (
         "import sys, predictor.learned, predictor.model, predictor.registry; "

@@ -142,6 +142,7 @@ def add_and_promote(directory: Path, times: int) -> None:
         registry.promote(registry.add(os.urandom(1000)))
 
 
+@pytest.mark.wire
 def test_two_processes_at_once(registry: Registry) -> None:
     context = multiprocessing.get_context("spawn")
     others = [context.Process(target=add_and_promote, args=(registry.directory, 4)) for _ in range(2)]

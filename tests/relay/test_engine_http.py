@@ -12,6 +12,8 @@ import pytest
 from gateway.relay import engine_http
 from gateway.relay.engine_http import BrokenOff, Connection, Pool, Unreachable
 
+pytestmark = pytest.mark.wire
+
 REQUEST = b"GET / HTTP/1.1\r\nhost: engine\r\n\r\n"
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\ncontent-length: 5\r\n\r\nhello"
 

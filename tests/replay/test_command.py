@@ -47,12 +47,12 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(trace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("vllm")
     out = tmp_path_factory.mktemp("out") / "made" / "out.json"
     assert replay(trace, *SMALL, "--predictor", "noise:0.5", "--seed", "3", "--json", out) == 0
     return out
 
 
+@pytest.mark.vllm
 def test_the_results_of_all_policies(written: Path, trace: Path) -> None:
     found = read(written)
     assert [run.label for run in found.runs] == ["justitia", "vtc", "agent-fcfs", "fcfs", "las", "sjf", "srjf"]
@@ -68,6 +68,7 @@ def test_the_results_of_all_policies(written: Path, trace: Path) -> None:
     assert not {"out", "json", "plot"} & found.config.keys()
 
 
+@pytest.mark.vllm
 def test_another_process_writes_the_same_to_the_byte(written: Path, trace: Path, tmp_path: Path) -> None:
     """With other hashes of strings, and through the command itself."""
     out = tmp_path / "out.json"
@@ -85,10 +86,10 @@ def test_another_process_writes_the_same_to_the_byte(written: Path, trace: Path,
     assert done.stdout.startswith("Completion time of an agent (JCT), seconds")
 
 
+@pytest.mark.vllm
 def test_a_table_on_stdout_and_progress_on_stderr(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("vllm")
     out = tmp_path / "out.json"
     assert replay(trace, *SMALL, "--policy", "justitia, vtc ,vtc@memory", "--json", out) == 0
     said = capsys.readouterr()
@@ -101,8 +102,8 @@ def test_a_table_on_stdout_and_progress_on_stderr(
     assert "vtc@memory: mean JCT" in said.err and f"results: {out}" in said.err
 
 
+@pytest.mark.vllm
 def test_timings_and_pictures_only_when_asked(trace: Path, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
     pytest.importorskip("matplotlib")
     out, pictures = tmp_path / "out.json", tmp_path / "deep" / "pictures"
     arguments = (trace, *SMALL, "--policy", "justitia,vtc", "--timings", "--json", out, "--plot", pictures)
@@ -114,8 +115,8 @@ def test_timings_and_pictures_only_when_asked(trace: Path, tmp_path: Path) -> No
     assert {path.name for path in pictures.iterdir()} == names
 
 
+@pytest.mark.vllm
 def test_the_ladder_learns_from_another_trace(trace: Path, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
     predicted: dict[str, list[float]] = {}
     for name, past in (("nothing", ()), ("itself", ("--learn-from", str(trace)))):
         out = tmp_path / f"{name}.json"
@@ -127,8 +128,8 @@ def test_the_ladder_learns_from_another_trace(trace: Path, tmp_path: Path) -> No
     assert predicted["nothing"][0] != pytest.approx(even, rel=0.2)
 
 
+@pytest.mark.vllm
 def test_the_prefix_cache_is_on_where_prompts_are_said_to_begin_alike(trace: Path, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
     alike = tmp_path / "alike.jsonl"
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
     for line in lines:
@@ -214,16 +215,16 @@ def test_a_setting_that_is_wrong_ends_it_with_2(
     assert any(each in told for each in said.split("|")), told
 
 
+@pytest.mark.vllm
 def test_a_task_too_long_for_the_engine_is_named(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("vllm")
     assert replay(trace, "--kv-blocks", "5") == 2
     assert "task 'map' of agent 'a1' is 60 + 25 tokens long, and the engine holds 80" in capsys.readouterr().err
 
 
+@pytest.mark.vllm
 def test_more_tasks_at_once_than_the_engine_takes_is_said_in_a_sentence(
     trace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("vllm")
     assert replay(trace, "--max-num-seqs", "100000") == 2
     assert "max_num_seqs" in capsys.readouterr().err
 
@@ -244,11 +245,11 @@ def test_an_unknown_name_in_its_own_part_of_the_environment_is_an_error(
     assert "JUSTITIA_REPLAY_PROFIEL: is not a setting; did you mean JUSTITIA_REPLAY_PROFILE?" in capsys.readouterr().err
 
 
-def test_help_names_the_built_in_traces() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "gateway.cli", "replay", "--help"], capture_output=True, text=True, check=True
-    )
-    words = " ".join(done.stdout.split())
+def test_help_names_the_built_in_traces(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        replay("--help")
+    assert ended.value.code == 0
+    words = " ".join(capsys.readouterr().out.split())
     for name, written_as in BUILT_IN.items():
         assert f"{name}:" in words
         assert written_as.partition(" – ")[0] in words

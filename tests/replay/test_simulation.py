@@ -22,6 +22,8 @@ from gateway.replay.simulation import ReleaseName, Setup, simulate
 from predictor.cost import task_cost
 from predictor.learned import Learned
 
+pytestmark = pytest.mark.vllm
+
 # An iteration takes 0.01 s whatever it computes; the cache holds 256 tokens.
 PROFILE = StepProfile(
     name="by hand",

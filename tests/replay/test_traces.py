@@ -84,6 +84,7 @@ def test_another_seed_gives_other_agents(spec: str) -> None:
     assert sizes(0) != sizes(1)
 
 
+@pytest.mark.wire
 def test_another_process_makes_the_same_trace() -> None:
     program = "from gateway.replay.traces import built_in; print(sum(a.cost for a in built_in('paper:0:3')))"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

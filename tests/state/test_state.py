@@ -33,7 +33,7 @@ def redis_url(session_dir: Path) -> Iterator[str]:
     server.kill()
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis"])
+@pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=pytest.mark.wire)])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
     url = {"memory": "memory:", "sqlite": f"sqlite:///{tmp_path}/deep/state.db"}.get(request.param)
     opened = open_store(url or request.getfixturevalue("redis_url"))
@@ -72,7 +72,7 @@ async def test_concurrent_writes_are_all_kept(store: Store) -> None:
     assert await store.added() == added + 250
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis"])
+@pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=pytest.mark.wire)])
 async def small(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
     """It keeps five."""
     url = {"memory": "memory:", "sqlite": f"sqlite:///{tmp_path}/state.db"}.get(request.param)
@@ -177,6 +177,7 @@ async def test_a_batch_counts_once_however_often_it_is_given(store: Store) -> No
     assert await store.usage(0, 2 * HOUR, tenant) == [row(tenant, requests=3, prompt_tokens=30, kv_cost=7.5)]
 
 
+@pytest.mark.wire
 async def test_another_gateway_may_give_a_batch_again(redis_url: str, tmp_path: Path) -> None:
     """It has found it in the journal of one that was killed."""
     for url in (redis_url, f"sqlite:///{tmp_path}/state.db"):
@@ -192,6 +193,7 @@ async def test_another_gateway_may_give_a_batch_again(redis_url: str, tmp_path: 
         await second.close()
 
 
+@pytest.mark.wire
 async def test_many_gateways_write_at_once(redis_url: str, tmp_path: Path) -> None:
     for url in (redis_url, f"sqlite:///{tmp_path}/state.db"):
         stores = [open_store(url) for _ in range(4)]
@@ -252,6 +254,7 @@ async def test_usage_is_summed_by_tenant_and_hour(store: Store) -> None:
     assert await store.usage(0, 2**50, Fresh.tenant()) == []
 
 
+@pytest.mark.wire
 async def test_two_gateways_share_a_store(redis_url: str, tmp_path: Path) -> None:
     for url in (redis_url, f"sqlite:///{tmp_path}/state.db"):
         first, second = open_store(url), open_store(url)
@@ -298,6 +301,7 @@ async def test_sqlite_does_not_wait_for_the_disk_at_each_agent(tmp_path: Path) -
 BAD = [b"", b"not compressed", zlib.compress(b"not packed"), pack(agent(1))[:-9], zlib.compress(bytes(1000))]
 
 
+@pytest.mark.wire
 async def test_what_cannot_be_read_is_passed_over_and_counted(
     tmp_path: Path, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -315,6 +319,7 @@ async def test_what_cannot_be_read_is_passed_over_and_counted(
         await store.close()
 
 
+@pytest.mark.wire
 async def test_damaged_live_agents_are_passed_over_and_counted(tmp_path: Path, redis_url: str) -> None:
     for url in (f"sqlite:///{tmp_path}/live.db", redis_url.removesuffix("0") + "2"):
         store = open_store(url)
@@ -397,6 +402,7 @@ def test_an_agent_of_an_older_version_is_still_read() -> None:
     assert not unreadable
 
 
+@pytest.mark.wire
 async def test_what_cannot_be_packed_is_an_error_of_the_store(redis_url: str, tmp_path: Path) -> None:
     """A client may send a limit of more than 64 bits."""
     huge = FinishedAgent("kind", "t", [FinishedTask(40, 10, 0, 7, max_tokens=2**70)])
@@ -418,6 +424,7 @@ def test_a_blob_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unpack([zlib.compress(msgspec.msgpack.encode({"agent_class": "x" * 10_000}))]) == ([], 1)
 
 
+@pytest.mark.wire
 async def test_a_store_that_cannot_be_used_says_so(tmp_path: Path) -> None:
     (tmp_path / "state.db").write_bytes(b"this is not a database, and longer than a header of one hundred bytes " * 3)
     for url in (f"sqlite:///{tmp_path}/state.db", "redis://127.0.0.1:1/0", "sqlite:////proc/state.db"):

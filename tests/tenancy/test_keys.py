@@ -164,6 +164,7 @@ def test_a_link_stays_one(path: Path, tmp_path: Path) -> None:
     assert Keys.load(real).tenants == {"red", "blue"}
 
 
+@pytest.mark.wire
 def test_of_many_that_add_at_once_none_is_lost(path: Path) -> None:
     code = (
         "import sys; from datetime import UTC, datetime; from pathlib import Path; from gateway.tenancy.keys import add_key\n"

@@ -10,14 +10,19 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway import supervise
 from gateway.app import Gateway
 from gateway.config.settings import GatewaySettings
 from gateway.flowcontrol import Arriving
 from gateway.flowcontrol.fairqueue import TaskId
+from gateway.relay import engine_monitor
 from gateway.relay.dispatcher import now
 from gateway.server import RunningGateway, start_gateway
 from predictor.types import TaskContent
 from tests.wire.scripted_engine import ScriptedEngine
+
+# Of a gateway in the test's process, so that no test waits long for it to look: at its engine, its agents and its keys.
+LOOKS_EVERY_S = {"HEALTH_S": 0.1, "METRICS_S": 0.05, "SWEEP_S": 0.1, "KEYS_S": 0.1}
 
 
 class GatewayUnderTest:
@@ -61,13 +66,15 @@ class GatewayUnderTest:
 async def running_gateway(**settings: Any) -> AsyncIterator[GatewayUnderTest]:
     """Ready to serve when it is given, unless there is no engine."""
     given = {"port": 0, "state": "memory:", "drain_s": 1, **settings}
-    running = await start_gateway(GatewaySettings(**given))
-    async with httpx.AsyncClient(base_url=running.url, timeout=120) as client:
-        gateway = GatewayUnderTest(running, client)
-        try:
-            yield gateway
-        finally:
-            await running.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, interval_s in LOOKS_EVERY_S.items():
+            patch.setattr(engine_monitor if hasattr(engine_monitor, name) else supervise, name, interval_s)
+        running = await start_gateway(GatewaySettings(**given))
+        async with httpx.AsyncClient(base_url=running.url, timeout=120) as client:
+            try:
+                yield GatewayUnderTest(running, client)
+            finally:
+                await running.stop()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import select
 import signal
 import socket
 import statistics
@@ -100,6 +101,10 @@ class Hostile:
     def receive(self, size: int = 65536) -> bytes:
         """Some of what has come; nothing when the gateway has hung up."""
         return self._received.read1(size)  # type: ignore[no-any-return]
+
+    def has_come(self, within_s: float) -> bool:
+        """Whether something to read comes in this time, at the latest; waits no longer than until then."""
+        return bool(select.select([self.socket], [], [], within_s)[0])
 
     def rest(self) -> bytes:
         """What comes until the gateway hangs up."""
@@ -247,6 +252,7 @@ class Neighbour:
     def __init__(self, gateway: GatewayProcess) -> None:
         self._gateway = gateway
         self._ending = threading.Event()
+        self._answered = threading.Condition()
         self._failures: list[str] = []
         self.calm_s = [self._ask() for _ in range(self.CALM_REQUESTS)]
         self.times_s: list[float] = []
@@ -264,8 +270,11 @@ class Neighbour:
 
     def _go_on(self) -> None:
         while not self._ending.is_set():
-            self.times_s.append(self._ask())
-            time.sleep(0.01)
+            taken_s = self._ask()
+            with self._answered:
+                self.times_s.append(taken_s)
+                self._answered.notify_all()
+            self._ending.wait(0.01)
 
     def __enter__(self) -> Neighbour:
         self._thread.start()
@@ -274,6 +283,11 @@ class Neighbour:
     def __exit__(self, *_: object) -> None:
         self._ending.set()
         self._thread.join()
+
+    def until_answered(self, times: int) -> None:
+        """At least so often since it is not alone."""
+        with self._answered:
+            assert self._answered.wait_for(lambda: len(self.times_s) >= times, PATIENCE_S)
 
     def was_unharmed(self, factor: float = 30.0) -> None:
         """The factor is large: this process, which attacks, has the same cores. A gateway that is kept from serving is beyond

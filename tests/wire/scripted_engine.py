@@ -70,7 +70,7 @@ async def wait_for_word(body: dict[str, Any], send: Send, engine: ScriptedEngine
 @dataclass
 class ScriptedEngine:
     """answers: one for each task, in order; then `default`. bodies: what arrived. left: tasks whose client left. connections:
-    on which something was asked, open or not."""
+    on which something was asked, open or not. polls: of its metrics."""
 
     default: Answer = answer_at_once
     answers: list[Answer] = field(default_factory=list)
@@ -79,6 +79,7 @@ class ScriptedEngine:
     raw: list[bytes] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     left: int = 0
+    polls: int = 0
     connections: set[Any] = field(default_factory=set)
     go: asyncio.Event = field(default_factory=asyncio.Event)
     arrived: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -94,6 +95,7 @@ class ScriptedEngine:
             return
         self.connections.add(send.__self__.transport)  # type: ignore[attr-defined]  # uvicorn's request cycle
         if scope["method"] == "GET":
+            self.polls += scope["path"] == "/metrics"
             content = {"/metrics": self.metrics, "/v1/models": '{"object": "list", "data": []}'}.get(scope["path"], "")
             await start(send, b"application/json", 200 if self.healthy else 503)
             await push(send, content.encode(), more=False)

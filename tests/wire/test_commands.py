@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from gateway.demo.processes import free_port
-from tests.conftest import LiveEngine
+from tests.engine.live import LiveEngine
 from tests.wire.scripted_engine import ScriptedEngine, wait_for_word
 
 

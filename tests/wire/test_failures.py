@@ -156,7 +156,8 @@ async def test_an_engine_that_tells_nothing_of_itself_serves_a_few_at_once() -> 
 
 async def test_odd_metrics_once_do_not_stop_the_clock(gateway: GatewayUnderTest, scripted: ScriptedEngine) -> None:
     good, scripted.metrics = scripted.metrics, "<html>502 Bad Gateway</html>"
-    await asyncio.sleep(0.6)  # two polls
+    polls = scripted.polls
+    await gateway.until(lambda: scripted.polls >= polls + 2)
     scripted.metrics = good.replace("count 100", "count 5000")
     await gateway.until(lambda: gateway.app.flow.engine.iterations == 4900)
 

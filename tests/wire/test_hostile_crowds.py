@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import LoopThread
+from tests.loop_thread import LoopThread
 from tests.wire.hostile import GatewayProcess, Neighbour, chat, files_to_spare, gateway_process, head, open_files, post
 from tests.wire.scripted_engine import (
     DONE,
@@ -23,7 +23,9 @@ from tests.wire.scripted_engine import (
 )
 
 MIB = 2**20
-STALL_S = 2
+STALL_S = 1
+# Bytes: what the sockets between an engine and a client that does not read may hold, by far.
+HELD_BETWEEN = 32 * MIB
 HEALTH = head(path="/health", method="GET")
 
 
@@ -51,31 +53,32 @@ def gateway(engine_in_thread: ScriptedEngine) -> Iterator[GatewayProcess]:
 
 
 class Large:
-    """An answer of so many MiB. sent: what the engine has got rid of."""
+    """A large answer, in parts."""
 
     def __init__(self, mib: int) -> None:
         self.mib = mib
-        self.sent = 0
+        self.sent = 0  # bytes that the engine could write
 
     async def __call__(self, body: dict[str, Any], send: Send, engine: ScriptedEngine) -> None:
-        await (self._stream(send) if body.get("stream") else self._whole(send))
+        if body.get("stream"):
+            await start(send)
+            await self._push(send, chunk("x" * 16_000))
+            await push(send, usage_chunk(1, 1) + DONE, more=False)
+        else:
+            await start(send, b"application/json")
+            await push(send, b'{"usage": {"prompt_tokens": 1, "completion_tokens": 1}, "text": "')
+            await self._push(send, b"x" * 16_000)
+            await push(send, b'"}', more=False)
 
-    async def _stream(self, send: Send) -> None:
-        await start(send)
-        part = chunk("x" * 16_000)
+    async def _push(self, send: Send, part: bytes) -> None:
         while self.sent < self.mib * MIB:
             await push(send, part)
+            if send.__self__.disconnected:  # type: ignore[attr-defined]  # uvicorn's request cycle, which then drops what is sent
+                return
             self.sent += len(part)
-        await push(send, usage_chunk(1, 1))
-        await push(send, DONE, more=False)
-
-    async def _whole(self, send: Send) -> None:
-        await start(send, b"application/json")
-        await push(send, b'{"usage": {"prompt_tokens": 1, "completion_tokens": 1}, "text": "' + b"x" * (self.mib * MIB))
-        await push(send, b'"}', more=False)
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -97,16 +100,13 @@ def test_a_stream_that_nobody_reads_stops_the_engine_and_then_is_given_up(
     neighbour = Neighbour(gateway)
     scripted.answers = list(answers)
     with gateway.memory_bounded(32), gateway.crowd(4, receive_buffer=4096) as clients:
-        for client in clients:
-            client.send(post(chat(stream=True)))
-        until(lambda: all(answer.sent for answer in answers))
-        time.sleep(0.5)
-        sent = [answer.sent for answer in answers]
-        assert max(sent) < 32 * MIB, "what the sockets between us hold"
         with neighbour:
-            time.sleep(0.5)
-            assert [answer.sent for answer in answers] == sent
+            for client in clients:
+                client.send(post(chat(stream=True)))
             until(lambda: cut_off(gateway) == before + 4)
+        assert all(0 < answer.sent < HELD_BETWEEN for answer in answers), (
+            "the engine was stopped until they were given up"
+        )
         neighbour.was_unharmed()
         until(lambda: gateway.metric("justitia_tasks") == 0)
 
@@ -122,25 +122,20 @@ def test_a_stream_that_is_read_slowly_goes_on(gateway: GatewayProcess, scripted:
         assert client.rest().endswith(DONE + b"\r\n0\r\n\r\n")
 
 
-def test_whole_answers_that_nobody_reads_are_given_up(gateway: GatewayProcess, scripted: ScriptedEngine) -> None:
-    """What they hold ends with the time that a client may make no progress."""
-    scripted.answers = [Large(50) for _ in range(2)]
+def test_whole_answers_that_nobody_reads_stop_the_engine_and_then_are_given_up(
+    gateway: GatewayProcess, scripted: ScriptedEngine
+) -> None:
+    answers = [Large(200) for _ in range(2)]
     before, files = cut_off(gateway), open_files(gateway.process.pid)
-    with gateway.crowd(2, receive_buffer=4096) as clients:
-        for client in clients:
-            client.send(post(chat()))
-        until(lambda: cut_off(gateway) == before + 2)
-        until(lambda: open_files(gateway.process.pid) <= files + 2)
-        assert gateway.memory_mib() < gateway.calm_mib + 50, "the memory is there again"
-
-
-def test_whole_answers_that_nobody_reads_stop_the_engine(gateway: GatewayProcess, scripted: ScriptedEngine) -> None:
-    scripted.answers = [Large(50) for _ in range(2)]
+    scripted.answers = list(answers)
     with gateway.memory_bounded(32), gateway.crowd(2, receive_buffer=4096) as clients:
         for client in clients:
             client.send(post(chat()))
-        until(lambda: len(scripted.bodies) == 2)
-        time.sleep(1)
+        until(lambda: cut_off(gateway) == before + 2)
+        assert all(0 < answer.sent < HELD_BETWEEN for answer in answers), (
+            "the engine was stopped until they were given up"
+        )
+        until(lambda: open_files(gateway.process.pid) <= files + 2)
 
 
 def test_who_leaves_after_a_request_sent_ahead_is_missed_at_once(
@@ -167,7 +162,7 @@ def test_5000_idle_connections_leave_room_for_others(gateway: GatewayProcess) ->
             client.send(HEALTH)  # these have been served once
         until(lambda: gateway.metric("justitia_connections") >= 5_000)
         with neighbour:
-            time.sleep(2)
+            neighbour.until_answered(100)
         neighbour.was_unharmed()
         assert clients[0].reply("GET").status == 200
     until(lambda: gateway.metric("justitia_connections") < 10)
@@ -182,7 +177,6 @@ def test_connections_that_open_and_close_leave_nothing_behind(gateway: GatewayPr
                     client.send(HEALTH)
                 elif number % 3 == 2:
                     client.send(post(chat())[:-5])
-            time.sleep(0.001)
     neighbour.was_unharmed()
     until(lambda: open_files(gateway.process.pid) <= files + 2)
     assert gateway.metric("justitia_tasks") == 0

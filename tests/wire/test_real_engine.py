@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from tests.conftest import LiveEngine
+from tests.engine.live import LiveEngine
 from tests.wire.conftest import GatewayUnderTest, running_gateway
 
 pytestmark = pytest.mark.engine

@@ -13,7 +13,7 @@ import pytest
 
 from engine.launcher import EngineProcess, EngineSpec
 from gateway.telemetry.request_span import open_tracing
-from tests.conftest import START_TIMEOUT_S
+from tests.engine.live import START_TIMEOUT_S
 from tests.wire.collector import Collector, Told
 from tests.wire.conftest import GatewayUnderTest, StartGateway, running_gateway
 from tests.wire.scripted_engine import ScriptedEngine, wait_for_word
@@ -242,12 +242,11 @@ async def test_a_dead_collector_holds_nobody_up_and_what_is_too_much_is_counted(
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "8")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4")
     gateway = await start(otlp_endpoint="http://127.0.0.1:9")
-    begun = time.monotonic()
     for _ in range(20):
         assert (await gateway.chat()).status_code == 200
     assert dropped(gateway) >= 80 - 8 - 4
-    await gateway.running.stop()
-    assert time.monotonic() - begun < 30
+    async with asyncio.timeout(30):
+        await gateway.running.stop()
 
 
 async def test_a_task_that_is_cut_off_mid_stream_is_told(
