@@ -1,7 +1,8 @@
 """Agents whose prompts are text, and the text decides what they cost, as in life. Predictors are judged by them.
 
-The words (`train`, `held_out`, `common`) are data, and `laws` what they imply; `program` is one agent's program, which says
-the one and does the other; `classes` has the nine classes, `material` what they are about; `tokens` counts.
+The words are data: `train.toml`, `held_out.toml` and `common.toml`, loaded by `sides`, and `english.toml`, loaded by `english`.
+`laws` has what they imply. `program` is one agent's program, which writes the one and does the other; `classes` has the nine
+classes, `material` what they are about; `tokens` counts.
 
 **Two sides.** What is learned from and what is held out have different topics, documents, names, tools and wordings, and
 obey the same laws. Half of the time (`COMMON_SHARE`) an agent takes a wording that both sides know, where there are such:
@@ -47,7 +48,6 @@ With other agents of the same side to predict, the three models are at 28, 32 an
 """
 
 from gateway.replay.texts.classes import write_tasks
-from gateway.replay.texts.held_out import HELD_OUT
-from gateway.replay.texts.train import TRAIN
+from gateway.replay.texts.sides import HELD_OUT, TRAIN
 
 __all__ = ["HELD_OUT", "TRAIN", "write_tasks"]

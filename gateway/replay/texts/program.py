@@ -8,7 +8,6 @@ from random import Random
 
 from gateway.agent_trace import TaskTrace
 from gateway.replay.agent_types import MIN_OUTPUT, AgentType
-from gateway.replay.texts.common import COMMON
 from gateway.replay.texts.laws import (
     AGENT_SIGMA,
     ERRANDS,
@@ -27,7 +26,7 @@ from gateway.replay.texts.laws import (
     Telling,
 )
 from gateway.replay.texts.material import SAID, prose, spelled, thoughts
-from gateway.replay.texts.sides import Side, Voice
+from gateway.replay.texts.sides import COMMON, Side, Voice
 from gateway.replay.texts.tokens import count_tokens
 
 # With these, prompt and output of a task hardly ever come near the 3,000 tokens at which they would be cut.
