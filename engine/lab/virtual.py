@@ -186,12 +186,12 @@ class _ModellessJustitia(_Modelless, JustitiaScheduler):
         self.costs: dict[str, float] = {}
 
     def decides(self) -> bool:
-        ending = self._kept is not None and 0 < self._kept.next_end <= self.ledger.iteration
-        return ending or (self._displace_margin is not None and bool(self.waiting))
+        ending = self.kept is not None and 0 < self.kept.next_end <= self.ledger.iteration
+        return ending or (self.settings.displace_margin is not None and bool(self.waiting))
 
     def lulled(self) -> None:
         self.ledger.steady_step()
-        self._computed_tokens += len(self.running)
+        self.computed_tokens += len(self.running)
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)

@@ -17,7 +17,8 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request
 
 from engine.hints import AGENT_XARG, TASK_XARG, Hints
-from engine.scheduler.waiting_queue import WaitingQueue, hints_of, place_of
+from engine.scheduler.order import hints_of, place_of
+from engine.scheduler.waiting_queue import WaitingQueue
 
 
 def request(name: str, hints: Hints, arrival: float = 0.0) -> Request:
