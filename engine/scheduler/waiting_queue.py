@@ -7,8 +7,8 @@ by arrival among equals (vllm#41951).
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Iterator
+from heapq import heapify, heappop, heappush
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request
@@ -36,7 +36,7 @@ class WaitingQueue(RequestQueue):  # type: ignore[misc, unused-ignore]  # Any, w
         slot: list[Request | None] = [request]
         self._slots[request.request_id] = slot
         self._added += 1
-        heapq.heappush(self._heap, (place_of(request), self._added, slot))
+        heappush(self._heap, (place_of(request), self._added, slot))
 
     def prepend_request(self, request: Request) -> None:
         """Puts it back in its own place, which need not be the front."""
@@ -52,13 +52,13 @@ class WaitingQueue(RequestQueue):  # type: ignore[misc, unused-ignore]  # Any, w
             request = self._heap[0][2][0]
             if request is not None:
                 return request
-            heapq.heappop(self._heap)
+            heappop(self._heap)
         raise IndexError("peek from an empty queue")
 
     def pop_request(self) -> Request:
         """Raises `IndexError` when nothing waits."""
         request = self.peek_request()
-        heapq.heappop(self._heap)
+        heappop(self._heap)
         del self._slots[request.request_id]
         return request
 
@@ -77,7 +77,7 @@ class WaitingQueue(RequestQueue):  # type: ignore[misc, unused-ignore]  # Any, w
         # Not for a handful of entries: then nearly every removal would build it anew.
         if len(self._heap) > 2 * len(self._slots) + 16:
             self._heap = [entry for entry in self._heap if entry[2][0] is not None]
-            heapq.heapify(self._heap)
+            heapify(self._heap)
 
     def __contains__(self, request: Request) -> bool:
         return request.request_id in self._slots
