@@ -1,7 +1,7 @@
 """`justitia predictor evaluate TRACE`: how well a predictor predicts agents that it has not seen.
 
 A predictor learns from agents of the past, each served alone, and is then asked at each arrival of others', learning nothing of
-them. Asked at an agent's first task is what the paper's figures speak of; *formed*, when all have arrived that need
+them. The paper's figures are of predictions at an agent's first task; *formed*, when all have arrived that need
 not wait for others, is what the fair queue orders by.
 """
 
@@ -138,9 +138,9 @@ def evaluate(asked: Beliefs, agents: Sequence[AgentTrace], name: str, without: s
     halves = [(len(agent.tasks) - 1) // 2 for agent in agents]
 
     def at(places: Sequence[int]) -> Quality:
-        told = [answer[place] for answer, place in zip(answers, places, strict=True)]
+        given = [answer[place] for answer, place in zip(answers, places, strict=True)]
         return quality(
-            truth, np.array([one.agent_cost for one in told]), np.array([one.agent_p90 for one in told]), classes
+            truth, np.array([one.agent_cost for one in given]), np.array([one.agent_p90 for one in given]), classes
         )
 
     return Evaluation(

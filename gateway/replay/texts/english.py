@@ -1,6 +1,6 @@
 """Plain English for prompts, made of templates and the word lists of `english.toml`.
 
-All randomness comes from the generator that is passed in, so the same seed writes the same words.
+All randomness comes from the generator that is passed in, so the same seed gives the same text.
 """
 
 from __future__ import annotations
