@@ -1,8 +1,8 @@
 """Whether our scheduler fits the installed vLLM. `check()` returns what is missing, in one line each.
 
-`FACTS` is all that `engine.scheduler` and `engine.lab` override, read or call of vLLM's own classes, most of it private, and for
-which releases each holds. So a version outside the range, or one inside it that was patched, is reported in a line, and not by
-a traceback from inside the engine.
+`FACTS` is all that `engine.scheduler` and `engine.lab` override, read or call of vLLM's own classes, most of it private, and
+for which releases each holds. So a version outside the range, or one inside it that was patched, is reported in a line, and not
+by a traceback from inside the engine.
 
 What `SUPPORTED` rests on: `make contracts` runs tests/contracts on a release's own scheduler, block manager and argument
 parser, without an engine. It was run on 0.27.0, 0.27.1, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0 (builds for CPUs) and 0.33.0

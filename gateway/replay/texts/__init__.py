@@ -33,8 +33,8 @@ people who write prompts have read some. Nothing else is on both.
 | map-reduce-summary | maps, a reduce | **three** for a chapter | depth, manner, length; begins as document-merging does |
 
 **What it does not express** is noise (`laws`): outputs vary log-normally with σ = 0.25 between tasks and 0.12 between agents,
-the number of tasks with 0.15 around what is implied, and with 0.5 where the text is silent (12 % of agents). Think times are those
-of `agent_types`. Topics, names, house rules, the order of paragraphs and background documents mean nothing.
+the number of tasks with 0.15 around what is implied, and with 0.5 where the text is silent (12 % of agents). Think times are
+those of `agent_types`. Topics, names, house rules, the order of paragraphs and background documents mean nothing.
 
 **What clients send**: `max_tokens` is one round number for all agents of a class, or none, and reveals no length; a third of
 the agents send how many tasks to expect, within a fifth. Prompts of a gathering task, and of later turns, hold text as
