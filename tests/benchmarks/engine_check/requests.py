@@ -25,7 +25,7 @@ EVERYDAY = (
     "clients that leave",
 )
 # One body with prompts that fill `CROWDED_BLOCKS` blocks, and whose answers need more.
-CROWDED, CROWDED_PROMPTS, CROWDED_BLOCKS = "crowded", 8, 48
+CROWDED, CROWDED_PROMPTS, CROWDED_BLOCKS = "crowded", 12, 72
 ADAPTED = ("LoRA", "another LoRA", "LoRA, chunked prefill")
 
 REGEX = "(left|right|up|down)( (left|right|up|down)){12}"
