@@ -286,7 +286,7 @@ class JustitiaScheduler(AsyncScheduler):  # type: ignore[misc, unused-ignore]  #
         running = [self._as_running(request) for request in reversed(self.running)]
         urgent = hints_of(first)
         chosen = choose_victims(urgent, first.num_tokens, running, room, margin, self._own_blocks)
-        victims = [self.requests[victim.request_id] for victim in chosen]
+        victims: list[Any] = [self.requests[victim.request_id] for victim in chosen]
         now = time.monotonic()
         for request, victim in zip(victims, chosen, strict=True):
             self.displaced += 1
