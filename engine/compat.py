@@ -1,8 +1,8 @@
-"""Is the installed vLLM one that our scheduler fits? `check()` says what is missing, in one line each.
+"""Whether our scheduler fits the installed vLLM. `check()` returns what is missing, in one line each.
 
-`FACTS` is all that `scheduler`, `waiting_queue`, `kept`, `ledger`, `virtual` and `forced_length` override, read or call of
-vLLM's own classes, most of it private, and for which releases each holds. So a version outside the range, or one inside it
-that was patched, is told in a line, and not by a traceback from inside the engine.
+`FACTS` is all that `engine.scheduler` and `engine.lab` override, read or call of vLLM's own classes, most of it private, and
+for which releases each holds. So a version outside the range, or one inside it that was patched, is reported in a line, and not
+by a traceback from inside the engine.
 
 What `SUPPORTED` rests on: `make contracts` runs tests/contracts on a release's own scheduler, block manager and argument
 parser, without an engine. It was run on 0.27.0, 0.27.1, 0.28.0, 0.29.0, 0.30.0, 0.31.0, 0.32.0 (builds for CPUs) and 0.33.0
@@ -39,7 +39,7 @@ class Call(NamedTuple):
     before: Release = BEYOND
 
     def complaint(self) -> str | None:
-        """What is wrong. Raises what `complaint_about` expects where it cannot be looked at."""
+        """What is wrong, or None. Raises what `complaint_about` catches where that cannot be read."""
         known = self.parameters
         found = tuple(p for p in inspect.signature(_resolve(self.module, self.name)).parameters if p not in _OWN)
         if known[-1:] == ("…",):
@@ -50,7 +50,7 @@ class Call(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line that has to stand in the source of a function, because what we do rests on it."""
+    """A line that the source of a function must have, because our code relies on it."""
 
     module: str
     name: str
@@ -59,24 +59,23 @@ class Line(NamedTuple):
     before: Release = BEYOND
 
     def complaint(self) -> str | None:
-        """What is wrong. Raises what `complaint_about` expects where it cannot be looked at."""
+        """What is wrong, or None. Raises what `complaint_about` catches where that cannot be read."""
         if self.line in inspect.getsource(_resolve(self.module, self.name)):
             return None
         return f"has changed: it has no `{self.line}`"
 
 
 class Fields(NamedTuple):
-    """What we read or set on the instances of a class: attributes that it or a base of it sets, properties, methods; with
-    spaces between."""
+    """What we read or set on the instances of a class: attributes that it or a base of it sets, properties, methods."""
 
     module: str
     name: str
-    fields: str
+    fields: str  # names, with spaces between
     since: Release = LOWEST
     before: Release = BEYOND
 
     def complaint(self) -> str | None:
-        """What is wrong. Raises what `complaint_about` expects where it cannot be looked at."""
+        """What is wrong, or None. Raises what `complaint_about` catches where that cannot be read."""
         found = _resolve(self.module, self.name)
         declared = {field.name for field in dataclasses.fields(found)} if dataclasses.is_dataclass(found) else set()
         source = "".join(inspect.getsource(one) for one in found.__mro__ if one.__module__.startswith("vllm."))
@@ -89,17 +88,16 @@ class Fields(NamedTuple):
 
 
 class Methods(NamedTuple):
-    """All public methods of a class that we subclass whole, with spaces between. One that vLLM adds would be missing from
-    ours."""
+    """All public methods of a class that we subclass whole. One that vLLM adds would be missing from ours."""
 
     module: str
     name: str
-    methods: str
+    methods: str  # names, with spaces between
     since: Release = LOWEST
     before: Release = BEYOND
 
     def complaint(self) -> str | None:
-        """What is wrong. Raises what `complaint_about` expects where it cannot be looked at."""
+        """What is wrong, or None. Raises what `complaint_about` catches where that cannot be read."""
         found = _resolve(self.module, self.name)
         public = {name for name, _ in inspect.getmembers(found, inspect.isfunction) if not name.startswith("_")}
         abstract: frozenset[str] = getattr(found, "__abstractmethods__", frozenset()) - _CONTAINER
@@ -148,7 +146,7 @@ FACTS: tuple[Fact, ...] = (
     Fields("vllm.config", "VllmConfig", "additional_config parallel_config cache_config"),
     Fields("vllm.config", "ParallelConfig", "data_parallel_index"),
     Fields("vllm.v1.kv_cache_interface", "KVCacheConfig", "kv_cache_groups"),
-    # What it hands out.
+    # What it returns.
     Fields(_OUTPUT, "SchedulerOutput", "num_scheduled_tokens scheduled_new_reqs total_num_scheduled_tokens"),
     Fields(_OUTPUT, "NewRequestData", "req_id num_computed_tokens"),
     Call(_OUTPUT, "CachedRequestData.make_empty", ()),
@@ -169,8 +167,8 @@ FACTS: tuple[Fact, ...] = (
     Line(_SCHEDULER, "Scheduler.schedule", "preempted_req = self.running[-1]", since=(0, 30)),
     Line(_SCHEDULER, "Scheduler.schedule", "preempted_req = self.running.pop()"),
     Line(_SCHEDULER, "Scheduler._preempt_request", "self.waiting.prepend_request(request)"),
-    # What preempting between steps rests on: output in flight is still delivered, nobody resumes before it is there, and
-    # the worker is told.
+    # What preempting between steps rests on: output in flight is still delivered, no request resumes before it is there, and
+    # the worker is informed.
     Line(_SCHEDULER, "Scheduler._preempt_request", "request.num_stale_output_tokens = request.num_in_flight_tokens"),
     Line(_SCHEDULER, "Scheduler._preempt_request", "self.reset_preempted_req_ids.add(request.request_id)"),
     Line(_SCHEDULER, "Scheduler.schedule", "preempted_req_ids=self.reset_preempted_req_ids"),

@@ -26,7 +26,7 @@ def keep_apart(server: int) -> set[int] | None:
 
 
 def confine(pid: int, cores: set[int]) -> None:
-    """All threads of a process; a process that has ended is let be."""
+    """Confines all threads of a process to these cores; does nothing for a process that has ended."""
     with contextlib.suppress(OSError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
             os.sched_setaffinity(int(thread.name), cores)

@@ -19,16 +19,12 @@ INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 
 class Hints(NamedTuple):
-    """Where a task stands: the smallest comes first.
+    """A task's place in the order: the smallest comes first."""
 
-    tag: the gateway's order, an int64; for the policy `justitia` the agent's virtual finish time in token·iterations.
-    agent: the agent's id; tasks of one agent stay together when tags are equal.
-    task: the gateway's number for the task; grows with arrival, and never repeats, not even over restarts.
-    """
-
+    # The gateway's order, an int64. For the policy `justitia` it is the agent's virtual finish time in token·iterations.
     tag: int
-    agent: str
-    task: int
+    agent: str  # the agent's id: where tags are equal, tasks of one agent stay together
+    task: int  # the gateway's number of the task: grows with arrival, and never repeats, not even over restarts
 
 
 def to_tag(rank: float) -> int:

@@ -1,4 +1,4 @@
-"""Starts the engine on this box, keeps it running, and stops it without leaving a process behind.
+"""Starts the engine on this machine, keeps it running, and stops it without leaving a process behind.
 
 The engine is vLLM's own OpenAI server in a process group of its own, on a Unix socket. Nothing in here imports vLLM.
 """
@@ -45,7 +45,7 @@ LOG_MAX_BYTES = 64 * 2**20
 LOG_CHECK_INTERVAL_S = 60.0
 LOG_TAIL_LINES = 20
 
-# What the engine's log says when a part of the start is done: vLLM's wording, and where it changes only a text is lost.
+# Lines of the engine's log that mark the parts of a start, in vLLM's wording. Where it changes, only a progress text is lost.
 MILESTONES = (
     (re.compile(r"non-default args"), "reading the model's configuration"),
     (re.compile(r"Initializing a V1 LLM engine"), "starting the engine's core"),
@@ -58,7 +58,7 @@ MILESTONES = (
 ERROR_LINE = re.compile(r"\b[A-Za-z]+(Error|Exception): \S")
 
 # Runs between fork and exec of the engine, in a fresh interpreter (a `preexec_fn` can deadlock beside threads): the
-# kernel shall send SIGTERM when the process that started us dies. It may have died before that.
+# kernel shall send SIGTERM when the launching process dies. It may have died before that.
 _DIE_WITH_PARENT = (
     "import ctypes, os, signal, sys; "
     "ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
@@ -78,16 +78,13 @@ class EngineState(StrEnum):
 
 
 class EngineFailed(Exception):
-    """The engine did not become ready, or ended and is not started again.
-
-    exit_code: negative for a signal, None when there was no process or it still ran. log_tail: its last lines.
-    """
+    """The engine did not become ready, or ended and is not started again."""
 
     def __init__(self, reason: str, exit_code: int | None = None, log_tail: tuple[str, ...] = ()) -> None:
         super().__init__("\n".join((reason, *(f"  | {line}" for line in log_tail))))
         self.reason = reason
-        self.exit_code = exit_code
-        self.log_tail = log_tail
+        self.exit_code = exit_code  # negative for a signal; None when there was no process or it still ran
+        self.log_tail = log_tail  # the log's last lines
 
 
 @dataclass(frozen=True)
@@ -103,12 +100,12 @@ class EngineSpec:
     kv_cache_gib: float | None = None
     forced_lengths: Path | None = None  # the table of `engine.lab.forced_length`
     scheduler: Literal["justitia", "stock"] = "justitia"
-    displace_margin: float | None = None  # of our scheduler, as is the next: see there
+    displace_margin: float | None = None  # of our scheduler, as is the next: see `SchedulerSettings`
     link_interval_s: float | None = None
     extra_args: tuple[str, ...] = ()  # vLLM's own, after ours: the last one counts
 
     def __post_init__(self) -> None:
-        # The engine is started in another directory than we are in.
+        # The engine is started in another directory than this process.
         object.__setattr__(self, "runtime_dir", self.runtime_dir.absolute())
         if self.forced_lengths is not None:
             object.__setattr__(self, "forced_lengths", self.forced_lengths.absolute())
@@ -146,7 +143,7 @@ class EngineSpec:
         return self.runtime_dir / "rpc"
 
     def command(self) -> list[str]:
-        # A relative model directory is meant from where we are; a hub's name is no directory.
+        # A relative model directory is relative to this process; a hub's name is no directory.
         model = str(Path(self.model).absolute()) if Path(self.model).is_dir() else self.model
         # The console script `vllm` fails under the CPU build; the module works under both.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -189,11 +186,11 @@ class EngineSpec:
         root = str(Path(__file__).resolve().parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
         environment["PYTHONUNBUFFERED"] = "1"  # the log is read while it is written
-        environment.setdefault("VLLM_NO_USAGE_STATS", "1")  # say nothing to anyone unless told to
+        environment.setdefault("VLLM_NO_USAGE_STATS", "1")  # send no usage data unless the user asks for it
         if len(os.fsencode(self.rpc_dir)) + RPC_NAME_BYTES <= SOCKET_PATH_BYTES:  # else they stay in /tmp
             environment.setdefault("VLLM_RPC_BASE_PATH", str(self.rpc_dir))
         if on_cpu():
-            # Whole GiB only. Without a word vLLM takes most of the machine's memory.
+            # Whole GiB only. By default vLLM takes most of the machine's memory.
             environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(self.kv_cache_gib or 1)))
         if self.forced_lengths is not None:
             # See `engine.lab.forced_length`: for admission, and because it is written for the first model runner.
@@ -214,9 +211,6 @@ class EngineProcess:
     """One engine, started again when it ends by itself.
 
     `start`, then `wait_ready`, then `stop`; with `run` as a task beside them it is supervised. All in one event loop.
-
-    on_state: called with each change of the state and one line of detail, and with each milestone of a start. It must
-    not raise. failures_before_ready and backoff_first_s are for tests.
     """
 
     def __init__(
@@ -227,6 +221,8 @@ class EngineProcess:
         failures_before_ready: int = FAILURES_BEFORE_READY,
         backoff_first_s: float = BACKOFF_FIRST_S,
     ) -> None:
+        """`on_state` is called with each change of the state and one line of detail, and with each milestone of a start; it
+        must not raise. The other options are for tests."""
         self.spec = spec
         self.state = EngineState.STOPPED
         self.detail = "not started"
@@ -253,7 +249,7 @@ class EngineProcess:
         return f"{self.state}: {self.detail}"
 
     async def start(self) -> None:
-        """Start the engine's processes, and return at once. Raises `EngineFailed` when that is impossible."""
+        """Starts the engine's processes, and returns at once. Raises `EngineFailed` when that is impossible."""
         async with self._spawning:
             if self.pid is None:
                 await self._spawn()
@@ -273,7 +269,7 @@ class EngineProcess:
             self.spec.socket.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 self.spec.log.replace(self.spec.log.with_suffix(".log.1"))
-            # The engine writes to the file itself: a pipe would stop it whenever we are slow to read.
+            # The engine writes to the file itself: a pipe would stop it whenever this process is slow to read.
             with self.spec.log.open("ab") as log:
                 self._process = await asyncio.create_subprocess_exec(
                     *command,
@@ -290,7 +286,7 @@ class EngineProcess:
         self._watch = asyncio.create_task(self._watch_one(self._process), name="engine-watch")
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Until the engine serves. Raises `EngineFailed` when it has ended for good, or after timeout_s."""
+        """Returns when the engine serves. Raises `EngineFailed` when it has ended for good, or after timeout_s."""
         try:
             async with asyncio.timeout(timeout_s):
                 while self.state is not EngineState.READY:
@@ -303,7 +299,7 @@ class EngineProcess:
             raise EngineFailed(f"the engine is not ready after {timeout_s:.0f} s", log_tail=self._log_tail()) from None
 
     async def run(self) -> None:
-        """Start the engine unless it runs, and again whenever it ends, until `stop`.
+        """Starts the engine unless it runs, and again whenever it ends, until `stop`.
 
         Raises `EngineFailed` when it failed a few times in a row without ever being ready.
         """
@@ -332,7 +328,7 @@ class EngineProcess:
             self._supervised = False
 
     async def stop(self, grace_s: float = 20.0) -> None:
-        """SIGTERM to all of the engine's processes, SIGKILL to those that are left after grace_s. Then none is left."""
+        """Ends all of the engine's processes: by SIGTERM, and by SIGKILL those that are left after grace_s."""
         self._stopping.set()
         async with self._spawning:
             if self._process is not None and self._watch is not None:
@@ -349,7 +345,7 @@ class EngineProcess:
                 self._set(EngineState.STOPPED, "stopped")
 
     async def _watch_one(self, process: asyncio.subprocess.Process) -> EngineFailed:
-        """From spawn to end of one process. The result says how it ended."""
+        """Waits for the end of one process. Returns how it ended."""
         exited = asyncio.create_task(process.wait())
         ready = asyncio.create_task(self._until_ready())
         await asyncio.wait((exited, ready), return_when=asyncio.FIRST_COMPLETED)
@@ -377,26 +373,26 @@ class EngineProcess:
         return failure
 
     async def _until_ready(self) -> None:
-        """Returns once `GET /health` is answered with 200; tells the milestones on the way."""
-        told = 0
+        """Returns once `GET /health` is answered with 200; reports the milestones on the way."""
+        reported = 0
         transport = httpx.AsyncHTTPTransport(uds=str(self.spec.socket))
         async with httpx.AsyncClient(transport=transport, timeout=HEALTH_TIMEOUT_S) as client:
             while True:
-                told = self._tell_milestones(told)
+                reported = self._report_milestones(reported)
                 # Connecting before the socket is there fails at once, and costs nothing.
                 with contextlib.suppress(httpx.HTTPError):
                     if (await client.get("http://engine/health")).status_code == 200:
                         return
                 await asyncio.sleep(HEALTH_INTERVAL_S)
 
-    def _tell_milestones(self, told: int) -> int:
-        """Those of the log that come after the first `told`. Returns how many have been told by now."""
+    def _report_milestones(self, reported: int) -> int:
+        """Reports those of the log that come after the first `reported`. Returns how many are reported by now."""
         log = self._log_text()
-        for number, (pattern, text) in enumerate(MILESTONES[told:], told + 1):
+        for number, (pattern, text) in enumerate(MILESTONES[reported:], reported + 1):
             if found := pattern.search(log):
                 self._set(EngineState.STARTING, text.format(*found.groups()))
-                told = number
-        return told
+                reported = number
+        return reported
 
     def _log_text(self) -> str:
         try:
@@ -442,7 +438,7 @@ def _signal_group(group: int, number: signal.Signals) -> None:
 
 
 async def _group_ended(group: int) -> None:
-    while _group_runs(group):  # noqa: ASYNC110  # the kernel tells of children only, and some are grandchildren
+    while _group_runs(group):  # noqa: ASYNC110  # the kernel reports the end of children only, and some are grandchildren
         await asyncio.sleep(0.05)
 
 
@@ -452,7 +448,7 @@ async def _end_group(group: int) -> None:
 
 
 def _group_runs(group: int) -> bool:
-    """Whether a process of the group runs. Zombies, which wait for a parent that may never ask, do not count."""
+    """Whether a process of the group runs. Zombies, whose parent may never collect them, do not count."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:

@@ -5,21 +5,21 @@ is idle, makes it send a `Hello`, which carries the protocol's version and the e
 Another report follows when something has happened, and while all that happens is that tasks decode, every so often. It is
 the whole state with counters that only grow, so a lost one costs nothing, and the engine keeps no more than one to send. The
 last one is repeated every second: it may have been the one that was lost, and an engine that falls silent is not idle but
-gone. What a task really held is said once, in `Ended`, when it ends.
+gone. What a task really held is sent once, in `Ended`, when it ends.
 
 Gateway to engine. The engine binds a PULL socket beside it. A gateway first sends a `Greeting` with its name, the protocol's
-version, and the number of its next change. `Change` says new tags of tasks, and of which agents the KV is to be kept. Changes
-are heard in the order of their numbers; one that comes from a stranger or out of turn is refused and counted. Each report
-says up to which number each gateway has been heard: those changes the scheduler had before the step, or, where an idle
-engine repeats itself, has before its next one. What is not acknowledged within a second is sent again, after another
+version, and the number of its next change. `Change` has new tags of tasks, and the agents whose KV is to be kept. Changes
+are taken in the order of their numbers; one without a greeting or out of turn is refused and counted. Each report has the
+number up to which each gateway's changes were taken: the scheduler had those before the step, or, where an idle engine
+repeats its report, has them before its next one. What is not acknowledged within a second is sent again, after another
 greeting: so a lost change heals as a lost report does. `Snapshot` asks for all that a report may leave out.
 
 Whatever the other end does, a step waits for nothing. Reports that a gateway does not read are dropped. Of what gateways
 send, a step reads so many messages and so long at most; the rest waits in ZeroMQ, which takes `RECEIVE_HIGH_WATER_MARK`
-messages of `LARGEST_CHANGE` bytes from each and lets no gateway keep another from being heard.
+messages of `LARGEST_CHANGE` bytes from each and lets no gateway keep another from being read.
 
 Two threads use the engine's sockets, one at a time: the scheduler's, and one of the link's own, which greets, repeats and
-listens while the scheduler has nothing to do. ZeroMQ allows that under a lock, and the scheduler never waits for it. A
+reads while the scheduler has nothing to do. ZeroMQ allows that under a lock, and the scheduler never waits for it. A
 thread that did all the sending was tried: beside a main thread that keeps Python's interpreter lock busy it came to send
 no more than one report in three.
 """
@@ -48,15 +48,15 @@ RECEIVE_HIGH_WATER_MARK = 1000
 LARGEST_CHANGE = 64 * 2**10
 # What a step reads of them at most.
 READ_MESSAGES, READ_S = 64, 500e-6
-# Gateways whose last number a report tells.
+# Gateways whose last number a report has.
 GATEWAYS = 8
 # Bytes of the entries of one change (which has some more), and of an entry beside its name. A gateway's own name is short.
 CHANGE_BYTES, ENTRY_BYTES = 48 * 2**10, 24
 LONGEST_NAME = 256
-# What a report can tell: beyond it, one greeting would keep all further reports from being encoded.
+# What a report can encode: beyond it, one greeting would keep all further reports from being encoded.
 Number = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 RESEND_S = 1.0
-# While the scheduler has nothing to tell, newcomers are greeted this often, and the last report is repeated each tenth time.
+# While the scheduler has nothing to report, newcomers are greeted this often, and the last report is repeated each tenth time.
 IDLE_INTERVAL_S = 0.1
 REPEAT_AFTER = 10
 
@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 
 
 class LinkError(Exception):
-    """The link cannot be opened, or the peer on it does not speak our protocol."""
+    """The link cannot be opened, or the peer on it has another protocol."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello", forbid_unknown_fields=False):
@@ -78,7 +78,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello", forbid_unknown_fields=Fals
     max_num_seqs: int  # tasks that run at once
     max_model_len: int  # tokens
     prefix_caching: bool = False
-    displace_margin: float | None = None  # see `JustitiaScheduler`; None: it displaces nobody
+    displace_margin: float | None = None  # see `SchedulerSettings`; None: it displaces no task
 
     @property
     def capacity_tokens(self) -> int:
@@ -96,9 +96,7 @@ class Holding(NamedTuple):
 class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report", omit_defaults=True, forbid_unknown_fields=False):
     """The engine's state after an iteration. Counters are since the engine's start.
 
-    The columns `tasks`, `kv_tokens` and `output_tokens` are of the running sequences, by the gateway's number of their task
-    (-1: it is not the gateway's). waiting_tasks: the tasks in the engine's own queue, unless they are many. agents: KV tokens
-    held by each agent, where a block that several sequences hold counts for each in part; in answer to a `Snapshot` only.
+    The columns `tasks`, `kv_tokens` and `output_tokens` are of the running sequences.
     """
 
     engine_id: str
@@ -111,14 +109,15 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report", omit_defau
     displaced: int = 0  # of the preempted: those that gave way to a more urgent task
     displaced_tokens: int = 0  # of the recomputed
     prefill_iterations: float = 0.0  # that a token of a prompt takes, on average; 0: not known
-    kept_blocks: int = 0  # of the free ones: those that hold the KV of agents who wait for their tools
-    tasks: list[int] = []
+    kept_blocks: int = 0  # of the free ones: those that hold the KV of agents that wait for their tools
+    tasks: list[int] = []  # the gateway's number of the task; -1: it is not the gateway's
     kv_tokens: list[int] = []
     output_tokens: list[int] = []
-    waiting_tasks: list[int] = []
+    waiting_tasks: list[int] = []  # in the engine's own queue, unless they are many
+    # KV tokens by agent, in answer to a `Snapshot` only; a block that several sequences hold counts for each in part.
     agents: dict[str, float] = {}
     heard: dict[str, int] = {}  # by gateway, the number of its last change
-    refused: int = 0  # messages that could not be read, or came from nobody that has greeted
+    refused: int = 0  # messages that could not be read, or came before a greeting or out of turn
 
     @property
     def held(self) -> dict[int, Holding]:
@@ -133,29 +132,27 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report", omit_defau
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended", forbid_unknown_fields=False):
-    """Tasks have ended, with all of their sequences. costs: by task, KV tokens held, summed over the iterations; see
-    `engine.scheduler.ledger`."""
+    """Tasks have ended, with all of their sequences."""
 
     engine_id: str
-    costs: dict[int, float]
+    costs: dict[int, float]  # by task, in KV token·iterations: see `engine.scheduler.ledger`
 
 
 class Greeting(msgspec.Struct, frozen=True, tag="greeting", forbid_unknown_fields=False):
-    """A gateway's first message, and again to each engine that it meets. number: of the change that comes next."""
+    """A gateway's first message, sent to each engine that it meets."""
 
     protocol: int
     gateway: str
-    number: Number
+    number: Number  # of the change that comes next
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True, tag="change", omit_defaults=True, forbid_unknown_fields=False):
-    """tags: by task, the tag that it has from now on. keep: by agent, for how many iterations from now its KV is to be
-    kept; 0 lets it go."""
+    """What a gateway changes at the engine."""
 
     gateway: str
-    number: Number
-    tags: dict[int, int] = {}
-    keep: dict[str, int] = {}
+    number: Number  # one more than that of its last
+    tags: dict[int, int] = {}  # by task, the tag that it has from now on
+    keep: dict[str, int] = {}  # by agent, for how many iterations from now its KV is to be kept; 0 ends it
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag="snapshot", forbid_unknown_fields=False):
@@ -171,7 +168,7 @@ _decode_request = msgspec.msgpack.Decoder(Request).decode
 
 
 def inbox(address: str) -> str:
-    """Where the engine whose reports come from `address` listens. Raises `LinkError` if that is no local socket."""
+    """The address for changes to the engine that reports at `address`. Raises `LinkError` if that is no local socket."""
     if not address.startswith("ipc://"):
         raise LinkError(f"cannot bind the link to {address}: an address is ipc:///path/to/link.sock")
     return f"{address}.in"
@@ -197,11 +194,11 @@ class EngineLink:
         self.heard: dict[str, int] = {}
         self.refused = 0
         self.snapshot_wanted = False  # until the scheduler's next report
-        self._repeat_wanted = False  # by whom the scheduler has nothing new to tell
-        # A context of our own: no one else's `term` can wait for these sockets, nor these for theirs.
+        self._repeat_wanted = False  # though the scheduler has nothing new to report
+        # A context of our own: no other `term` can wait for these sockets, nor ours for others.
         self._context = zmq.Context()
         self._out: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
-        self._out.setsockopt(zmq.XPUB_VERBOSE, 1)  # hear of every subscriber, not only of the first
+        self._out.setsockopt(zmq.XPUB_VERBOSE, 1)  # report every subscriber, not only the first
         self._out.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
         self._out.setsockopt(zmq.MAXMSGSIZE, LONGEST_NAME)  # of a subscription
         self._in: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
@@ -222,7 +219,7 @@ class EngineLink:
         self._thread.start()
 
     def publish(self, report: Report) -> None:
-        """Tell the subscribers, and those to come until the next report. After `close`: nothing."""
+        """Sends it to the subscribers, and to those to come until the next report. Does nothing after `close`."""
         self._latest = report
         self._try(self._tell)
 
@@ -232,11 +229,11 @@ class EngineLink:
 
     @property
     def left(self) -> bool:
-        """Whether there is more of what was read."""
+        """Whether some of what was read was not yet returned by `changes`."""
         return bool(self._requests)
 
     def changes(self, *, listen: bool = True) -> Iterator[Change]:
-        """What gateways ask for, in the order in which it came; without `listen`, the rest of what was read."""
+        """The changes of gateways, in the order in which they came; without `listen`, the rest of what was read."""
         if listen:
             self._try(self._listen)
         until = time.perf_counter() + READ_S
@@ -258,7 +255,7 @@ class EngineLink:
             self._context.term()
 
     def _try(self, do: Callable[[], None]) -> None:
-        """Unless the other thread is at it, or the link is closed."""
+        """Calls it, unless the other thread uses the sockets or the link is closed."""
         if self._lock.acquire(blocking=False):
             try:
                 if not self._closing.is_set():
@@ -270,7 +267,7 @@ class EngineLink:
         seen, unchanged = None, 0
         while not self._closing.wait(IDLE_INTERVAL_S):
             if self._latest is not seen:
-                # The scheduler is at work, and does all this by itself.
+                # The scheduler is at work, and does this in its steps.
                 seen, unchanged = self._latest, 0
                 continue
             unchanged += 1
@@ -279,7 +276,7 @@ class EngineLink:
                 self._tell(repeat=self._repeat_wanted or unchanged % REPEAT_AFTER == 0)
 
     def _tell(self, repeat: bool = False) -> None:
-        """Greet who is new, and send the latest report to all if it was not sent yet. The caller holds the lock."""
+        """Greets new subscribers, and sends the latest report if it was not sent yet. The caller holds the lock."""
         try:
             newcomers = False
             # Of what XPUB has to read, 1 begins a subscription and 0 ends one.
@@ -287,14 +284,14 @@ class EngineLink:
                 if not int(self._out.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                     break
                 newcomers |= self._out.recv(zmq.NOBLOCK)[:1] == b"\x01"
-            # All hear the greeting of one. A send never blocks: XPUB drops what a full subscriber cannot take.
+            # A greeting goes to all. A send never blocks: XPUB drops what a full subscriber cannot take.
             if newcomers:
                 self._out.send(self._hello, zmq.NOBLOCK)
             while self._ended:
                 self._out.send(encode(self._ended.popleft()), zmq.NOBLOCK)
             latest = self._latest
             if latest is not None and (newcomers or repeat or latest is not self._sent):
-                if latest is self._sent:  # since then more may have been heard
+                if latest is self._sent:  # since then more may have been read
                     latest = msgspec.structs.replace(latest, heard=self._read, refused=self.refused)
                     self._promised = self._taken
                 else:
@@ -306,7 +303,7 @@ class EngineLink:
             logger.exception("a report was lost on the link to the gateway")
 
     def _listen(self) -> None:
-        """Read what has come, but not for long. The caller holds the lock."""
+        """Reads what has come, for `READ_S` at most. The caller holds the lock."""
         try:
             until = time.perf_counter() + READ_S
             for _ in range(READ_MESSAGES - len(self._requests)):
@@ -338,7 +335,7 @@ class EngineLink:
 
 
 def _upto(request: Greeting | Change, numbers: dict[str, int]) -> dict[str, int]:
-    """The last number of each gateway, with this one's; a new dictionary, as a report may still hold the old one."""
+    """The last number of each gateway, with this one's. A new dictionary, as a report may still have the old one."""
     if isinstance(request, Change):
         return {**numbers, request.gateway: request.number}
     others = ((name, number) for name, number in numbers.items() if name != request.gateway)
@@ -346,16 +343,12 @@ def _upto(request: Greeting | Change, numbers: dict[str, int]) -> dict[str, int]
 
 
 class GatewayLink:
-    """The gateway's end: an asynchronous stream of messages, and changes the other way. It may connect before the engine is
-    there.
-
-    resent: changes that were sent again, since the engine did not say that it had heard them. dropped: messages that could
-    not be sent, as too many wait for an engine that does not read.
-    """
+    """The gateway's end: an asynchronous stream of messages, and changes the other way. May connect before the engine runs."""
 
     def __init__(self, address: str) -> None:
         self.name = uuid.uuid4().hex
-        self.resent = self.dropped = 0
+        self.resent = 0  # changes that were sent again, since the engine did not acknowledge them
+        self.dropped = 0  # messages that could not be sent, as too many wait for an engine that does not read
         self._engine: str | None = None
         self._number = 0
         self._unheard: dict[int, tuple[Change, float]] = {}  # by number, with when it was sent
@@ -400,7 +393,7 @@ class GatewayLink:
             pending.cancel()
 
     def change(self, tags: Mapping[int, int] | None = None, keep: Mapping[str, int] | None = None) -> None:
-        """Tell the engine, and again until it has heard. Before an engine has said hello there is nothing to change."""
+        """Sends changes, and again until they are acknowledged. Does nothing before an engine's hello."""
         if self._engine is None:
             return
         one, size = _Draft(), 0
@@ -426,7 +419,7 @@ class GatewayLink:
         self._out.close()
 
     def _meet(self, hello: Hello) -> None:
-        """A hello may be for another subscriber that is new. When the engine is, all tasks of the old one are gone."""
+        """A hello may be for another new subscriber. When the engine is new, all tasks of the old one are gone."""
         if hello.engine_id != self._engine:
             self._engine = hello.engine_id
             self._unheard.clear()
@@ -448,7 +441,7 @@ class GatewayLink:
             keep |= change.keep
         self.resent += len(self._unheard)
         self._unheard.clear()
-        self._greet()  # it may not know us any more, and waits for a number that was lost
+        self._greet()  # the engine may have dropped our name, or wait for a number that was lost
         self.change(tags, keep)
 
     def _number_and_send(self, draft: _Draft) -> None:

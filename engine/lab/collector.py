@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_at_rest() -> Iterator[None]:
-    """It would visit all that vLLM and torch have made, again and again: half of the time of a replay, and pauses that hit
-    whoever is at it."""
+    """Turns it off. It would visit all objects of vLLM and torch again and again: half of the time of a replay, and pauses in
+    whatever is timed."""
     gc.collect()
     gc.freeze()
     gc.disable()

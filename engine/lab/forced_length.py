@@ -1,7 +1,7 @@
 """Forced output lengths, for demonstrations and benchmarks: `--logits-processors engine.lab.forced_length:ForcedLength`.
 
-A replayed trace says how long each answer was, and random or greedy text will not be. `max_tokens` would force the
-length too, and give the answer away to every predictor in front of the engine. So a request carries an opaque key in
+A replayed trace has the length of each answer, and random or greedy text has another. `max_tokens` would force the length
+too, and reveal it to every predictor in front of the engine. So a request carries an opaque key in
 `vllm_xargs`, and only the engine holds the table from key to length:
 
     {"vllm_xargs": {"forced_length_key": "a17/m1"}}      and in the table      {"a17/m1": 180}
@@ -90,7 +90,7 @@ class ForcedLength(LogitsProcessor):  # type: ignore[misc, unused-ignore]  # Any
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """A request with a key that the table does not have is refused, with status 400."""
+        """Refuses a request with a key that the table does not have, with status 400."""
         key = (sampling_params.extra_args or {}).get(KEY_XARG)
         path = os.environ.get(TABLE_ENVIRONMENT)
         if key is None or path is None:
@@ -129,7 +129,7 @@ class ForcedLength(LogitsProcessor):  # type: ignore[misc, unused-ignore]  # Any
         if not isinstance(key, str):
             return None
         # What is wrong below was refused at admission, where the API server knows the table. Here an error would stop
-        # the engine for everybody.
+        # the engine for all requests.
         try:
             length = self._table.length(key)
         except ValueError as error:

@@ -1,8 +1,8 @@
 """How long an engine's iteration takes: what a virtual clock runs by.
 
 One line through four numbers, since an iteration reads all weights once, computes its prefill tokens, samples for its
-sequences, and reads the KV cache that they attend to. A profile also says how large the engine is that it was taken
-from. Shipped ones lie in `engine/profiles`; one of your own is a TOML file of the same keys.
+sequences, and reads the KV cache that they attend to. A profile also has the size of the engine that it was taken from.
+Shipped ones lie in `engine/lab/profiles`; one of your own is a TOML file of the same keys.
 """
 
 from __future__ import annotations
@@ -21,29 +21,24 @@ _SIZES = ("kv_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens")
 
 
 class ProfileError(ValueError):
-    """There is no such profile, or it says something that no engine can do."""
+    """There is no such profile, or it has values that no engine can have."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepProfile:
-    """Seconds of one engine iteration: constant + per prefill token + per decoding sequence + per token of KV read.
-
-    description: where the numbers come from.
-    kv_blocks: usable blocks; vLLM's null block comes on top.
-    fit: facts about how the numbers were fitted, for those who want to judge them; empty for a calculation.
-    """
+    """Seconds of one engine iteration: constant + per prefill token + per decoding sequence + per token of KV read."""
 
     name: str
-    description: str
+    description: str  # where the numbers come from
     constant_s: float
     per_prefill_token_s: float
     per_decode_s: float
     per_kv_token_s: float
-    kv_blocks: int
+    kv_blocks: int  # usable ones; vLLM's null block comes on top
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    fit: dict[str, float] = field(default_factory=dict)
+    fit: dict[str, float] = field(default_factory=dict)  # how well they were fitted; empty for a calculation
 
     def __post_init__(self) -> None:
         for key in _SECONDS:
@@ -99,7 +94,7 @@ def _checked(source: str, table: dict[str, Any]) -> StepProfile:
         raise ProfileError(f"profile {source}: fit must be a table")
     numbers = {key: table[key] for key in (*_SECONDS, *_SIZES)} | {f"fit.{key}": value for key, value in fit.items()}
     for key, value in numbers.items():
-        # TOML tells true from 1, and Python does not.
+        # TOML distinguishes true from 1, and Python does not.
         whole = key in _SIZES
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             raise ProfileError(f"profile {source}: {key} must be {'a whole' if whole else 'a'} number")

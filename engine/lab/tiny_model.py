@@ -19,7 +19,7 @@ LAYERS = 2
 HEADS = 2  # of 32, the smallest that vLLM's CPU attention takes
 MAX_POSITIONS = 8192
 END = "<|end|>"
-# The last file that is written says what the directory holds: with it there, the model is complete and ours.
+# The last file that is written: with it there, the model is complete and made by this module.
 STAMP = "justitia-tiny-model.json"
 FORMAT = 1
 
@@ -44,7 +44,7 @@ TEXT = (
 
 
 def make(directory: Path, seed: int = 0) -> Path:
-    """The directory of the model, made unless it is there already.
+    """Makes the model unless it is there already, and returns its directory.
 
     The same seed gives the same weights. The directory appears whole or not at all, also when two processes make it at
     once. Raises `FileExistsError` when something else lies at `directory`, `ImportError` without torch and

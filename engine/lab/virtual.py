@@ -1,19 +1,19 @@
 """vLLM's scheduler and block manager on a virtual clock: an iteration is a call, and takes what a profile says.
 
-Who is admitted, who gives up its blocks, what the prefix cache holds: all of that is vLLM's own code, under our
-scheduler or a stock one. What is not there is the model. Its tokens are made up, and nobody reads them but the hasher of
-the prefix cache. So the same calls always have the same results, no GPU is looked for, and a second of one core is some
-thousands of iterations.
+What is admitted, what gives up its blocks, what the prefix cache holds: all of that is vLLM's own code, under our
+scheduler or a stock one. Only the model is missing. Its tokens are made up, and only the hasher of the prefix cache reads
+them. So the same calls always have the same results, no GPU is looked for, and a second of one core is some thousands of
+iterations.
 
 An iteration's output is back before the next one is scheduled. Asynchronous scheduling plans one iteration ahead, with
 placeholders for what is not back yet; what it costs, a profile that was fitted to such an engine has in its numbers.
 
-Where vLLM would only say what is known already, it is not asked. `shortcuts=False` asks it all the same: the same results,
-several times as slow.
+Where the result is known already, vLLM is not called. `shortcuts=False` calls it all the same: the same results, several
+times as slow.
 
-* Most iterations decide nothing: every running request gets one token, there are blocks for those that need one, and who
+* Most iterations decide nothing: every running request gets one token, there are blocks for those that need one, and what
   waits has been declined and would be again. In such a `_Lull` vLLM is asked for the blocks only.
-* A token that goes into a block which its request has needs no word of the block manager.
+* A token that goes into a block which its request has needs no call of the block manager.
 * Outputs are one good token for each request that has its prompt. That needs little of `update_from_output`.
 """
 
@@ -36,9 +36,9 @@ from engine.lab.profile import StepProfile
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """vLLM asks the environment for its platform and what to log, and writes to it. Nothing of that is left behind.
+    """Imports or configures vLLM without a trace: it reads its platform and log level from the environment, and writes to it.
 
-    Unless VLLM_LOGGING_LEVEL says otherwise, it speaks of errors only: it would warn that this CPU suits it badly.
+    Unless VLLM_LOGGING_LEVEL is set, it logs errors only: it would warn that this CPU suits it badly.
     """
     before = dict(os.environ)
     logger = logging.getLogger("vllm")
@@ -83,47 +83,45 @@ Made = TypeVar("Made")
 
 
 class VirtualTask(NamedTuple):
-    """prefix: the beginnings that it shares, outermost first, each with the token where it stops.
-
-    `(("class-3", 100), ("agent-7", 400))`: tokens 0 to 99 are those of class-3, 100 to 399 those of agent-7, and nobody
-    else has the rest. A prompt that is shorter than a beginning lies within it, and so does the output if it ends there too:
-    the next turn of a conversation begins with both.
-    """
+    """A request to the virtual engine."""
 
     key: int
     prompt_tokens: int
     output_tokens: int
     hints: Hints
+    # The beginnings that it shares, outermost first, each with the token where it stops.
+    # `(("class-3", 100), ("agent-7", 400))`:
+    # tokens 0 to 99 are those of class-3, 100 to 399 those of agent-7, and the rest is its own. A prompt that is shorter than a
+    # beginning lies within it, and so does the output if it ends there too: the next turn of a conversation begins with both.
     prefix: tuple[tuple[str, int], ...] = ()
 
 
 class Running(NamedTuple):
-    """kv_tokens: computed so far. The last token of the output is sampled, but not computed yet."""
+    """A task that runs."""
 
     key: int
-    kv_tokens: int
+    kv_tokens: int  # computed so far; the last token of the output is sampled, but not computed yet
     output_tokens: int
 
 
 class Ended(NamedTuple):
-    """cached_tokens: of its prompt, those that the prefix cache had when it was first admitted. held: KV token·iterations, as
-    our scheduler counts them; None with a stock one."""
+    """A task that has ended."""
 
     key: int
     output_tokens: int
-    cached_tokens: int
-    held: float | None = None
+    cached_tokens: int  # of its prompt, in the prefix cache when it was first admitted
+    held: float | None = None  # KV token·iterations, as our scheduler counts them; None with a stock one
 
 
 class Step(NamedTuple):
-    """ended: those that had their last token in this iteration. running: those that run on after it."""
+    """What an iteration has done."""
 
-    ended: list[Ended]
-    running: list[Running]
+    ended: list[Ended]  # they had their last token in it
+    running: list[Running]  # they run on after it
 
 
 class _Modelless(AsyncScheduler):  # type: ignore[misc, unused-ignore]  # Any, where mypy skips vLLM
-    """Counts what preemption costs, and makes no message for the workers, as there are none."""
+    """A scheduler without workers: it makes no message for them, and counts what preemption costs."""
 
     def __init__(self, *args: Any, shortcuts: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -168,30 +166,30 @@ class _Modelless(AsyncScheduler):  # type: ignore[misc, unused-ignore]  # Any, w
         super()._preempt_request(request, *args, **kwargs)
 
     def decides(self) -> bool:
-        """Whether it has to be asked in the next iteration, though every running request finds its block."""
+        """Whether the next iteration needs the scheduler, though every running request finds its block."""
         return False
 
     def lulled(self) -> None:
-        """An iteration in which it was not asked."""
+        """Records an iteration that went by without the scheduler."""
 
     def _make_cached_request_data(self, *args: Any, **kwargs: Any) -> CachedRequestData:
         return self._message
 
 
 class _ModellessJustitia(_Modelless, JustitiaScheduler):
-    """Reports to nobody, as no link is configured. costs: KV token·iterations held by the requests that have ended."""
+    """Our scheduler, without a link."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.costs: dict[str, float] = {}
+        self.costs: dict[str, float] = {}  # KV token·iterations held by the requests that have ended
 
     def decides(self) -> bool:
-        ending = self._kept is not None and 0 < self._kept.next_end <= self.ledger.iteration
-        return ending or (self._displace_margin is not None and bool(self.waiting))
+        ending = self.kept is not None and 0 < self.kept.next_end <= self.ledger.iteration
+        return ending or (self.settings.displace_margin is not None and bool(self.waiting))
 
     def lulled(self) -> None:
         self.ledger.steady_step()
-        self._computed_tokens += len(self.running)
+        self.computed_tokens += len(self.running)
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         freed = super()._free_request(request, *args, **kwargs)
@@ -215,7 +213,7 @@ class _Lull:
         self.at = 0  # its iterations so far
         self.rows = [(int(r.request_id), r.num_computed_tokens, r.num_output_tokens) for r in self._running]
         self.kv_tokens = sum(self._start.values())
-        # By iteration, modulo the block size: who needs a block, and who fills one that the prefix cache is to know.
+        # By iteration, modulo the block size: requests that need a block, and requests that fill one for the prefix cache.
         size = scheduler.block_size
         self._needing: list[list[Request]] = [[] for _ in range(size)]
         self._filling: list[list[Request]] = [[] for _ in range(size)]
@@ -226,7 +224,7 @@ class _Lull:
                 self._filling[turn - 1].append(request)
 
     def advance(self) -> list[Request] | None:
-        """One iteration: who had the last token in it. None, and nothing has changed, if there is something to decide."""
+        """One iteration. Returns those that end in it; None, and nothing has changed, if there is something to decide."""
         if self._scheduler.decides():
             return None
         memory = self._scheduler.kv_cache_manager
@@ -236,7 +234,7 @@ class _Lull:
             return None
         ending = self._ending if self.at == self._left - 1 else []
         if len(ending) > 1 and self._scheduler.caching:
-            return None  # whose blocks the prefix cache gives up first is for the scheduler to say
+            return None  # the scheduler decides whose blocks the prefix cache gives up first
         for request in (*needing, *filling):
             self._update(request)
             memory.allocate_slots(request, 1)
@@ -260,7 +258,7 @@ class _Lull:
 
 
 class VirtualEngine:
-    """now_s: the virtual clock, from 0. iterations: those that computed something."""
+    """An engine on a virtual clock: tasks are added, and each `step` is an iteration."""
 
     def __init__(
         self,
@@ -277,10 +275,10 @@ class VirtualEngine:
         shortcuts: bool = True,
     ) -> None:
         """`kv_blocks`, `block_size` and `max_num_seqs` are the profile's unless given. `stock_policy` is for "stock",
-        `displace_margin` (see `JustitiaScheduler`) for ours."""
+        `displace_margin` (see `SchedulerSettings`) for ours."""
         self.profile = profile
-        self.now_s = 0.0
-        self.iterations = 0
+        self.now_s = 0.0  # the virtual clock
+        self.iterations = 0  # that computed something
         self.max_model_len = max_model_len
         self._blocks = profile.kv_blocks if kv_blocks is None else kv_blocks
         self._block_size = profile.block_size if block_size is None else block_size
@@ -376,23 +374,23 @@ class VirtualEngine:
         )
 
     def change_tag(self, key: int, tag: int) -> None:
-        """As a gateway would. Raises `TypeError` with a stock scheduler."""
+        """Changes a task's tag, as a gateway does. Raises `TypeError` with a stock scheduler."""
         self._rouse()
         self._ours().change_tag(key, tag)
 
     def keep(self, agent: str, iterations: int) -> None:
-        """As a gateway would: the agent's KV, while it waits for its tool; 0 lets it go. Raises `TypeError` with a stock
+        """Keeps the agent's KV while it waits for its tool, as a gateway does; 0 ends it. Raises `TypeError` with a stock
         scheduler."""
         self._rouse()
         self._ours().keep(agent, iterations)
 
     def _ours(self) -> JustitiaScheduler:
         if not isinstance(self._scheduler, JustitiaScheduler):
-            raise TypeError("a stock scheduler cannot be told")
+            raise TypeError("a stock scheduler takes no changes")
         return self._scheduler
 
     def abort(self, key: int) -> None:
-        """Ends a task that waits or runs; one that is not here is passed over."""
+        """Ends a task that waits or runs; does nothing for one that is not here."""
         self._rouse()
         self._scheduler.finish_requests(str(key), RequestStatus.FINISHED_ABORTED)
         self._forget(str(key))
@@ -429,7 +427,7 @@ class VirtualEngine:
             computed = request.num_computed_tokens  # with those of this iteration
             kv_tokens += computed
             chunks += request.is_prefill_chunk
-            # Who was preempted computes its output again as if it were prompt.
+            # A preempted request computes its output again as if it were prompt.
             if count == 1 and computed > request.num_prompt_tokens and not request.is_prefill_chunk:
                 decodes += 1
             else:
@@ -440,7 +438,7 @@ class VirtualEngine:
         else:
             scheduler.update_from_output(output, self._output(requests))
         ending = [request for request in requests if request.is_finished()]
-        # Who waits was passed over for want of memory or of a place, not of tokens in this iteration's budget.
+        # What waits was passed over for want of memory or of a place, not of tokens in this iteration's budget.
         if (
             self._shortcuts
             and not chunks
@@ -499,7 +497,7 @@ class VirtualEngine:
 
 
 def scheduler_of(kind: Callable[..., Made], blocks: int, **arguments: Any) -> Made:
-    """A scheduler without an engine. arguments: vLLM's, `block_size` and `max_model_len` among them."""
+    """A scheduler without an engine. `arguments`: vLLM's, `block_size` and `max_model_len` among them."""
     config = _configuration(**arguments)
     config.cache_config.num_gpu_blocks = blocks + 1  # vLLM's null block
     block_size = arguments["block_size"]

@@ -1,12 +1,19 @@
-"""vLLM's scheduler, with the gateway's order: what `--scheduler-cls engine.scheduler.JustitiaScheduler` names.
+"""What runs in vLLM's scheduler; `--scheduler-cls engine.scheduler.JustitiaScheduler`. Its modules: see `engine`."""
 
-scheduler       the subclass of vLLM's scheduler
-waiting_queue   its waiting requests, in the gateway's order
-ledger          KV tokens that tasks really hold
-kept_blocks     free blocks kept for agents that wait for their tools
-step_times      what prefill costs, in iterations
-"""
+from __future__ import annotations
 
-from engine.scheduler.scheduler import JustitiaScheduler
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.scheduler.scheduler import JustitiaScheduler
 
 __all__ = ["JustitiaScheduler"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the scheduler, and with it vLLM, when it is first asked for: other modules of the package need no vLLM."""
+    if name == "JustitiaScheduler":
+        from engine.scheduler.scheduler import JustitiaScheduler
+
+        return JustitiaScheduler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

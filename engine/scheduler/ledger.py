@@ -2,30 +2,30 @@
 
 A request holds its computed tokens in each iteration. A block that it shares with k - 1 others, since they begin alike, counts
 1/k for each of them, so that the costs of all add up to the memory that was taken. The prompt's formula (`predictor.cost`)
-knows nothing of chunks, preemption, or who shared what with whom when.
+knows nothing of chunks, preemption, or what was shared when.
 
 A request that decodes gains a token in each iteration, so what it has held since it was last looked at follows from what it
 holds now. Only a step that does something else looks at each. Sharing costs something only where it begins or ends: a
 shared block has an account of what each of its holders has saved so far, Σ (1 - 1/k), and a request is credited with the
-difference between its end and its beginning.
+difference between its end and its beginning. Imports no vLLM.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.request import Request as VllmRequest
+from engine.scheduler.order import hints_of
 
-from engine.scheduler.waiting_queue import hints_of
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-Request = Any  # vLLM's, with a field of ours: `justitia_held`
+Request = Any  # vLLM's, with fields of ours: `justitia_held`, `justitia_counted`
 
 
 class _Sharing:
-    """Of one block: how many hold it, and what each has saved until the iteration `since`."""
+    """How many requests hold a block, and what each has saved until the iteration `since`."""
 
     __slots__ = ("holders", "saved", "since")
 
@@ -33,16 +33,17 @@ class _Sharing:
         self.holders, self.since, self.saved = holders, since, 0.0
 
     def settle(self, iteration: int, holders: int) -> float:
-        """From now on so many hold it. What each of them has saved until now, in iterations."""
+        """Sets how many hold it from now on. Returns what each of them has saved until now, in iterations."""
         self.saved += (iteration - self.since) * (1 - 1 / self.holders)
         self.since, self.holders = iteration, holders
         return self.saved
 
 
 class Ledger:
-    """blocks_of: a request's blocks, in the order of its tokens; those of one kind of attention stand for all."""
+    """The account of KV token·iterations held by each request."""
 
-    def __init__(self, block_size: int, blocks_of: Callable[[VllmRequest], Sequence[KVCacheBlock]]) -> None:
+    def __init__(self, block_size: int, blocks_of: Callable[[Request], Sequence[KVCacheBlock]]) -> None:
+        """`blocks_of`: a request's blocks in the order of its tokens; those of one kind of attention stand for all."""
         self.iteration = 0
         self._block_size = block_size
         self._blocks_of = blocks_of
@@ -53,7 +54,7 @@ class Ledger:
         request.justitia_counted = self.iteration  # up to which `justitia_held` goes
 
     def admit(self, request: Request, cached_tokens: int) -> None:
-        """It was admitted, or again after a preemption; so much of it was there already."""
+        """The request was admitted, or again after a preemption; so many of its tokens were in the cache already."""
         request.justitia_counted = self.iteration
         for block in self._blocks_of(request)[: cached_tokens // self._block_size]:
             sharing = self._shared.get(block.block_id)
@@ -63,11 +64,11 @@ class Ledger:
                 self._shared[block.block_id] = _Sharing(block.ref_cnt, self.iteration)
 
     def steady_step(self) -> None:
-        """An iteration in which every running request has computed one token."""
+        """Counts an iteration in which every running request has computed one token."""
         self.iteration += 1
 
     def step(self, running: Iterable[Request], computed: Mapping[str, int]) -> None:
-        """An iteration: each of these holds what it has computed. computed: the tokens of this step, by request."""
+        """Counts an iteration. computed: its tokens, by request id."""
         self.iteration += 1
         for request in running:
             tokens = request.num_computed_tokens
@@ -78,7 +79,8 @@ class Ledger:
             request.justitia_counted = self.iteration
 
     def leave(self, request: Request) -> float:
-        """It is about to give up its blocks: for good, or by preemption. What it has held so far, in token·iterations."""
+        """The request is about to give up its blocks, for good or by preemption. Returns what it has held so far, in
+        token·iterations."""
         request.justitia_held += self._decoded_since(request)
         request.justitia_counted = self.iteration
         if self._shared:
@@ -98,7 +100,7 @@ class Ledger:
         return _decoded(self.iteration - request.justitia_counted, request.num_computed_tokens)
 
     def by_agent(self, running: Iterable[Request]) -> dict[str, float]:
-        """KV tokens that each agent holds now."""
+        """KV tokens that each agent holds now, by its id."""
         held: dict[str, float] = defaultdict(float)
         for request in running:
             tokens = float(request.num_computed_tokens)
@@ -110,5 +112,5 @@ class Ledger:
 
 
 def _decoded(iterations: int, tokens: int) -> int:
-    """Token·iterations held over so many of them, at one more token in each, with so many in the last."""
+    """Token·iterations held over so many iterations, with one token more in each, and `tokens` in the last."""
     return iterations * tokens - iterations * (iterations - 1) // 2

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-# Weight of the newest step, and prompt tokens above which a step says something of prompts.
+# Weight of the newest step, and prompt tokens above which a step counts as a measurement of prefill.
 SMOOTHING = 0.05
 PREFILL_TOKENS = 64
 
 
 class StepTimes:
-    """Told of each step when it is scheduled; what it took is known when the next one is, if there was no pause between."""
+    """Measures steps: each takes until the next one is scheduled, unless there was a pause between."""
 
     def __init__(self) -> None:
         self._since_s = 0.0
@@ -33,7 +33,7 @@ class StepTimes:
             self._prefill_token_s = _moved(self._prefill_token_s, max(0.0, took_s - self._decode_s) / before)
 
     def pause(self) -> None:
-        """Nothing is scheduled: what comes next says nothing of the step before."""
+        """Nothing is scheduled, so the time until the next step does not measure the step before."""
         self._prefill_tokens = -1
 
 

@@ -24,7 +24,7 @@ TAIL_BYTES = 16_384
 
 
 class TaskResult(msgspec.Struct, frozen=True):
-    """One task. Times in seconds since the replay's start; token counts are the engine's, None when it told none."""
+    """One task. Times in seconds since the replay's start; token counts are the engine's, None when it sent none."""
 
     agent_id: str
     task_id: str
@@ -34,7 +34,7 @@ class TaskResult(msgspec.Struct, frozen=True):
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     output_tokens: int | None = None
-    queue_s: float | None = None  # as the gateway says in its headers, like the next
+    queue_s: float | None = None  # from the gateway's headers, like the next
     predicted_cost: float | None = None
     error: str | None = None
 
@@ -51,7 +51,7 @@ class ReplayResult(msgspec.Struct, frozen=True):
 
 
 class Watcher(Protocol):
-    """Is told of progress while a replay runs. A task that cannot be sent ends without having been sent."""
+    """Receives the progress of a replay. A task that cannot be sent ends without having been sent."""
 
     def task_sent(self) -> None: ...
 
@@ -160,22 +160,22 @@ class _AgentReplay:
         body = _body(self._agent.agent_id, task, self._options)
         self._options.watcher.task_sent()
         submit_s, first_token_s, tail = self._now(), None, b""
-        told: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         try:
             async with self._session.post("/v1/chat/completions", data=body, headers=headers) as response:
-                told = _from_headers(response)
+                found = _from_headers(response)
                 if response.status != 200:
                     raise _TaskFailed(f"HTTP {response.status}: {_message(await response.read())}")
                 async for chunk in response.content.iter_any():
                     tail = (tail + chunk)[-TAIL_BYTES:]
                     if first_token_s is None and b"data:" in chunk:
                         first_token_s = self._now()
-            told |= _from_tail(tail)
+            found |= _from_tail(tail)
         except _TaskFailed as error:
-            told["error"] = str(error)
+            found["error"] = str(error)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            told["error"] = f"{type(error).__name__}: {error}".rstrip(": ")
-        return TaskResult(self._agent.agent_id, task.id, submit_s, self._now(), first_token_s, **told)
+            found["error"] = f"{type(error).__name__}: {error}".rstrip(": ")
+        return TaskResult(self._agent.agent_id, task.id, submit_s, self._now(), first_token_s, **found)
 
 
 class _TaskFailed(Exception):
@@ -208,16 +208,16 @@ def _words(seed: str, count: int) -> list[str]:
 
 def _from_headers(response: aiohttp.ClientResponse) -> dict[str, Any]:
     """What our gateway adds; another server adds nothing."""
-    told = {}
+    found = {}
     for name, header, factor in (
         ("queue_s", "X-Justitia-Queue-Ms", 1e-3),
         ("predicted_cost", "X-Justitia-Predicted-Cost", 1.0),
     ):
         try:
-            told[name] = float(response.headers[header]) * factor
+            found[name] = float(response.headers[header]) * factor
         except (KeyError, ValueError):
             continue
-    return told
+    return found
 
 
 def _from_tail(tail: bytes) -> dict[str, Any]:

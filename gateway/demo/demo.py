@@ -172,12 +172,12 @@ async def started_engine(
     )
     with console.status("starting the engine") as status:
 
-        def tell(state: EngineState, detail: str) -> None:
+        def show(state: EngineState, detail: str) -> None:
             status.update(f"engine {state}: {detail}")
             if not console.is_terminal:
                 console.print(f"engine {state}: {detail}")
 
-        process = EngineProcess(spec, tell)
+        process = EngineProcess(spec, show)
         try:
             await process.start()
             await process.wait_ready(settings.engine_start_s)

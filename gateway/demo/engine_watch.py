@@ -24,7 +24,7 @@ class EngineWatch:
         self._waiting_iterations = 0
         self._usage = self._running = 0.0
 
-    def hear(self, message: Message) -> None:
+    def receive(self, message: Message) -> None:
         if isinstance(message, Hello):
             self._total_blocks = message.total_blocks
         if not isinstance(message, Report):
@@ -39,13 +39,13 @@ class EngineWatch:
         self._last = message
 
     def describe(self) -> str:
-        """The engine's last word in a few."""
+        """The engine's last report, in a line."""
         if self._last is None or not self._last.running or not self._total_blocks:
             return ""
         return f"KV cache {self._held(self._last):.0%}, {self._last.running} running"
 
     def figures(self) -> EngineFigures | None:
-        """None when nothing was heard. The means are NaN when no task ever waited."""
+        """None when nothing was received. The means are NaN when no task ever waited."""
         if self._first is None or self._last is None:
             return None
         waiting = self._waiting_iterations
@@ -69,7 +69,7 @@ async def watching(address: str) -> AsyncIterator[EngineWatch]:
 
     async def listen() -> None:
         async for message in link.messages():
-            watch.hear(message)
+            watch.receive(message)
 
     listening = asyncio.create_task(listen())
     try:

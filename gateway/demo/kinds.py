@@ -22,22 +22,22 @@ TOKENS_PER_WORD = 3.4
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A task before its prompt is counted. `output` is the median length in tokens, before noise."""
+    """A task before its prompt is counted."""
 
     id: str
     prompt: str
-    output: float
+    output: float  # the median length in tokens, before noise
     after: tuple[str, ...] = ()
     think_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """`name` is the class that the gateway is told; `write(rng, scale)` makes one, `scale` times as wide as usual."""
+    """A class of agents."""
 
-    name: str
+    name: str  # the class, as it is sent to the gateway
     size: Size
-    write: Callable[[Random, float], list[Draft]]
+    write: Callable[[Random, float], list[Draft]]  # write(rng, scale): the tasks of one, `scale` times as wide as usual
 
 
 def size_counts(agents: int) -> dict[Size, int]:

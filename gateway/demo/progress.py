@@ -17,11 +17,12 @@ LINE_EVERY_S = 5.0
 
 
 class ReplayProgress:
-    """A `Watcher` of one replay. details: what else to say, asked for whenever something is shown."""
+    """A `Watcher` that shows the progress of one replay."""
 
     def __init__(
         self, console: Console, title: str, agents: Sequence[AgentTrace], details: Callable[[], str] = lambda: ""
     ) -> None:
+        """`details` is called whenever something is shown, for a text beside it."""
         self._console = console
         self._title = title
         self._details = details

@@ -25,25 +25,24 @@ if TYPE_CHECKING:  # replays report too, and have no HTTP client
 
 
 class AgentOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One agent of one run. Costs in KV token·iterations: `cost` from the engine's usage, `predicted_cost` as the
-    gateway told it with the agent's first answer. `jct_s` is None when a task failed: the agent did not complete."""
+    """One agent of one run. Costs are in KV token·iterations."""
 
     agent_id: str
     arrival_s: float
     finish_s: float
-    jct_s: float | None
+    jct_s: float | None  # None when a task failed: the agent did not complete
     size: Size
-    cost: float
+    cost: float  # from the engine's usage
     tasks: int
     agent_class: str = msgspec.field(name="class", default="")
     tenant: str = ""
-    predicted_cost: float | None = None
+    predicted_cost: float | None = None  # from the headers of the agent's first answer
     queue_s: float = 0.0  # summed over its tasks
     failed_tasks: int = 0
 
 
 class Summary(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Over the agents that completed. What only the engine knows is None when it did not tell."""
+    """Over the agents that completed. What only the engine knows is None when it did not report it."""
 
     agents: int
     tasks: int
@@ -74,7 +73,7 @@ class Run(msgspec.Struct, frozen=True):
 
 
 class EngineFigures(msgspec.Struct, frozen=True):
-    """What the engine said of itself during one run."""
+    """What the engine reported of itself during one run."""
 
     preemptions: int
     iterations: int
@@ -162,7 +161,7 @@ def ratio(run: Run, baseline: Run) -> float:
 
 def prediction_factor(run: Run) -> float:
     """Median over the agents of predicted cost over cost, or its inverse where that is larger: 1 is exact. NaN when no
-    prediction was told."""
+    prediction was sent."""
     pairs = [(agent.predicted_cost, agent.cost) for agent in run.agents if agent.predicted_cost and agent.cost]
     return percentile([max(predicted / cost, cost / predicted) for predicted, cost in pairs], 0.5)
 

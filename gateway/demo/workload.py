@@ -70,7 +70,7 @@ def _task(rng: Random, draft: Draft, count_tokens: CountTokens) -> TaskTrace:
 
 
 def length_key(salt: str, agent_id: str, task_id: str) -> str:
-    """The name under which the engine's table holds a task's output length; it tells nothing without the table."""
+    """The name under which the engine's table holds a task's output length; it reveals nothing without the table."""
     return hashlib.blake2b(f"{salt}\0{agent_id}\0{task_id}".encode(), digest_size=16).hexdigest()
 
 

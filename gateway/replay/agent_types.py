@@ -1,6 +1,6 @@
 """The nine types of agents in the built-in traces, at the scale of the paper: task counts, lengths and structure.
 
-The paper names its nine types and says neither how many tasks an agent has nor how long they are. The numbers below are
+The paper names its nine types, and gives neither how many tasks an agent has nor how long they are. The numbers below are
 ours, not the paper's. They are chosen for the engine that it describes (`KV_TOKENS` of KV cache, some 20 ms an
 iteration) so that 300 agents are about 3,000 tasks and, with 80 % of the KV memory held, 40,000 to 50,000 iterations: an
 18-minute window of arrivals brings it close to saturation, a 6-minute window overloads it twofold. Agents of one type

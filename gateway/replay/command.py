@@ -162,12 +162,12 @@ def load_trace(spec: str) -> list[AgentTrace]:
 
 
 def begin_alike(agents: Sequence[AgentTrace]) -> bool:
-    """Whether the trace says of any prompt that it shares its beginning."""
+    """Whether any prompt of the trace shares its beginning."""
     return any(task.prefix is not None for agent in agents for task in agent.tasks)
 
 
 def load_past(spec: str, learn_from: str) -> list[AgentTrace]:
-    """What a ladder has learned before the trace begins: other seeds of a built-in trace, unless told otherwise."""
+    """What a ladder has learned before the trace begins: by default other seeds of a built-in trace."""
     if learn_from == "nothing":
         return []
     if learn_from:

@@ -1,7 +1,7 @@
 """`justitia predictor evaluate TRACE`: how well a predictor predicts agents that it has not seen.
 
 A predictor learns from agents of the past, each served alone, and is then asked at each arrival of others', learning nothing of
-them. Asked at an agent's first task is what the paper's figures speak of; *formed*, when all have arrived that need
+them. The paper's figures are of predictions at an agent's first task; *formed*, when all have arrived that need
 not wait for others, is what the fair queue orders by.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-# Two colours that all readers can tell apart, by lightness too (Okabe and Ito).
+# Two colours that all readers can distinguish, by lightness too (Okabe and Ito).
 BASELINE_COLOUR, RUN_COLOUR = "#D55E00", "#0072B2"
 INK, GREY, BAND = "#24292f", "#8c959f", "#f1f4f7"
 # Inches at 100 dots each: 900 pixels wide, saved with twice the dots.

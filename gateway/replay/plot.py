@@ -144,7 +144,7 @@ def against_error(points: Mapping[str, Sequence[Banded]], path: Path) -> None:
 
 def memory_over_time(run: Run, path: Path, capacity_tokens: float | None = None) -> None:
     """What each agent held, stacked, the most costly ones in colour: the same ones under every policy. In per cent of the
-    capacity, where it is told, else in tokens. Raises `ValueError` for a run without it."""
+    capacity, where it is known, else in tokens. Raises `ValueError` for a run without it."""
     if run.memory is None or not run.memory.times_s:
         raise ValueError(f"the run of {run.label} has no memory over time")
     times_s, held = _averaged(run.memory)
@@ -325,7 +325,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
 def _apart(wanted: Sequence[float], top: float) -> list[float]:
     """Places at least 1 apart and between 0 and `top`, as far as they fit there, each group of neighbours about its mean."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    groups: list[tuple[float, list[int]]] = []  # the lowest place, and who is in it from there up
+    groups: list[tuple[float, list[int]]] = []  # the lowest place, and the texts from there up
     for i in order:
         low, members = min(max(wanted[i], 0.0), top), [i]
         while groups and groups[-1][0] + len(groups[-1][1]) > low:

@@ -84,7 +84,7 @@ class Record:
     def agent(self, journey: Journey) -> AgentResult:
         trace = journey.trace
         reached = self._reached(trace.tenant, journey.backlog_tag)
-        # If V was still short of it at the end, the agent was early, by how much nobody will know.
+        # If V was still short of it at the end, the agent was early; by how much is unknown.
         reference_s = journey.finish_s if reached is None else max(trace.arrival_s, self._clock[reached])
         return AgentResult(
             agent_id=trace.agent_id,

@@ -62,7 +62,7 @@ class Summary(msgspec.Struct, frozen=True, omit_defaults=True):
     worst_lateness_s: float
     bound_s: float
     jain: float
-    worst_tag_lateness_iterations: float  # against the largest finish tag that the agent had: what the bound speaks of
+    worst_tag_lateness_iterations: float  # against the largest finish tag that the agent had, as in the bound
     bound_iterations: float
     bound_terms: dict[str, float]
     no_later_than_vtc: float | None = None

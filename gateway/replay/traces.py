@@ -84,7 +84,7 @@ TENANT_JOBS, TENANT_WINDOW_S, PIECES = 40, 120.0, 10
 
 def built_in(spec: str) -> list[AgentTrace] | None:
     """The trace that the spec names, or None if it begins with none of the names in `BUILT_IN` (then it is a path).
-    Raises `TraceError` for a spec that is not written as `BUILT_IN` says, and for a public trace that cannot be used."""
+    Raises `TraceError` for a spec that is not of a form in `BUILT_IN`, and for a public trace that cannot be used."""
     name, _, rest = spec.partition(":")
     if name not in BUILT_IN:
         return None
@@ -126,7 +126,7 @@ def tools(seed: int, stories: bool = False) -> list[AgentTrace]:
 
 
 def coding(seed: int) -> list[AgentTrace]:
-    """Each prompt is the one before, its answer, and what the tool said; all begin with the same 3,200 tokens."""
+    """Each prompt is the one before, its answer, and the tool's result; all begin with the same 3,200 tokens."""
     rng = _rng("coding", seed)
     drawn = [(CODING, draw_tasks(CODING, rng)) for _ in range(CODING_AGENTS)]
     agents = _on(arrivals(_rng("arrivals", seed), CODING_AGENTS, CODING_WINDOW_S), drawn, "coding", seed)
@@ -182,7 +182,7 @@ def public(path: Path, seed: int, agents: int = AGENTS, window_s: float = WINDOW
 def texts(
     seed: int, agents: int = AGENTS, load: float = 3.0, held_out: bool = False, noise: float = 1.0
 ) -> list[AgentTrace]:
-    """The paper's mix of classes, with prompts (`gateway.replay.texts`). `noise`: a factor on what the texts cannot say;
+    """The paper's mix of classes, with prompts (`gateway.replay.texts`). `noise`: a factor on what the texts do not express;
     with 0, what the best of predictors would expect."""
     rng = _rng("text types", seed)
     return _with_texts(types_for(PAPER_MIX, agents, rng), seed, WINDOW_S * agents / AGENTS / load, held_out, noise)
@@ -245,7 +245,7 @@ def _class_mean_error(agents: Iterable[AgentTrace], mean_of: dict[str, float]) -
 
 
 class _BadSpec(Exception):
-    """What is wrong with a spec, in words."""
+    """Its message is what is wrong with a spec."""
 
 
 def _parse(name: str, rest: str) -> list[AgentTrace]:
@@ -310,7 +310,7 @@ def _load(word: str) -> float:
 
 
 def _rng(what: str, seed: int | str) -> Random:
-    # Seeded by words, not by hash(): that one differs from run to run.
+    # Seeded by a text, not by hash(): that one differs from run to run.
     return Random(f"{what}:{seed}")
 
 
@@ -329,7 +329,7 @@ def _with_texts(
 
 
 def _expected(agent: AgentTrace) -> int | None:
-    """What the client says of its number of tasks, if it does: right within a fifth."""
+    """The number of tasks that the client expects, within a fifth; None where it sends none."""
     rng, count = _rng("expected", agent.agent_id), len(agent.tasks)
     return rng.randint(-(-4 * count // 5), 6 * count // 5) if rng.random() < EXPECTING else None
 

@@ -90,7 +90,7 @@ class Machine(Clockwork):
         assert self.scheduler.get_request_counts() == (0, 0)
         assert not self.scheduler.requests
         if isinstance(self.scheduler, JustitiaScheduler):
-            report = self.scheduler.report(whole=True)
+            report = self.scheduler.reporting.report(whole=True)
             assert (report.running, report.waiting, report.free_blocks) == (0, 0, blocks)
             assert (report.tasks, report.waiting_tasks) == ([], [])
 
@@ -274,7 +274,7 @@ def cached_after_a_pause(model: Path, *, keep: bool) -> int:
     machine.run()
     if keep:
         machine.ours.keep("a", 1000)
-        assert machine.ours.report().kept_blocks == 4
+        assert machine.ours.reporting.report().kept_blocks == 4
     for number in (2, 3):  # one that uses the blocks nobody has used yet, and one that must take used ones
         machine.ask(f"other {number}", Hints(5, "b", number), 12 * BLOCK_SIZE - 8, 4)
         machine.run()
@@ -299,7 +299,7 @@ def test_reports_go_by_what_is_held(tiny_model_dir: Path) -> None:
     machine.ask("two", Hints(1, "b", 8), 70, 9)
     machine.ask("three", Hints(1, "c", 9), 70, 9)
     machine.step()
-    report = machine.ours.report(whole=True)
+    report = machine.ours.reporting.report(whole=True)
     assert dict(zip(report.tasks, report.kv_tokens, strict=True)) == {7: 40, 8: 70}
     assert (report.running, report.waiting, report.waiting_tasks) == (2, 1, [9])
     assert report.free_blocks == 16 - 2 - 3 == machine.free_blocks

@@ -98,9 +98,9 @@ def test_both_runs_start_with_a_copy_of_what_was_learned(tmp_path: Path) -> None
 
 def heard(*reports: Report, outstanding: int) -> EngineWatch:
     watch = EngineWatch(lambda: outstanding)
-    watch.hear(Hello(PROTOCOL, "e", "0.32", 100, 32, 64, 1024))
+    watch.receive(Hello(PROTOCOL, "e", "0.32", 100, 32, 64, 1024))
     for each in reports:
-        watch.hear(each)
+        watch.receive(each)
     return watch
 
 

@@ -201,7 +201,7 @@ def scheduler(clock: Clockwork) -> JustitiaScheduler:
 
 
 def kept_blocks(clock: Clockwork) -> int:
-    kept = scheduler(clock)._kept
+    kept = scheduler(clock).kept
     assert kept is not None
     return kept.num_kept_blocks
 
@@ -255,8 +255,8 @@ def test_what_is_kept_survives_what_takes_others(tiny_model_dir: Path, kept: boo
     if kept:
         scheduler(clock).keep("a1", 100)
         assert kept_blocks(clock) == 4
-        assert scheduler(clock).report().kept_blocks == 4
-        assert scheduler(clock).report().free_blocks == 16, "as free as any other"
+        assert scheduler(clock).reporting.report().kept_blocks == 4
+        assert scheduler(clock).reporting.report().free_blocks == 16, "as free as any other"
     pressure(clock, 12)
     assert (hits(clock, 1, 4), hits(clock, 2, 4)) == (left, 4 - left)
 
@@ -318,7 +318,7 @@ def test_a_keeping_ends_when_its_time_is_over(tiny_model_dir: Path, iterations: 
         turn(clock, number, 2)
     assert kept_blocks(clock) == left
     if not left:
-        assert scheduler(clock)._kept is not None and scheduler(clock)._kept.next_end == 0
+        assert scheduler(clock).kept is not None and scheduler(clock).kept.next_end == 0
     pressure(clock, 12)
     assert hits(clock, 1, 4) == left
 
@@ -374,13 +374,13 @@ def test_under_load_with_much_kept_all_end(tiny_model_dir: Path, in_flight: int)
                 most_kept = max(most_kept, kept_blocks(clock))
         clock.run()
         assert all(request.num_output_tokens == request.max_tokens for request in clock.requests.values())
-        kept = scheduler(clock)._kept
+        kept = scheduler(clock).kept
         assert kept is not None and kept.num_free_blocks == len(kept.get_all_free_blocks()) == 20
         assert most_kept > 10
 
 
 def state(clock: Clockwork) -> Any:
-    kept = scheduler(clock)._kept
+    kept = scheduler(clock).kept
     assert kept is not None
     return [block.block_id for block in kept.get_all_free_blocks()], kept.num_kept_blocks
 
@@ -443,7 +443,7 @@ def test_several_tasks_of_an_agent_are_kept_and_what_they_share_is_lost_last(tin
 
 def test_without_a_prefix_cache_there_is_nothing_to_keep(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clockwork(JustitiaScheduler, tiny_model_dir, blocks=16)
-    monkeypatch.setattr(clock.scheduler, "_kept", None)
+    monkeypatch.setattr(clock.scheduler, "kept", None)
     turn(clock, 1, 4)
     scheduler(clock).keep("a1", 5)
-    assert scheduler(clock).report().kept_blocks == 0
+    assert scheduler(clock).reporting.report().kept_blocks == 0

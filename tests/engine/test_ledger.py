@@ -25,8 +25,8 @@ from vllm.v1.request import Request
 
 from engine.hints import Hints
 from engine.scheduler.ledger import Ledger
+from engine.scheduler.order import hints_of
 from engine.scheduler.scheduler import JustitiaScheduler
-from engine.scheduler.waiting_queue import hints_of
 from tests.engine.clockwork import BLOCK_SIZE, Clockwork
 
 pytestmark = pytest.mark.vllm

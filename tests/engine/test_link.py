@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -22,7 +21,6 @@ from engine.link import (
     LONGEST_NAME,
     PROTOCOL,
     READ_MESSAGES,
-    READ_S,
     RECEIVE_HIGH_WATER_MARK,
     SEND_HIGH_WATER_MARK,
     Change,
@@ -203,12 +201,15 @@ def test_a_gateway_that_does_not_read_costs_the_engine_nothing(publisher: Engine
         sleeper.setsockopt(zmq.SUBSCRIBE, b"")
         sleeper.connect(address)
         assert parse(sleeper.recv()) == HELLO
-        large = report(1, tasks=256)
-        started = time.thread_time()  # ours alone: the machine may be busy with others
-        for _ in range(20_000):
-            publisher.publish(large)
-        mean_s = (time.thread_time() - started) / 20_000
-    assert mean_s < 500e-6  # about 50 µs on an idle machine, most of it for encoding 256 tasks
+        for iteration in range(20_000):
+            publisher.publish(report(iteration, tasks=256))
+        assert publisher._latest is not None and publisher._latest.iteration == 19_999, "no call waited for the gateway"
+        received = 0
+        message: Message = HELLO
+        while not isinstance(message, Report) or message.iteration < 19_999:
+            message = parse(sleeper.recv())
+            received += 1
+        assert received < 20_000
 
 
 def test_publishing_after_the_end_is_silent(address: str) -> None:
@@ -790,6 +791,7 @@ class Flood:
 
     def __init__(self, address: str, kind: int, *messages: bytes) -> None:
         self.sent = 0
+        self.full = 0  # attempts in a row that found no room
         self._messages = messages
         self._stop = threading.Event()
         self._context = zmq.Context()
@@ -805,7 +807,9 @@ class Flood:
                 for message in self._messages:
                     self._socket.send(message, zmq.NOBLOCK)
                     self.sent += 1
+                    self.full = 0
             except zmq.Again:
+                self.full += 1
                 self._stop.wait(0.001)  # full: let the engine's process have the core
 
     def close(self) -> None:
@@ -836,21 +840,17 @@ async def test_a_flood_costs_a_step_little_and_an_honest_gateway_is_heard(
         taken = engine.link._take
         reads = []
         engine.link._take = lambda message: (reads.append(message), taken(message))[1]  # type: ignore[method-assign,func-returns-value]
-        slowest, before, honest = [], 0, 0
+        before, honest = 0, 0
         for step in range(400):
             if step % 10 == 0:
                 gateway.link.change({-step: step})
                 honest += 1
             before = len(reads)
-            began = time.thread_time()
             with engine.link._lock:  # not while the link's own thread is at it
                 engine.link._listen()
-            slowest.append(time.thread_time() - began)
             assert len(reads) - before <= READ_MESSAGES
             engine.step()
             await asyncio.sleep(0)
-        # Most of the time allowed is that of the last message that was begun in time.
-        assert sorted(slowest)[len(slowest) // 2] < 4 * READ_S
         assert engine.read_most <= READ_MESSAGES
         assert len(engine.link._requests) <= READ_MESSAGES
         await until(lambda: sum(one.gateway == gateway.link.name for one in engine.changes) == honest, engine)
@@ -860,19 +860,31 @@ async def test_a_flood_costs_a_step_little_and_an_honest_gateway_is_heard(
         flood.close()
 
 
+async def test_a_step_whose_time_is_over_reads_nothing(
+    engine: Engine, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await until(lambda: gateway.met, engine)
+    gateway.link.change({1: 1})
+    with engine.link._lock:
+        while not int(engine.link._in.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            await asyncio.sleep(0.001)
+        with monkeypatch.context() as context:
+            context.setattr(link_module, "READ_S", -1.0)
+            engine.link._listen()
+            assert not any(isinstance(one, Change) for one in engine.link._requests)
+    await until(lambda: engine.tags == {1: 1}, engine)
+
+
 async def test_what_floods_in_does_not_pile_up(address: str, engine: Engine) -> None:
     """The engine does not read at all: what each end may hold is all that the peer can send."""
     engine.link._lock.acquire()
     flood = Flood(inbox(address), zmq.PUSH, bytes(1000))
     try:
         async with asyncio.timeout(ANSWER_S):
-            sent, since = -1, time.monotonic()
-            while time.monotonic() - since < 0.2:
-                if flood.sent != sent:
-                    sent, since = flood.sent, time.monotonic()
+            while flood.full < 200:
                 await asyncio.sleep(0.01)
         # The peer's own mark is 1000 too, and there is the socket between them.
-        assert RECEIVE_HIGH_WATER_MARK <= sent < 4 * RECEIVE_HIGH_WATER_MARK
+        assert RECEIVE_HIGH_WATER_MARK <= flood.sent < 4 * RECEIVE_HIGH_WATER_MARK
     finally:
         flood.close()
         engine.link._lock.release()
@@ -935,10 +947,9 @@ async def test_a_gateway_that_sends_to_an_engine_that_does_not_read_waits_for_no
     await until(lambda: gateway.met, engine)
     engine.link._lock.acquire()
     try:
-        began = time.thread_time()
+        # A call that waited would never return: the engine reads nothing until the lock is released.
         for task in range(5 * RECEIVE_HIGH_WATER_MARK):
             gateway.link.change({task: task})
-        assert time.thread_time() - began < 2
         assert gateway.link.dropped > 0
     finally:
         engine.link._lock.release()

@@ -24,18 +24,12 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 import engine.link
-import engine.scheduler.scheduler
 from engine.hints import Hints
 from engine.link import PROTOCOL, Change, Ended, Greeting, Hello, Holding, Report, encode, inbox, parse
-from engine.scheduler.scheduler import (
-    DISPLACED_AT_MOST,
-    DISPLACED_SHARE,
-    EARLY_TAGS,
-    JustitiaScheduler,
-    settings_of,
-    victims_last,
-)
-from engine.scheduler.waiting_queue import hints_of
+from engine.scheduler import displacement
+from engine.scheduler.displacement import DISPLACED_AT_MOST, DISPLACED_SHARE
+from engine.scheduler.order import hints_of, victims_last
+from engine.scheduler.scheduler import EARLY_TAGS, JustitiaScheduler, settings_of
 from tests.engine.clockwork import BLOCK_SIZE, Clockwork
 
 pytestmark = pytest.mark.vllm
@@ -50,7 +44,7 @@ def vllm_is_quiet() -> Iterator[None]:
 
 def ours(clock: Clockwork) -> Report:
     assert isinstance(clock.scheduler, JustitiaScheduler)
-    return clock.scheduler.report()
+    return clock.scheduler.reporting.report()
 
 
 # Order
@@ -337,7 +331,7 @@ def test_a_thousand_changes_while_requests_run(tiny_model_dir: Path, in_flight: 
 def displacing(model: Path, margin: float | None = 0, *, before: int = 200, **more: Any) -> Clockwork:
     """So many tokens are computed before: what may be lost is a share of them. The tag of `long` is 50."""
     clock = Clockwork(JustitiaScheduler, model, justitia={"displace_margin": margin}, **{"blocks": 64, **more})
-    ours_of(clock)._computed_tokens = before * 20
+    ours_of(clock).computed_tokens = before * 20
     return clock
 
 
@@ -458,7 +452,7 @@ def test_what_is_lost_stays_below_its_share(tiny_model_dir: Path) -> None:
         clock.add(f"r{number}", hints, dice.randint(1, 100), 40 if long else 3)
         for _ in range(dice.randrange(20)):
             clock.step()
-            assert scheduler.displaced_tokens <= DISPLACED_SHARE * scheduler._computed_tokens
+            assert scheduler.displaced_tokens <= DISPLACED_SHARE * scheduler.computed_tokens
     clock.run()
     assert scheduler.displaced > 3
     assert scheduler.displaced_tokens <= scheduler.recomputed_tokens
@@ -487,15 +481,10 @@ def test_two_agents_do_not_displace_each_other_for_ever(tiny_model_dir: Path) ->
 
 
 def test_control_without_the_guards_they_do(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.scheduler.scheduler, "DISPLACED_AT_MOST", 10**9)
-    monkeypatch.setattr(engine.scheduler.scheduler, "getattr", _without_memory, raising=False)
+    monkeypatch.setattr(displacement, "spared", lambda task, urgent: task.hints.agent == urgent.agent)
     clock = ping_pong(tiny_model_dir, 40)
     assert len(clock.preempted) >= 15
     assert ours(clock).displaced == len(clock.preempted)
-
-
-def _without_memory(request: Any, name: str, default: Any) -> Any:
-    return default if name == "justitia_displaced_by" else getattr(request, name, default)
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
@@ -652,7 +641,7 @@ def test_what_a_step_has_no_time_for_the_next_one_hears(
     justitia = {"link": address, "link_interval_s": 3600.0}
     clock = Clockwork(JustitiaScheduler, tiny_model_dir, blocks=8, max_num_seqs=1, justitia=justitia)
     scheduler = ours_of(clock)
-    link = scheduler._link
+    link = scheduler.reporting.link
     assert link is not None
     try:
         with zmq.Context() as context, context.socket(zmq.PUSH) as gateway:
@@ -693,12 +682,12 @@ def test_only_the_first_data_parallel_rank_binds(tiny_model_dir: Path, address: 
     try:
         assert isinstance(first.scheduler, JustitiaScheduler)
         assert isinstance(second.scheduler, JustitiaScheduler)
-        assert first.scheduler._link is not None
-        assert second.scheduler._link is None
+        assert first.scheduler.reporting.link is not None
+        assert second.scheduler.reporting.link is None
     finally:
         first.scheduler.shutdown()
 
 
 @pytest.mark.parametrize("config", [None, {}, {"justitia": None}, {"justitia": {}}, {"other": {"link": "x"}}, "text"])
 def test_no_address_no_link(config: Any) -> None:
-    assert not settings_of(config).get("link")
+    assert settings_of(config).link is None

@@ -20,11 +20,10 @@ from gateway.replay import traces
 from gateway.replay.agent_types import PAPER_TYPES, AgentType
 from gateway.replay.command import LEARN_FROM_SEEDS, load_past
 from gateway.replay.texts import HELD_OUT, TRAIN, write_tasks
-from gateway.replay.texts.common import COMMON
 from gateway.replay.texts.laws import AGENT_SIGMA, LAWS, MANNERS, SILENT_SIGMA, TASK_SIGMA, TASKS_SIGMA
 from gateway.replay.texts.material import SAID, spelled
 from gateway.replay.texts.program import MOST_OUTPUT, Program
-from gateway.replay.texts.sides import COMMON_SHARE, Side, Voice
+from gateway.replay.texts.sides import COMMON, COMMON_SHARE, Side, Voice
 from gateway.replay.texts.tokens import count_tokens
 from gateway.replay.traces import built_in, describe, paper, texts_per_class
 from tests.replay.test_traces import all_tasks, of_class

@@ -13,15 +13,15 @@ from gateway.replay.texts.sides import Side
 
 
 def write_tasks(kind: AgentType, name: str, side: Side, noise: float = 1.0) -> tuple[TaskTrace, ...]:
-    """The tasks of one agent of this type. All follows from its name: the words, and apart from them its luck. `noise`: a
-    factor on that; with 0 the tasks are exactly what the text implies."""
-    # Seeded by words, not by hash(): that one differs from run to run.
+    """The tasks of one agent of this type. Its name seeds its words and, apart from them, its luck. `noise`: a factor on luck;
+    with 0 the tasks are exactly what the text implies."""
+    # Seeded by a text, not by hash(): that one differs from run to run.
     words, luck = Random(f"words:{side.name}:{name}"), Random(f"luck:{side.name}:{name}")
     return tuple(_WRITERS[kind.name](Program(kind, words, luck, side, noise)))
 
 
 def equation_verification(agent: Program) -> list[TaskTrace]:
-    """The lines of one solution, each checked; how hard that is shows in the equation, and is mostly said."""
+    """The lines of one solution, each checked; how hard that is shows in the equation, and is mostly stated."""
     rng, voice = agent.words, agent.voice
     goal = equation(rng, agent.hard)
     background = prose(rng, voice.topic, agent.material_tokens())
@@ -39,7 +39,7 @@ def fact_verification(agent: Program) -> list[TaskTrace]:
 
 
 def kbqa_verification(agent: Program) -> list[TaskTrace]:
-    """Claims against entries of a knowledge base; how many must be joined is said."""
+    """Claims against entries of a knowledge base; how many must be joined is stated."""
     rng, voice = agent.words, agent.voice
     entries = record(rng, voice.topic, agent.material_tokens())
     hops = voice.say(f"hard/{agent.kind.name}/{agent.hard}")

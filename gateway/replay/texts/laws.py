@@ -12,42 +12,40 @@ Depth = Literal["verdict", "answer", "prose", "thought"]
 Telling = Literal["list", "of", "number", "vague", "silent"]
 LEVELS = 4
 
-# What the text cannot say, as sigmas of log-normal noise: the output of one task; what all outputs of an agent have in common;
-# the number of tasks, where the text implies it, and where it is silent.
+# What the text does not express, as sigmas of log-normal noise: the output of one task; what all outputs of an agent have
+# in common; the number of tasks, where the text implies it, and where it is silent.
 TASK_SIGMA = 0.25
 AGENT_SIGMA = 0.12
 TASKS_SIGMA = 0.15
 SILENT_SIGMA = 0.5
 
-# What the text does say varies between agents of a class: the implied number of tasks, and the length of the material (of an
-# agent's at the median; of its single pieces).
+# What the text does express varies between agents of a class: the implied number of tasks, and the length of the material (of
+# an agent's at the median; of its single pieces).
 WIDTH_SIGMA = 0.28
 MATERIAL_SIGMA, PIECE_SIGMA = 0.25, 0.2
-# The manner of an application, told by its system prompt: terse, plain, thorough. A factor on outputs.
+# The manner of an application, in its system prompt: terse, plain, thorough. A factor on outputs.
 MANNERS = (0.9, 1.0, 1.2)
-# How the first prompt tells the number: a list of the things, 'thing 1 of 17', a number in words, 'quite a few', or not at all.
+# How the first prompt expresses the number: a list of the things, 'thing 1 of 17', a number in words, 'quite a few',
+# or not at all.
 TELLING: dict[Telling, float] = {"list": 0.28, "of": 0.2, "number": 0.22, "vague": 0.18, "silent": 0.12}
 # 'Quite a few' is what it is for the class: factors on its median.
 VAGUE = (0.6, 0.85, 1.2, 1.7)
 LONGEST_LIST = 30
-# Share of agents whose client says how many tasks to expect, right within a fifth.
+# Share of agents whose client sends how many tasks to expect, within a fifth.
 EXPECTING = 1 / 3
 
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """`material`: median tokens of the document, code or example in a prompt. `depths`: factors on outputs for what is asked
-    for, from terse to exhaustive. `reads`: outputs grow with (material / median) to this power. `hard`: factors on outputs
-    for difficulty, from easy to hard. `tasks_per_thing`: tasks for each of the things that the text counts. `max_tokens`:
-    what all clients of the class send."""
+    """What the text of one class implies."""
 
     depth: Depth
-    material: float
-    depths: tuple[float, ...]
-    reads: float = 0.0
-    hard: tuple[float, ...] = (1.0,)
-    tasks_per_thing: float = 1.0
-    max_tokens: int | None = None
+    material: float  # median tokens of the document, code or example in a prompt
+    depths: tuple[float, ...]  # factors on outputs for what is asked for, from terse to exhaustive
+    reads: float = 0.0  # outputs grow with (material / median) to this power
+    hard: tuple[float, ...] = (1.0,)  # factors on outputs for difficulty, from easy to hard
+    tasks_per_thing: float = 1.0  # tasks for each of the things that the text counts
+    max_tokens: int | None = None  # that all clients of the class send
 
 
 # fmt: off

@@ -20,7 +20,7 @@ _IN_WORDS = {
     100: "a hundred", 120: "a hundred and twenty", 150: "a hundred and fifty",
 }
 # fmt: on
-# Numbers that are said in words.
+# Numbers that are written in words.
 SAID = tuple(_IN_WORDS)
 
 
@@ -65,7 +65,7 @@ def equation(rng: Random, hard: int) -> str:
 
 
 def problem(voice: Voice, hard: int) -> str:
-    """A sum told as a story; the harder, the longer."""
+    """A sum as a story; the harder, the longer."""
     rng, side = voice.rng, voice.side
     who, other = rng.sample(side.people, 2)
     goods = rng.choice(side.goods)
@@ -85,7 +85,7 @@ def code(voice: Voice, tokens: float) -> str:
 
 
 def errand(voice: Voice, tokens: float) -> str:
-    """How somebody did it: actions, and what was seen after each."""
+    """An example of how it is done: actions, and what was seen after each."""
     return _lines(lambda: f"{household(voice, 'done')}\n{household(voice, 'seen')}", tokens)
 
 

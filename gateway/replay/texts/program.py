@@ -1,4 +1,4 @@
-"""The program behind one agent: what its text says, what that implies, and what luck adds."""
+"""The program behind one agent: what its text expresses, what that implies, and what luck adds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from random import Random
 
 from gateway.agent_trace import TaskTrace
 from gateway.replay.agent_types import MIN_OUTPUT, AgentType
-from gateway.replay.texts.common import COMMON
 from gateway.replay.texts.laws import (
     AGENT_SIGMA,
     ERRANDS,
@@ -27,7 +26,7 @@ from gateway.replay.texts.laws import (
     Telling,
 )
 from gateway.replay.texts.material import SAID, prose, spelled, thoughts
-from gateway.replay.texts.sides import Side, Voice
+from gateway.replay.texts.sides import COMMON, Side, Voice
 from gateway.replay.texts.tokens import count_tokens
 
 # With these, prompt and output of a task hardly ever come near the 3,000 tokens at which they would be cut.
@@ -38,18 +37,19 @@ MOST_TASKS = 160
 
 @dataclass(frozen=True, slots=True)
 class Width:
-    """`things`: what the text counts; `tasks`: what that implies, before noise; `level`: of what is told vaguely."""
+    """How many tasks the agent has, as its text expresses it."""
 
     telling: Telling
-    things: int
-    tasks: float
-    level: int = 0
+    things: int  # that the text counts
+    tasks: float  # that this implies, before noise
+    level: int = 0  # where the number is vague
 
 
 class Program:
-    """`words` decides what the text says, `luck` what it cannot say; `noise` is a factor on all sigmas of the latter."""
+    """What one agent sends, and what its tasks cost."""
 
     def __init__(self, kind: AgentType, words: Random, luck: Random, side: Side, noise: float) -> None:
+        """`words` draws what the text expresses, `luck` what it does not; `noise` is a factor on all sigmas of luck."""
         self.kind, self.law, self.longest = kind, LAWS[kind.name], kind.longest
         self.words, self._luck, self._noise = words, luck, noise
         self.voice = Voice(words, side, COMMON)
@@ -80,7 +80,7 @@ class Program:
         return self.voice.say(f"{self.law.depth}/{self.depth}")
 
     def overview(self, titles: list[str], first: bool) -> str:
-        """What the prompt says of how many tasks there will be, other than in the heading of a piece."""
+        """The part of the prompt about how many tasks there will be, other than the heading of a piece."""
         telling = self.width.telling
         if telling == "list" and first:
             told = self.voice.say("told/list", things=self._things)
@@ -141,7 +141,7 @@ class Program:
         return self.written(name, prompt, output_tokens, tuple(part.id for part in parts))
 
     def answer(self, task: TaskTrace) -> str:
-        """What a task would have written: nobody knows, but it is as long."""
+        """Stands for what a task would have written: it is as long."""
         if self.kind.shape == "chain":
             return thoughts(self.voice, task.output_tokens)
         return prose(self.words, self.voice.topic, task.output_tokens)

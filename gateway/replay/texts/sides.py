@@ -1,4 +1,4 @@
-"""A side of the data (what is learned from, or what is held out), and the voice of one agent that speaks its words."""
+"""A side of the data (the one to learn from, or the one held out), and the wording of one agent's prompts with its words."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
-from gateway.replay.texts.english import Topic
+from gateway.replay.texts.english import TOPICS, Topic, read, topics_of
 
 # How often an agent takes a wording that both sides know, where there are such.
 COMMON_SHARE = 0.5
@@ -16,7 +17,7 @@ Wordings = Mapping[str, tuple[str, ...]]
 
 
 def tool(name: str, description: str, /, **parameters: str) -> str:
-    """A definition as clients send it, as JSON; `parameters`: types by name, all of them required."""
+    """A tool's definition as clients send it, as JSON. `parameters`: types by name, all of them required."""
     properties = {each: {"type": kind} for each, kind in parameters.items()}
     schema = {"type": "object", "properties": properties, "required": [*parameters]}
     function = {"name": name, "description": description, "parameters": schema}
@@ -25,24 +26,46 @@ def tool(name: str, description: str, /, **parameters: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """`belongings` and `furniture` are those of a household; `tools`: definitions by class, as JSON; `wordings`: templates by
-    what they say. Nothing in here stands on the other side too."""
+    """The words of one side. None of them is on the other side too."""
 
     name: str
     topics: tuple[Topic, ...]
-    belongings: tuple[str, ...]
+    belongings: tuple[str, ...]  # of a household, as is the furniture
     people: tuple[str, ...]
     goods: tuple[str, ...]
     furniture: tuple[str, ...]
     functions: tuple[str, ...]
     variables: tuple[str, ...]
-    tools: Mapping[str, tuple[str, ...]]
-    wordings: Wordings
+    tools: Mapping[str, tuple[str, ...]]  # definitions by class, as JSON
+    wordings: Wordings  # templates by what they express
+
+
+def _side(name: str, table: Mapping[str, Any]) -> Side:
+    """A side's file: see `held_out.toml`. Without topics it has those of `english.toml`."""
+    tools = {
+        kind: tuple(tool(one["name"], one["description"], **one["parameters"]) for one in ones)
+        for kind, ones in table["tools"].items()
+    }
+    return Side(
+        name,
+        topics=topics_of(table) if "topics" in table else TOPICS,
+        tools=tools,
+        wordings=_wordings(table),
+        **{key: tuple(words) for key, words in table.items() if key not in ("topics", "tools", "wordings")},
+    )
+
+
+def _wordings(table: Mapping[str, Any]) -> Wordings:
+    return {key: tuple(templates) for key, templates in table["wordings"].items()}
+
+
+TRAIN, HELD_OUT = _side("train", read("train.toml")), _side("held-out", read("held_out.toml"))
+COMMON = _wordings(read("common.toml"))
 
 
 @dataclass(slots=True)
 class Voice:
-    """One program writes all prompts of an agent: what it once worded in one way, it words in that way again."""
+    """Words the prompts of one agent. One program writes them all, so the same thing is worded in the same way again."""
 
     rng: Random
     side: Side
@@ -65,5 +88,5 @@ class Voice:
         return self.template(key).format(**values)
 
     def any(self, key: str) -> str:
-        """One of the side's own, another each time."""
+        """One of the side's own templates, drawn anew each time."""
         return self.rng.choice(self.side.wordings[key])

@@ -24,6 +24,8 @@ EVERYDAY = (
     "streaming",
     "clients that leave",
 )
+# One body with prompts that fill `CROWDED_BLOCKS` blocks, and whose answers need more.
+CROWDED, CROWDED_PROMPTS, CROWDED_BLOCKS = "crowded", 12, 72
 ADAPTED = ("LoRA", "another LoRA", "LoRA, chunked prefill")
 
 REGEX = "(left|right|up|down)( (left|right|up|down)){12}"
@@ -105,6 +107,8 @@ def _case(chosen: random.Random, kind: str, number: int) -> Case:
                     body["structured_outputs"] = {"choice": CHOICES}
         case "penalties":  # which rest on what was put out before a preemption
             body |= {"frequency_penalty": 0.5, "presence_penalty": 0.3, "repetition_penalty": 1.1}
+        case "crowded":  # six blocks of 32 tokens each, and seven or eight with the answer
+            body |= {"prompt": [ids(170, 190) for _ in range(CROWDED_PROMPTS)], "max_tokens": 40}
         case "few tokens allowed":  # so that text repeats, and drafts made of what came before are taken
             body |= {"allowed_token_ids": chosen.sample(range(FIRST_ID, LAST_ID), 2), "max_tokens": 120}
         case "plain" | "streaming" | "clients that leave":
