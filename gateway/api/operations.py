@@ -36,8 +36,8 @@ def operation_routes(dispatcher: Dispatcher, journal: Journal, live: Live, *, ve
         is_ready = flow.engine.up and not flow.draining
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
-    @router.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
+    @router.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
+    async def scrape() -> Response:
         """All metrics, in Prometheus' text format."""
         return Response(generate_latest(dispatcher.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 

@@ -98,13 +98,17 @@ class Roots:
 
     def remember(self, tenant: str, name: str, root: str) -> None:
         """A request of `name` has arrived, and counts as its root's."""
-        if name != root:
+        if (root := self._root(tenant, root)) != name:
             self._roots.put(tenant, name, root)
 
     def _root(self, tenant: str, name: str) -> str:
-        # There is no circle: a name is only put below a root that is not the name itself.
+        # There is no circle: a name is only put below a root that is not the name itself, and has no root.
+        below = []
         while (above := self._roots.get(tenant, name)) is not None:
+            below.append(name)
             name = above
+        for descendant in below[:-1]:  # else a long chain would be gone through each time
+            self._roots.put(tenant, descendant, name)
         return name
 
 

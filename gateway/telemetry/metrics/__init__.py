@@ -3,6 +3,10 @@
 A subject is a small class in a file of its own, with its metrics declared as a table (`table`). Events are counted by verb,
 as in `metrics.tenants.charged(row)`. What can be looked up is read at each scrape from the object that a subject `reads`, of
 which it names the few properties that it needs.
+
+    requests, queue, agents, tenants, engine, learning, state, connections, process  the subjects
+    table    how a subject declares its metrics
+    labels   how many different labels there may be
 """
 
 from __future__ import annotations
