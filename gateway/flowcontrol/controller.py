@@ -28,7 +28,14 @@ from gateway.flowcontrol.fairqueue import (
 from gateway.flowcontrol.lives import Lives
 from gateway.flowcontrol.quotas import MAX_RETRY_AFTER_S, Quotas
 from gateway.flowcontrol.records import AgentRecord, UsageRow
-from gateway.flowcontrol.settlement import LiveTask, cost_of_broken_off, cost_of_finished, finished_task, use_of
+from gateway.flowcontrol.settlement import (
+    LiveTask,
+    check_usage,
+    cost_of_broken_off,
+    cost_of_finished,
+    finished_task,
+    use_of,
+)
 from gateway.protocol.errors import RESTART_S, NoEngine, Outcome, ShuttingDown, WaitedTooLong
 from predictor.cost import task_cost
 from predictor.types import FinishedTask
@@ -145,16 +152,16 @@ class FlowController:
         engine = self.engines[task.engine]
         done: FinishedTask | None = None
         try:
+            check_usage(ending.usage)
             if ending.usage is not None and ending.outcome is Outcome.COMPLETED:
                 done = self._finished(now, task, ending, engine)
                 cost = cost_of_finished(done, self.options.cost)
             else:
                 cost = cost_of_broken_off(task, ending, engine, self.options.cost)
             self._settle_in_queue(task, done, KvTokenIterations(cost))
-        except (
-            ValueError
-        ):  # a number that cannot be was reported: the task costs nothing, and does not stay in the queue
-            done, cost = None, 0.0
+        except ValueError:
+            # A number that cannot be was reported: the task costs nothing, and does not stay in the queue.
+            done, cost, ending = None, 0.0, Ending(ending.outcome)
             self.queue.cancel(self.clock, task_id, Spent(KvTokenIterations(0.0)))
         self.quotas.left(now, task.account, task.body_bytes, waiting=task.waiting)
         reported = task.counted and engine.counts_held and self.options.charge_held

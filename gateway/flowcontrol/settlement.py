@@ -7,6 +7,7 @@ release. A task that never reached the engine costs nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gateway.flowcontrol.agents import LiveAgent
@@ -66,6 +67,14 @@ class LiveTask:
             now_s if arriving.arrived_s is None else arriving.arrived_s,
             now_s,
         )
+
+
+def check_usage(usage: Usage | None) -> None:
+    """Raises `ValueError` for numbers that no engine can have counted."""
+    if usage is not None and not (
+        0 <= usage.cached_tokens <= usage.prompt_tokens < math.inf and 0 <= usage.completion_tokens < math.inf
+    ):
+        raise ValueError(f"no usage of a task: {usage}")
 
 
 def finished_task(task: LiveTask, usage: Usage, held: float | None) -> FinishedTask:
