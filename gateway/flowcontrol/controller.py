@@ -72,7 +72,8 @@ class FlowController:
         self.shared_tokens = 0.0  # the capacity that the reference shares out
         self.draining = self.cut_off = False
         self._drained_by_s = 0.0
-        self._waiting: dict[float, OrderedDict[TaskId, LiveTask]] = {}  # by seconds that they may wait, oldest first
+        # By seconds that they may wait from now on, the one that waits longest first.
+        self._waiting: dict[float, OrderedDict[TaskId, LiveTask]] = {}
         self._observed_at = self._capacity_at = self.clock
         self._observed_s: float | None = None
 
@@ -173,21 +174,21 @@ class FlowController:
     def expire(self, now: Now) -> list[Rejected]:
         """The tasks that have waited for as long as they may. Each is named once, and is still to be settled."""
         expired: list[Rejected] = []
-        for limit_s, tasks in self._waiting.items():
-            while tasks:
-                task = next(iter(tasks.values()))
-                if task.queued_s + now.s - task.since_s < limit_s:
+        for left_s, tasks in self._waiting.items():
+            for task in tasks.values():
+                if now.s - task.since_s < left_s:
                     break
-                tasks.popitem(last=False)
-                why = f"the task waited for {limit_s:g} s and was not reached"
+                why = f"the task waited for {task.max_queue_s:g} s and was not reached"
                 expired.append(Rejected(task.id, WaitedTooLong(why)))
+        for rejected in expired:
+            self._forget_wait(self.tasks[rejected.task_id])
         return expired
 
     @property
     def next_expiry_s(self) -> float | None:
         """When, on the monotonic clock, the next task will have waited for too long. None while none waits."""
-        oldest = [(limit_s, next(iter(tasks.values()))) for limit_s, tasks in self._waiting.items() if tasks]
-        return min((limit_s + task.since_s - task.queued_s for limit_s, task in oldest), default=None)
+        oldest = ((left_s, next(iter(tasks.values()))) for left_s, tasks in self._waiting.items())
+        return min((task.since_s + left_s for left_s, task in oldest), default=None)
 
     # Engines
 
@@ -232,7 +233,7 @@ class FlowController:
         self.quotas.requeued(task.account, task.body_bytes)
         task.retried = task.retried or reached
         task.waiting, task.since_s, task.released_at = True, now.s, None
-        self._await(task, again=True)
+        self._await(task)
         return True
 
     # Agents
@@ -283,18 +284,21 @@ class FlowController:
 
     # How it works
 
-    def _await(self, task: LiveTask, *, again: bool = False) -> None:
-        limit_s = task.account.limits.max_queue_s or self.options.max_queue_s
-        task.max_queue_s = limit_s
-        tasks = self._waiting.setdefault(limit_s, OrderedDict())
-        tasks[task.id] = task
-        if again:  # it has waited before, and so less is left than of the others
-            tasks.move_to_end(task.id, last=False)
+    def _await(self, task: LiveTask) -> None:
+        task.max_queue_s = task.account.limits.max_queue_s or self.options.max_queue_s
+        self._waiting.setdefault(task.max_queue_s - task.queued_s, OrderedDict())[task.id] = task
 
     def _stop_waiting(self, now: Now, task: LiveTask) -> None:
+        self._forget_wait(task)
         task.queued_s += now.s - task.since_s
         task.since_s = now.s
-        self._waiting[task.max_queue_s].pop(task.id, None)
+
+    def _forget_wait(self, task: LiveTask) -> None:
+        left_s = task.max_queue_s - task.queued_s
+        tasks = self._waiting.get(left_s, {})
+        tasks.pop(task.id, None)
+        if not tasks:
+            self._waiting.pop(left_s, None)
 
     def _finished(self, now: Now, task: LiveTask, ending: Ending, engine: EngineState) -> FinishedTask:
         assert ending.usage is not None
