@@ -138,6 +138,8 @@ class FlowController:
             self._stop_waiting(now, task)
             self.quotas.released(task.account, task.body_bytes)
             task.waiting, task.released_at = False, self.clock
+            if task.retried:  # what was counted is of the time before the engine lost it
+                engine.take_counted(task.id)
             record = task.agent.record
             if record.predicted is None:
                 record.predicted, record.judged = self.queue.agents[task.agent.id].predicted, record.prediction
