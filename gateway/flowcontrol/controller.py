@@ -226,12 +226,15 @@ class FlowController:
 
     def engine_lost(self, now: Now, task_id: TaskId, *, reached: bool, retry: bool) -> bool:
         """The engine lost a task in flight. reached: the engine had it. Returns whether the task waits again, in its old place:
-        if it may be tried again, and the engine has not lost it before."""
+        if it may be tried again, and the engine has not lost it before. Raises `KeyError` for a task that is not here, and
+        `QueueError` for one that waits; then nothing has changed."""
         task = self.tasks[task_id]
+        waits = retry and not self.cut_off and not (reached and task.retried)
+        if waits:
+            self.queue.requeue(self.clock, task_id)
         self.engines[task.engine].lost_task(now.s, reached=reached)
-        if not retry or self.cut_off or (reached and task.retried):
+        if not waits:
             return False
-        self.queue.requeue(self.clock, task_id)
         self.quotas.requeued(task.account, task.body_bytes)
         task.retried = task.retried or reached
         task.waiting, task.since_s, task.released_at = True, now.s, None
