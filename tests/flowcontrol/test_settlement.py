@@ -144,9 +144,10 @@ def test_each_end_costs_what_it_should_and_leaves_nothing(way: Way, final: bool)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
 def test_only_an_agent_that_was_not_cut_short_is_learned_from(way: Way) -> None:
     scene = Scene(linked=way.linked)
-    scene.serve(held=5.0)
+    held = 5.0 if way.linked else None
+    scene.serve(held=held)
     end(scene, way)
-    scene.serve(held=5.0, final=True)
+    scene.serve(held=held, final=True)
     scene.sweep()
     assert len(scene.seen.ended) == 1
     is_completed = way.outcome is Outcome.COMPLETED and way.usage is not None
@@ -187,14 +188,11 @@ def test_a_usage_that_cannot_be_costs_nothing_and_leaks_nothing(
     assert scene.learned == [] and scene.queue.agents == {}
 
 
-@pytest.mark.parametrize("held", [(10**400, 10**400), (3, -3)])
+@pytest.mark.parametrize("held", [(10**300, 10**299), (3, -3)])
 def test_a_report_that_cannot_be_costs_nothing_and_leaks_nothing(held: tuple[int, int]) -> None:
     scene = Scene()
     task = scene.released()
-    scene.flow.engine.held = {task: held}  # type: ignore[dict-item]
-    from engine.link import Holding
-
-    scene.flow.engine.held = {task: Holding(*(float(min(number, 10**300)) * 1e9 for number in held))}  # type: ignore[arg-type]
+    scene.report({task: held}, held_blocks=1)
     assert scene.settle(task, CANCELLED, None).cost == 0
     scene.check_over()
 
@@ -227,7 +225,6 @@ def test_a_driver_may_charge_by_another_formula() -> None:
     assert scene.flow.tasks[first].estimate.cost == 14
     assert scene.settle(first, usage=Usage(10, 4, 6)).cost == 8
     assert scene.settle(second, CANCELLED, None, events=3).cost == 13
-    scene.check_over()
 
 
 def test_a_task_without_a_number_of_its_own_is_not_awaited() -> None:
