@@ -97,13 +97,18 @@ class Roots:
 
     def remember(self, tenant: str, name: str, root: str) -> None:
         """A request of `name` has arrived, and counts as its root's."""
+        root = self._root(tenant, root)  # it may have come below another one since it was looked up, or below `name`
         if name != root:
             self._roots.put(tenant, name, root)
 
     def _root(self, tenant: str, name: str) -> str:
         # There is no circle: a name is only put below a root that is not the name itself.
+        passed: list[str] = []
         while (above := self._roots.get(tenant, name)) is not None:
+            passed.append(name)
             name = above
+        for below in passed[:-1]:  # so that a long chain is gone through once
+            self._roots.put(tenant, below, name)
         return name
 
 
