@@ -4,6 +4,7 @@ predictor that predicts what the test sets, and a ledger of all that comes out."
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections.abc import Mapping
 from dataclasses import fields
 
@@ -219,6 +220,13 @@ class Scene:
             assert why is None
             anew.take(effects)
         return anew
+
+    def contents(self) -> bytes:
+        """All that flow control holds, down to the last private field: equal if, and only if, nothing has changed."""
+        for account in self.quotas:  # what fills or begins anew with time does so when it is read
+            account.tokens.opens_in_s(self.now.ns)
+            account.kv_today.used(self.now.wall_s)
+        return pickle.dumps({name: value for name, value in vars(self.flow).items() if name != "predictor"})
 
     # What always holds
 
