@@ -9,7 +9,12 @@ import msgspec
 import pytest
 
 from gateway.flowcontrol import ENGINE, Options
-from gateway.flowcontrol.engine_state import CAPACITY_ENOUGH, CAPACITY_ITERATIONS, SLOTS_OF_STOCK, SLOTS_WITHOUT_CAPACITY
+from gateway.flowcontrol.engine_state import (
+    CAPACITY_ENOUGH,
+    CAPACITY_ITERATIONS,
+    SLOTS_OF_STOCK,
+    SLOTS_WITHOUT_CAPACITY,
+)
 from gateway.flowcontrol.fairqueue import POLICIES, AgentId, ReleaseLimits, TaskId, TenantId
 from gateway.flowcontrol.quotas import NoLimits
 from gateway.protocol.errors import (
@@ -235,7 +240,9 @@ def test_a_drain_goes_on_releasing_what_waits_and_puts_back_what_was_lost() -> N
     scene.settle(first)
     assert scene.release() == [second]
     rejected = scene.flow.end_drain()
-    assert [(each.task_id, type(each.error), each.error.retry_after_s) for each in rejected] == [(second, ShuttingDown, 5)]
+    assert [(each.task_id, type(each.error), each.error.retry_after_s) for each in rejected] == [
+        (second, ShuttingDown, 5)
+    ]
     assert not scene.lose(second), "nothing waits any more"
     scene.settle(second, Outcome.REJECTED, None)
     scene.check_over()

@@ -383,7 +383,10 @@ def test_agents_are_there_again_and_stand_where_they_stood() -> None:
         after = anew.flow.agents.by_id[agent_id]
         assert after.tasks == before.tasks and after.cost_ended == before.cost_ended
         assert (after.record.run, after.record.journal) == (before.record.run, "k")
-        assert (after.record.arrived_at, after.record.prediction) == (before.record.arrived_at, before.record.prediction)
+        assert (after.record.arrived_at, after.record.prediction) == (
+            before.record.arrived_at,
+            before.record.prediction,
+        )
         gone = {"opening": None, "latest": None}
         assert after.progress(COST) == msgspec.structs.replace(before.progress(COST), **gone)
         assert after.last_end_s - after.first_arrival_s == before.last_end_s - before.first_arrival_s
