@@ -28,7 +28,15 @@ from gateway.flowcontrol.fairqueue import (
 from gateway.flowcontrol.lives import Lives
 from gateway.flowcontrol.quotas import MAX_RETRY_AFTER_S, Quotas
 from gateway.flowcontrol.records import AgentRecord, UsageRow
-from gateway.flowcontrol.settlement import LiveTask, cost_of_broken_off, cost_of_finished, finished_task, row_of, use_of
+from gateway.flowcontrol.settlement import (
+    LiveTask,
+    check_usage,
+    cost_of_broken_off,
+    cost_of_finished,
+    finished_task,
+    row_of,
+    use_of,
+)
 from gateway.protocol.errors import RESTART_S, NoEngine, Outcome, ShuttingDown, WaitedTooLong
 from predictor.cost import task_cost
 from predictor.types import FinishedTask
@@ -65,7 +73,8 @@ class FlowController:
         self.shared_tokens = 0.0  # the capacity that the reference shares out
         self.draining = self.cut_off = False
         self._drained_by_s = 0.0
-        self._waiting: dict[float, OrderedDict[TaskId, LiveTask]] = {}  # by seconds that they may wait, oldest first
+        # By seconds that they may wait from now on, the one that waits longest first.
+        self._waiting: dict[float, OrderedDict[TaskId, LiveTask]] = {}
         self._observed_at = self._capacity_at = self.clock
         self._observed_s: float | None = None
 
@@ -131,6 +140,8 @@ class FlowController:
             self._stop_waiting(now, task)
             self.quotas.released(task.account, task.body_bytes)
             task.waiting, task.released_at = False, self.clock
+            if task.retried:  # what was counted is of the time before the engine lost it
+                engine.take_counted(task.id)
             record = task.agent.record
             if record.predicted is None:
                 record.predicted, record.judged = self.queue.agents[task.agent.id].predicted, record.prediction
@@ -146,16 +157,16 @@ class FlowController:
         engine = self.engines[task.engine]
         done: FinishedTask | None = None
         try:
+            check_usage(ending.usage)
             if ending.usage is not None and ending.outcome is Outcome.COMPLETED:
                 done = self._finished(now, task, ending, engine)
                 cost = cost_of_finished(done, self.options.cost)
             else:
                 cost = cost_of_broken_off(task, ending, engine, self.options.cost)
             self._settle_in_queue(task, done, KvTokenIterations(cost))
-        except (
-            ValueError
-        ):  # a number that cannot be was reported: the task costs nothing, and does not stay in the queue
-            done, cost = None, 0.0
+        except ValueError:
+            # A number that cannot be was reported: the task costs nothing, and does not stay in the queue.
+            done, cost, ending = None, 0.0, Ending(ending.outcome)
             self.queue.cancel(self.clock, task_id, Spent(KvTokenIterations(0.0)))
         self.quotas.left(now, task.account, task.body_bytes, waiting=task.waiting)
         reported = task.counted and engine.counts_held and self.options.charge_held
@@ -167,21 +178,21 @@ class FlowController:
     def expire(self, now: Now) -> list[Rejected]:
         """The tasks that have waited for as long as they may. Each is named once, and is still to be settled."""
         expired: list[Rejected] = []
-        for limit_s, tasks in self._waiting.items():
-            while tasks:
-                task = next(iter(tasks.values()))
-                if task.queued_s + now.s - task.since_s < limit_s:
+        for left_s, tasks in self._waiting.items():
+            for task in tasks.values():
+                if now.s - task.since_s < left_s:
                     break
-                tasks.popitem(last=False)
-                why = f"the task waited for {limit_s:g} s and was not reached"
+                why = f"the task waited for {task.max_queue_s:g} s and was not reached"
                 expired.append(Rejected(task.id, WaitedTooLong(why)))
+        for rejected in expired:
+            self._forget_wait(self.tasks[rejected.task_id])
         return expired
 
     @property
     def next_expiry_s(self) -> float | None:
         """When, on the monotonic clock, the next task will have waited for too long. None while none waits."""
-        oldest = [(limit_s, next(iter(tasks.values()))) for limit_s, tasks in self._waiting.items() if tasks]
-        return min((limit_s + task.since_s - task.queued_s for limit_s, task in oldest), default=None)
+        oldest = ((left_s, next(iter(tasks.values()))) for left_s, tasks in self._waiting.items())
+        return min((task.since_s + left_s for left_s, task in oldest), default=None)
 
     # Engines
 
@@ -217,16 +228,19 @@ class FlowController:
 
     def engine_lost(self, now: Now, task_id: TaskId, *, reached: bool, retry: bool) -> bool:
         """The engine lost a task in flight. reached: the engine had it. Returns whether the task waits again, in its old place:
-        if it may be tried again, and the engine has not lost it before."""
+        if it may be tried again, and the engine has not lost it before. Raises `KeyError` for a task that is not here, and
+        `QueueError` for one that waits; then nothing has changed."""
         task = self.tasks[task_id]
+        waits = retry and not self.cut_off and not (reached and task.retried)
+        if waits:
+            self.queue.requeue(self.clock, task_id)
         self.engines[task.engine].lost_task(now.s, reached=reached)
-        if not retry or self.cut_off or (reached and task.retried):
+        if not waits:
             return False
-        self.queue.requeue(self.clock, task_id)
         self.quotas.requeued(task.account, task.body_bytes)
         task.retried = task.retried or reached
         task.waiting, task.since_s, task.released_at = True, now.s, None
-        self._await(task, again=True)
+        self._await(task)
         return True
 
     # Agents
@@ -277,18 +291,21 @@ class FlowController:
 
     # How it works
 
-    def _await(self, task: LiveTask, *, again: bool = False) -> None:
-        limit_s = task.account.limits.max_queue_s or self.options.max_queue_s
-        task.max_queue_s = limit_s
-        tasks = self._waiting.setdefault(limit_s, OrderedDict())
-        tasks[task.id] = task
-        if again:  # it has waited before, and so less is left than of the others
-            tasks.move_to_end(task.id, last=False)
+    def _await(self, task: LiveTask) -> None:
+        task.max_queue_s = task.account.limits.max_queue_s or self.options.max_queue_s
+        self._waiting.setdefault(task.max_queue_s - task.queued_s, OrderedDict())[task.id] = task
 
     def _stop_waiting(self, now: Now, task: LiveTask) -> None:
+        self._forget_wait(task)
         task.queued_s += now.s - task.since_s
         task.since_s = now.s
-        self._waiting[task.max_queue_s].pop(task.id, None)
+
+    def _forget_wait(self, task: LiveTask) -> None:
+        left_s = task.max_queue_s - task.queued_s
+        if (tasks := self._waiting.get(left_s)) is not None:
+            tasks.pop(task.id, None)
+            if not tasks:
+                del self._waiting[left_s]
 
     def _finished(self, now: Now, task: LiveTask, ending: Ending, engine: EngineState) -> FinishedTask:
         assert ending.usage is not None

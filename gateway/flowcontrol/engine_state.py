@@ -171,7 +171,7 @@ class EngineState:
         """A task was lost. reached: the engine had it. An engine that answers health checks and takes no connections would
         else be tried again at once, and for ever."""
         self.suspect = True
-        if not reached:
+        if not reached and now_s >= self._resumes_s:  # else it was released before the failure that is being waited out
             self._failures = 1 if now_s - self._failed_s > RECOVERED_S else self._failures + 1
             self._failed_s = now_s
             self._resumes_s = now_s + min(LONGEST_BACK_OFF_S, BACK_OFF_S * 2 ** min(self._failures - 1, 10))

@@ -7,6 +7,8 @@ release. A task that never reached the engine costs nothing.
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from gateway.flowcontrol.agents import LiveAgent
@@ -68,6 +70,14 @@ class LiveTask(msgspec.Struct, eq=False):
         )
 
 
+def check_usage(usage: Usage | None) -> None:
+    """Raises `ValueError` for numbers that no engine can have counted."""
+    if usage is not None and not (
+        0 <= usage.cached_tokens <= usage.prompt_tokens < math.inf and 0 <= usage.completion_tokens < math.inf
+    ):
+        raise ValueError(f"no usage of a task: {usage}")
+
+
 def finished_task(task: LiveTask, usage: Usage, held: float | None) -> FinishedTask:
     """A completed task, as the predictor learns from it. held: KV token·iterations, as the engine counted them."""
     return FinishedTask(
@@ -102,6 +112,9 @@ def cost_of_finished(task: FinishedTask, cost: Cost) -> float:
 def cost_of_broken_off(task: LiveTask, ending: Ending, engine: EngineState, cost: Cost) -> float:
     """KV token·iterations of a task that was not completed, or whose answer does not report its usage."""
     usage, sequences = ending.usage, task.sequences
+    counted = engine.take_counted(task.id)
+    if counted is not None:
+        return counted
     # A stream of Anthropic's begins with a usage that knows the prompt only.
     if usage is not None and (usage.completion_tokens or not task.decodes):
         return cost_of_finished(finished_task(task, usage, None), cost)
@@ -113,8 +126,7 @@ def cost_of_broken_off(task: LiveTask, ending: Ending, engine: EngineState, cost
     if ending.events:
         return sequences * cost(prompt_tokens, ending.events / sequences, 0.0)
     if ending.outcome is Outcome.COMPLETED or ending.made:
-        counted = engine.take_counted(task.id)
-        return task.estimate.cost if counted is None else counted
+        return task.estimate.cost
     if task.released_at is None or ending.outcome is Outcome.INVALID or engine.linked:
         return 0.0
     # An engine without a link reports nothing before the end.

@@ -22,7 +22,7 @@ from gateway.flowcontrol.fairqueue import (
     TaskId,
     TenantId,
 )
-from tests.fairness.driver import contents
+from tests.flowcontrol.fairqueue.driver import contents
 
 costs = st.floats(0, 1e4)
 agents = st.sampled_from(["a", "b", "c", "d", "e"])
