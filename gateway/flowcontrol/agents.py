@@ -7,7 +7,7 @@ agents without end has its longest idle ones ended.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -40,9 +40,14 @@ class LiveAgent(msgspec.Struct, eq=False):
     awaited: int = 0  # completed tasks whose KV the engine has not reported yet
     idle_since: Iterations | None = None  # it waits for its tool, or has ended
     cost_ended: float = 0.0  # of its completed tasks, in KV token·iterations
-    tasks: list[FinishedTask] | None = None  # the completed ones, without texts
+    kept: list[FinishedTask] | None = None  # the completed tasks, without texts; made when there is one
     opening: Sketch | None = None  # of its first task, and of its last
     latest: Sketch | None = None
+
+    @property
+    def tasks(self) -> Sequence[FinishedTask]:
+        """The completed tasks that are kept to learn from."""
+        return self.kept or ()
 
     def progress(
         self, cost_arrived: float, agent_class: str | None = None, expected_tasks: int | None = None
@@ -69,18 +74,18 @@ class LiveAgent(msgspec.Struct, eq=False):
         self.record.answered += 1
         self.cost_ended += task.cost
         if place >= MAX_TASKS:
-            self.tasks, self.record.whole = None, False
-        elif self.tasks is None:
-            self.tasks = [task]
+            self.kept, self.record.whole = None, False
+        elif self.kept is None:
+            self.kept = [task]
         else:
-            self.tasks.append(task)
+            self.kept.append(task)
         return place
 
     def correct(self, place: int, task: FinishedTask, difference: float) -> None:
         """The completed task at this place cost more than it was charged, by this difference."""
         self.cost_ended += difference
-        if self.tasks is not None:
-            self.tasks[place] = task
+        if self.kept is not None:
+            self.kept[place] = task
 
 
 class Roots:

@@ -156,10 +156,11 @@ class FlowController:
             self._stop_waiting(now, task)
         engine = self.engines[task.engine]
         done: FinishedTask | None = None
+        row = row_of(task) if ending.outcome is Outcome.COMPLETED else b""
         try:
             check_usage(ending.usage)
             if ending.usage is not None and ending.outcome is Outcome.COMPLETED:
-                done = self._finished(now, task, ending, engine)
+                done = self._finished(now, task, ending, row, engine)
                 cost = cost_of_finished(done, self.options.cost)
             else:
                 cost = cost_of_broken_off(task, ending, engine, self.options.cost)
@@ -307,7 +308,7 @@ class FlowController:
             if not tasks:
                 del self._waiting[left_s]
 
-    def _finished(self, now: Now, task: LiveTask, ending: Ending, engine: EngineState) -> FinishedTask:
+    def _finished(self, now: Now, task: LiveTask, ending: Ending, row: bytes, engine: EngineState) -> FinishedTask:
         assert ending.usage is not None
         held = engine.take_counted(task.id)
         begin_s = task.agent.first_arrival_s
@@ -315,7 +316,7 @@ class FlowController:
             finished_task(task, ending.usage, held if self.options.charge_held else None),
             arrived_s=max(0.0, task.arrived_s - begin_s),
             ended_s=now.s - begin_s,
-            row=row_of(task),
+            row=row,
             prompt=ending.prompt,
             system=ending.system,
         )

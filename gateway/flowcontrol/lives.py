@@ -176,7 +176,7 @@ class Lives:
         first_arrival_s = now.s - max(0.0, now.wall_s - record.arrived_at)
         last_end_s = first_arrival_s + record.last_end_at - record.arrived_at
         agent = LiveAgent(agent_id, record, first_arrival_s, last_end_s, record.settled)
-        agent.tasks = [_without_texts(task) for task in tasks]
+        agent.kept = [_without_texts(task) for task in tasks]
         agent.cost_ended = sum(task.cost for task in tasks)
         if not record.final:
             agent.idle_since = clock  # the time before the restart cannot be known
@@ -193,7 +193,7 @@ class Lives:
         """The steps that a store needs which has lost this agent."""
         if not agent.record.settled or self.agents.by_id.get(agent.id) is not agent:
             return []
-        tasks = enumerate(agent.tasks or ())
+        tasks = enumerate(agent.tasks)
         return [self._step(agent), *(Step(run=agent.record.run, task=task, place=place) for place, task in tasks)]
 
     def _end(self, clock: Iterations, agent: LiveAgent, step: Step | None, effects: Effects) -> None:

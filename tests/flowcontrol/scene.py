@@ -20,13 +20,13 @@ from gateway.flowcontrol.records import AgentRecord, Step
 from gateway.protocol.errors import Outcome
 from gateway.protocol.usage import Usage
 from predictor.cost import task_cost
+from predictor.features import COLUMNS, PLAIN_COLUMNS, SKETCH_COLUMNS, row, sketch
 from predictor.types import (
     AgentPrediction,
     AgentProgress,
     Arrival,
     FinishedAgent,
     FinishedTask,
-    Sketch,
     TaskContent,
     TaskPrediction,
 )
@@ -37,7 +37,9 @@ COST = task_cost(PROMPT, DECODE)
 USAGE = Usage(PROMPT, DECODE, 0)
 CONTENT = TaskContent(prompt_bytes=4 * PROMPT)
 BLOCKS, BLOCK_SIZE = 100, 10
-SKETCH = Sketch(b"", b"")
+SKETCH = sketch(TaskContent(40))
+NUMBERS = bytes(4 * (len(COLUMNS) - len(SKETCH_COLUMNS) - len(PLAIN_COLUMNS)))
+ROW = row(SKETCH, SKETCH, NUMBERS).tobytes()
 
 
 class Scripted:
@@ -52,7 +54,7 @@ class Scripted:
     def arrive(self, content: TaskContent, progress: AgentProgress) -> Arrival | None:
         self.asked.append(progress)
         task = TaskPrediction(content.prompt_bytes / 4, self.decode)
-        return Arrival(task, AgentPrediction(self.total, 2 * self.total, "scripted"), SKETCH, b"row")
+        return Arrival(task, AgentPrediction(self.total, 2 * self.total, "scripted"), SKETCH, NUMBERS)
 
     def predict_agent(self, progress: AgentProgress) -> AgentPrediction | None:
         self.asked.append(progress)

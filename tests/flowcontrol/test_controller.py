@@ -29,7 +29,7 @@ from gateway.protocol.errors import (
     ShuttingDown,
 )
 from predictor.types import TaskContent
-from tests.flowcontrol.scene import CONTENT, COST, Scene
+from tests.flowcontrol.scene import CONTENT, COST, NUMBERS, Scene
 
 LONG = TaskContent(prompt_bytes=400)  # 100 tokens
 M = 1000
@@ -158,7 +158,7 @@ def test_a_task_is_predicted_at_its_arrival_and_no_longer_than_the_engine_can_ma
     task = scene.flow.tasks[scene.arrive(content=msgspec.structs.replace(CONTENT, sequences=2))]
     assert (task.estimate.prompt_tokens, task.estimate.memory_tokens) == (20, 24)
     assert scene.queue.agents[AgentId("t/a")].waiting[task.id].sequences == 2
-    assert (task.estimate.cost, task.estimate.row) == (2 * (10 * 2 + 3), b"row")
+    assert (task.estimate.cost, task.estimate.numbers) == (2 * (10 * 2 + 3), NUMBERS)
 
 
 # Release

@@ -39,7 +39,7 @@ def test_an_agent_is_known_by_its_tenant_and_name_from_its_first_task() -> None:
     assert (red.arrived, red.first_arrival_s, red.last_end_s, red.record.arrived_at) == (3, 0, 0, WALL)
     record = red.record
     assert (record.agent_class, record.expected_tasks, record.source, record.name) == ("kind", 9, "header", "a")
-    assert (record.run, blue.record.run, record.journal, record.schema) == ("j-1", "j-2", "j", SCHEMA)
+    assert (record.run, blue.record.run, record.journal, record.schema) == ("", "", "j", SCHEMA)
     assert (blue.record.arrived_at, blue.record.agent_class) == (WALL + 5, "other")
     assert scene.queue.agents[red.id].weight == 3.0, "that of its first task"
     scene.arrive("a", "red", expected_tasks=11)
@@ -327,10 +327,10 @@ def test_an_agent_that_never_ends_does_not_grow(monkeypatch: pytest.MonkeyPatch)
     assert len(agent.tasks) == 3 and agent.record.whole
     task = scene.released()
     scene.settle(task)
-    assert agent.tasks == [] and not agent.record.whole and agent.record.answered == 4
+    assert not agent.tasks and not agent.record.whole and agent.record.answered == 4
     scene.serve(held=9.0)
     scene.counts({task: 5.0})
-    assert agent.tasks == [] and agent.cost_ended == 0 + 1 + 2 + 5 + 9
+    assert not agent.tasks and agent.cost_ended == 0 + 1 + 2 + 5 + 9
     assert [step.task is not None for step in scene.seen.steps] == [True] * 3 + [False] * 3
     assert {step.place for step in scene.seen.steps[3:]} == {0}
     scene.check_over()
@@ -338,7 +338,7 @@ def test_an_agent_that_never_ends_does_not_grow(monkeypatch: pytest.MonkeyPatch)
     again = anew.agent()
     assert again is not None and len(again.tasks) == 3 and again.record.answered == 5
     anew.serve(held=1.0)
-    assert again.tasks == []
+    assert not again.tasks
     anew.serve(held=1.0, final=True)
     assert anew.learned == [] and anew.there() == set()
 
@@ -503,7 +503,7 @@ def test_what_cannot_be_put_back_has_ended(how: str, whole: bool) -> None:
     assert (ended.jct_s, ended.backlog_tag) == (5, 0)
     assert [agent.cost for agent in anew.learned] == [2 * COST] * whole
     step = anew.seen.steps[-1]
-    assert step.over and step.agent is not None and step.agent.tasks == [] and step.usage is None
+    assert step.over and step.agent is not None and step.agent.tasks == () and step.usage is None
     assert kept([*scene.seen.steps, step]) == []
 
 
@@ -560,7 +560,7 @@ def test_a_record_survives_as_it_is() -> None:
         prediction=AgentPrediction(1.0, 2.0, "ladder"),
         judged=AgentPrediction(3.0, 4.0, "model"),
         schema=SCHEMA,
-        aliases=["x", "y"],
+        aliases=("x", "y"),
         tasks=[task],
     )
     packed = msgspec.msgpack.encode(record)

@@ -109,12 +109,12 @@ def test_a_task_of_a_sub_agent_counts_for_its_root_and_is_remembered_with_it() -
     scene.serve("a", 5.0, alias="a")
     scene.serve("a", 5.0)
     agent = scene.agent()
-    assert agent is not None and (agent.arrived, agent.record.aliases) == (4, ["child"])
+    assert agent is not None and (agent.arrived, agent.record.aliases) == (4, ("child",))
     assert roots.root_of("t", "child", None) == "a"
     anew = scene.restarted()
     assert anew.flow.agents.roots.root_of("t", "child", None) == "a"
     anew.serve("a", 5.0, alias="other", final=True)
-    assert anew.learned[0].cost == 25 and anew.seen.ended[0].record.aliases == ["child", "other"]
+    assert anew.learned[0].cost == 25 and anew.seen.ended[0].record.aliases == ("child", "other")
     assert anew.flow.agents.roots.root_of("t", "child", None) == "a", "also after its end"
 
 
@@ -130,7 +130,7 @@ def test_the_names_that_are_kept_with_an_agent_are_bounded(monkeypatch: pytest.M
     scene = Scene()
     for number in range(5):
         agent = scene.serve("a", 5.0, alias=f"c{number}")
-    assert agent.record.aliases == ["c0", "c1", "c2"]
+    assert agent.record.aliases == ("c0", "c1", "c2")
     assert scene.flow.agents.roots.root_of("t", "c4", None) == "a", "beyond them, by this process alone"
     assert MAX_ALIASES == 256
 

@@ -16,7 +16,7 @@ from gateway.flowcontrol.records import UsageRow
 from gateway.protocol.errors import Outcome
 from gateway.protocol.usage import Usage
 from predictor.cost import task_cost
-from tests.flowcontrol.scene import CONTENT, COST, USAGE, Scene
+from tests.flowcontrol.scene import CONTENT, COST, ROW, USAGE, Scene
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def test_a_completed_task_is_kept_with_its_place_in_its_agents_life() -> None:
     assert one is not None and other is not None
     assert (one.arrived_s, one.ended_s, one.max_tokens, one.prompt, one.system) == (1.5, 5, 7, "asked", "told")
     assert (other.arrived_s, other.ended_s, other.max_tokens, other.prompt) == (0, 5, None, None)
-    assert (one.prompt_bytes, one.row, one.prompts, one.sequences) == (40, b"row", 1, 1)
+    assert (one.prompt_bytes, one.row, one.prompts, one.sequences) == (40, ROW, 1, 1)
     assert [step.place for step in scene.seen.steps] == [0, 1]
     assert [step.first for step in scene.seen.steps] == [True, False]
 
