@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 
-# Shares are rounded, and what is held is whole: so little more never is a unit more, and else the last unit could be lost.
+# Shares are rounded, and what is held is whole: so little more is never a unit more, and the last unit is not lost.
 ROUNDING = 1e-12
 
 
