@@ -56,7 +56,9 @@ def test_agents_that_were_each_the_others_sub_agent_make_no_circle() -> None:
     assert fold(roots, "a") == fold(roots, "b") == "b"
 
 
-@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.none() | st.sampled_from("abcdef"), st.booleans()), max_size=40))
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.none() | st.sampled_from("abcdef"), st.booleans()), max_size=40)
+)
 def test_every_name_has_a_root_that_is_its_own(steps: list[tuple[str, str | None, bool]]) -> None:
     roots = Roots()
     for name, parent, restored in steps:

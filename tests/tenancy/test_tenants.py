@@ -150,5 +150,3 @@ def test_without_weights_they_share_alike() -> None:
         driver.now = Iterations(driver.now + 0.5)
         driver.complete(release.task.id, 50, 50)
     assert served.count("red") == served.count("blue") == 30
-
-
