@@ -62,4 +62,4 @@ def with_tasks(agent: AgentRecord, tasks: Mapping[int, FinishedTask]) -> AgentRe
     """A live agent as a store returns it: with its tasks, without texts."""
     replace = msgspec.structs.replace
     in_order = [replace(tasks[place], prompt=None, system=None) for place in sorted(tasks)]
-    return replace(agent, tasks=in_order, whole=agent.whole and len(in_order) == agent.answered)
+    return replace(agent, tasks=tuple(in_order), whole=agent.whole and len(in_order) == agent.answered)

@@ -52,7 +52,7 @@ def test_without_a_prediction_there_is_still_an_estimate() -> None:
     estimate = estimate_arrival(Fixed(), TaskContent(400, sequences=2), progress, None)
     assert estimate.cost == 2 * task_cost(100, PRIOR_DECODE_TOKENS, 0)
     assert (estimate.agent.cost, estimate.agent.source) == (77 + estimate.cost, NO_SOURCE)
-    assert (estimate.sketch, estimate.row) == (None, b"")
+    assert (estimate.sketch, estimate.numbers) == (None, b"")
     assert estimate_agent(Fixed(), progress) == 77.0
 
 

@@ -561,7 +561,7 @@ def test_a_record_survives_as_it_is() -> None:
         judged=AgentPrediction(3.0, 4.0, "model"),
         schema=SCHEMA,
         aliases=("x", "y"),
-        tasks=[task],
+        tasks=(task,),
     )
     packed = msgspec.msgpack.encode(record)
     scene = Scene(begin_s=50.0, journal="k")
@@ -571,7 +571,7 @@ def test_a_record_survives_as_it_is() -> None:
     assert (agent.id, agent.arrived, agent.awaited, agent.cost_ended) == ("red/a", 2, 0, task.cost)
     assert (agent.first_arrival_s, agent.last_end_s, agent.tasks) == (-50, -40, [task])
     (written,) = [step.agent for step in scene.seen.steps if step.agent is not None]
-    assert written == msgspec.structs.replace(record, journal="k", tasks=[])
+    assert written == msgspec.structs.replace(record, journal="k", tasks=())
     assert [scene.flow.agents.roots.root_of("red", name, None) for name in ("x", "y", "z")] == ["a", "a", "z"]
 
 
@@ -588,7 +588,7 @@ def test_a_predictor_copes_without_the_sketches() -> None:
     assert (progress.opening, progress.latest, progress.tasks_arrived) == (None, None, 1)
     arrival = learned.arrive(content, progress)
     assert arrival.agent.cost > COST and math.isfinite(arrival.agent.cost)
-    assert len(arrival.row) == len(learned.arrive(content, before.progress(COST)).row)
+    assert len(arrival.numbers) == len(learned.arrive(content, before.progress(COST)).numbers)
     assert learned.predict_agent(progress).cost >= COST
     anew.serve(held=COST, content=content, final=True)
     assert len(anew.learned) == 1

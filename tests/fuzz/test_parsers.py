@@ -11,9 +11,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.flowcontrol import agent_id_of
+from gateway.flowcontrol.agents import Roots
 from gateway.protocol.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
 from gateway.protocol.endpoints import CHAT, COMPLETIONS, Endpoint
-from gateway.protocol.identify import ID_FIELDS, Roots
+from gateway.protocol.identify import ID_FIELDS
 from tests.fuzz.bounds import bounded
 from tests.fuzz.properties import body_holds, identity_holds, metrics_hold, stream_holds, usage_holds
 from tests.fuzz.values import HEADERS, any_body, endpoints, header_values, json_text
@@ -39,23 +40,30 @@ def test_identities(headers: dict[str, str], fields: dict[str, str]) -> None:
 names = st.sampled_from("abcdef")
 
 
+def fold(roots: Roots, tenant: str, name: str, parent: str | None) -> str:
+    """A request of `name`, which names this parent, has arrived."""
+    root = roots.root_of(tenant, name, parent)
+    roots.remember(tenant, name, root)
+    return root
+
+
 @given(st.lists(st.tuples(st.sampled_from(("red", "blue")), names, st.none() | names), max_size=30))
 @bounded(500)
 def test_folding_makes_no_circles(folds: list[tuple[str, str, str | None]]) -> None:
     """An agent's root is its own root, and who names one has it, unless it is below oneself."""
     roots = Roots()
     for tenant, name, parent in folds:
-        root = roots.fold(tenant, name, parent)
-        assert roots.fold(tenant, root, None) == root
-        assert roots.fold(tenant, name, None) == root
+        root = fold(roots, tenant, name, parent)
+        assert fold(roots, tenant, root, None) == root
+        assert fold(roots, tenant, name, None) == root
         if parent is not None:
-            assert roots.fold(tenant, parent, None) == root
+            assert fold(roots, tenant, parent, None) == root
     alone = Roots()
     for tenant, name, parent in folds:
         if tenant == "red":
-            alone.fold(tenant, name, parent)
+            fold(alone, tenant, name, parent)
     for name in "abcdef":
-        assert alone.fold("red", name, None) == roots.fold("red", name, None), "another tenant's say changes nothing"
+        assert fold(alone, "red", name, None) == fold(roots, "red", name, None), "another tenant's say changes nothing"
 
 
 tenants = st.text(string.ascii_letters + string.digits + "._-", min_size=1, max_size=5)

@@ -60,7 +60,7 @@ def test_what_is_predicted_is_passed_on() -> None:
     guarded = GuardedPredictor(learned, counted)
     arrival, expected = guarded.arrive(CONTENT, NEW), learned.arrive(CONTENT, NEW)
     assert arrival is not None
-    assert (arrival.task, arrival.agent, arrival.row) == (expected.task, expected.agent, expected.row)
+    assert (arrival.task, arrival.agent, arrival.numbers) == (expected.task, expected.agent, expected.numbers)
     assert guarded.predict_agent(NEW) == learned.predict_agent(NEW)
     assert counted.failed == [False]
     before = arrival.agent

@@ -58,7 +58,7 @@ class Life:
             whole=self.whole,
             prediction=AgentPrediction(500.0, 900.0, "ladder"),
             schema=SCHEMA,
-            aliases=["other"],
+            aliases=("other",),
         )
 
     @property
@@ -85,4 +85,4 @@ class Life:
     @property
     def living(self) -> AgentRecord:
         """As a store gives it back."""
-        return msgspec.structs.replace(self.state, tasks=list(self.tasks))
+        return msgspec.structs.replace(self.state, tasks=tuple(self.tasks))
