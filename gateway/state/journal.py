@@ -52,7 +52,6 @@ class Journal:
         # Ids of the journals of other gateways that live on this machine and share the root.
         self.live_journals: set[str] = set()
         self._root = root
-        self._runs = 0
         self._unreadable = 0  # journals
         self._writer = Writer(self.id, root)
         self._pump = Pump(self.id, store, self._writer, kept_agents=kept_agents, clock=clock)
@@ -86,11 +85,6 @@ class Journal:
         counts = Counts(pump.errors, writer.unwritten, pump.lost + writer.unpackable)
         pump.errors = pump.lost = writer.unwritten = writer.unpackable = 0
         return counts
-
-    def new_run(self) -> str:
-        """A name for an agent that no other agent has, or had."""
-        self._runs += 1
-        return f"{self.id}-{self._runs}"
 
     def write(self, record: Step) -> None:
         """Return at once, and raise nothing. The step then outlives this process, if the disk took it."""

@@ -707,11 +707,5 @@ async def test_a_clients_words_that_cannot_be_packed_do_no_harm(store: Flaky, ro
         assert journal.take_counts().given_up == 1
 
 
-async def test_runs_have_names_of_their_own(store: Flaky) -> None:
-    journals = [Journal(store), Journal(store)]
-    names = [journal.new_run() for journal in journals for _ in range(3)]
-    assert len(set(names)) == 6
-
-
 def test_the_first_batch_of_a_journal_is_not_one_of_its_files() -> None:
     assert fold([], "j", 1).number < Journal(MemoryStore())._writer._open.first

@@ -150,7 +150,7 @@ async def test_live_agents_come_back_with_their_tasks(store: Store) -> None:
     await store.apply(fold([a.correct(0, 77.0), a.answer(), b.answer(prompt="private", system="too")], journal, 2))
     one, two = await live(store, a, b)
     assert one == a.living
-    assert two.tasks == [without_texts(b.sample).tasks[0]], "without texts"
+    assert two.tasks == (without_texts(b.sample).tasks[0],), "without texts"
 
 
 async def test_who_ends_is_a_finished_agent(store: Store) -> None:
