@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gateway.cli import main
+from gateway.cli.main import main
 from gateway.extras import can_train, missing
 
 

@@ -123,7 +123,7 @@ def schema_page() -> str:
 def openapi_page() -> str:
     async def told() -> dict[str, Any]:
         app = await create_app(GatewaySettings(engine="http://127.0.0.1", state="memory:"))
-        await app.state.parts.client.close()
+        await app.client.close()
         return app.openapi()
 
     return json.dumps(asyncio.run(told()), indent=2, ensure_ascii=False) + "\n"

@@ -45,7 +45,7 @@ def operation_routes(
         is_ready = flow.engine.up and not flow.draining
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
-    @router.get("/metrics", response_class=PlainTextResponse)
+    @router.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
         """As Prometheus reads them."""
         _refresh(metrics, flow, journal, accuracy, learning)

@@ -97,18 +97,17 @@ class Roots:
 
     def remember(self, tenant: str, name: str, root: str) -> None:
         """A request of `name` has arrived, and counts as its root's."""
-        root = self._root(tenant, root)  # it may have come below another one since it was looked up, or below `name`
-        if name != root:
+        if (root := self._root(tenant, root)) != name:
             self._roots.put(tenant, name, root)
 
     def _root(self, tenant: str, name: str) -> str:
-        # There is no circle: a name is only put below a root that is not the name itself.
-        passed: list[str] = []
+        # There is no circle: a name is only put below a root that is not the name itself, and has no root.
+        below = []
         while (above := self._roots.get(tenant, name)) is not None:
-            passed.append(name)
+            below.append(name)
             name = above
-        for below in passed[:-1]:  # so that a long chain is gone through once
-            self._roots.put(tenant, below, name)
+        for descendant in below[:-1]:  # else a long chain would be gone through each time
+            self._roots.put(tenant, descendant, name)
         return name
 
 
@@ -150,14 +149,14 @@ class Agents:
             idle.pop(agent.id, None)
 
     def overdue(self, since_s: float) -> list[LiveAgent]:
-        """Idle agents whose last task ended at or before this time, or that are final, and those that a tenant has too many
-        of."""
-        return [
-            agent
-            for idle in self._idle.values()
-            for number, agent in enumerate(idle.values())
-            if len(idle) - number > MAX_IDLE or agent.last_end_s <= since_s or agent.record.final
-        ]
+        """Idle agents whose last task ended at or before this time, and those that a tenant has too many of."""
+        found: list[LiveAgent] = []
+        for idle in self._idle.values():
+            for number, agent in enumerate(idle.values()):
+                if len(idle) - number <= MAX_IDLE and agent.last_end_s > since_s and not agent.record.final:
+                    break
+                found.append(agent)
+        return found
 
     def remove(self, agent: LiveAgent) -> list[FinishedTask]:
         """Forgets an agent that has ended. Returns its tasks whose KV will not be known."""

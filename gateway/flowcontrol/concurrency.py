@@ -16,6 +16,10 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 
+# Shares are rounded, and what is held is whole: so little more is never a unit more, and the last unit is not lost.
+ROUNDING = 1e-12
+
+
 class Sharer(Protocol):
     """A tenant, as far as its share goes."""
 
@@ -41,7 +45,7 @@ def fits(limit: int, size: int, mine: Part, others: Iterable[Part], total_weight
     if wanted <= max(1.0, share * mine.weight) and wanted <= limit:
         return True
     beyond = wanted - share * mine.weight + sum(max(0.0, other.held - share * other.weight) for other in others)
-    return beyond <= limit / 2
+    return beyond <= limit / 2 * (1 + ROUNDING)
 
 
 class ConcurrencyLimit:

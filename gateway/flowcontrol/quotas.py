@@ -348,4 +348,6 @@ class Quotas:
             return True
         mine = Part(amount(account.load), account.limits.weight)
         others = (Part(amount(each.load), each.limits.weight) for each in self if each is not account)
-        return fits(limit, more, mine, others, sum(each.limits.weight for each in self))
+        # A tenant that is not known any more is kept no room, once nothing of it is here.
+        known = (each for each in self if each.name in self._limits or each.load.tasks)
+        return fits(limit, more, mine, others, sum(each.limits.weight for each in known))

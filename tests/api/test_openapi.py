@@ -38,7 +38,7 @@ async def served() -> AsyncIterator[tuple[dict[str, Any], set[tuple[str, str]]]]
         for method in route.methods or ()
     }
     yield app.openapi(), routes
-    await app.state.app.client.close()
+    await app.client.close()
 
 
 async def test_all_that_is_served_is_in_it(served: tuple[dict[str, Any], set[tuple[str, str]]]) -> None:

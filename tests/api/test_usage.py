@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from gateway.api.usage import HEADER, MAX_ROWS, to_csv, usage_routes
 from gateway.config.settings import TenantSettings
+from gateway.flowcontrol import Now, Quotas
 from gateway.flowcontrol.records import TenantUsage, UsageRow
 from gateway.state import StateError
 from gateway.telemetry.metrics import Metrics
@@ -59,13 +60,8 @@ class Scene:
     def __init__(self, keys: Keys | None = None) -> None:
         self.books = Books()
         self.now = float(NOW)
-        self.tenants = Tenants(
-            keys or Keys(),
-            {"boss": TenantSettings(admin=True)},
-            max_waiting=1,
-            max_waiting_bytes=1,
-            wall=lambda: self.now,
-        )
+        self.tenants = Tenants(keys or Keys(), {"boss": TenantSettings(admin=True)})
+        self.quotas = Quotas(1, 1)
         observer = Observer(Metrics(CollectorRegistry(), version="", policy=""))
         app = FastAPI()
         app.include_router(usage_routes(self.tenants, observer, self.books, self.books.flush, wall=lambda: self.now))
@@ -73,9 +69,9 @@ class Scene:
         self.client = TestClient(app)
 
     def use(self, tenant: str, *, hours_ago: int = 0, **used: Any) -> None:
-        self.now = NOW - hours_ago * HOUR
-        self.books.unwritten.append(self.tenants.charge(self.tenants.named(tenant), TenantUsage(**used)))
-        self.now = NOW
+        then = Now(0, NOW - hours_ago * HOUR)
+        account = self.quotas.account(tenant, then.ns)
+        self.books.unwritten.append(self.quotas.charge(then, account, TenantUsage(**used)))
 
     def get(self, key: str | None = None, **query: object) -> Any:
         return self.client.get("/v1/usage", params=query, headers={"x-api-key": key} if key else {})

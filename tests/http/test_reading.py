@@ -15,7 +15,7 @@ RED, BLUE = Tenant("red"), Tenant("blue")
 
 
 def test_what_comes_is_held_and_given_back_once() -> None:
-    budget = ConcurrencyLimit(100, lambda: False)
+    budget = ConcurrencyLimit(100)
     first, second = HeldBody(budget, RED), HeldBody(budget, RED)
     first.grow(60)
     second.grow(40)
@@ -28,7 +28,7 @@ def test_what_comes_is_held_and_given_back_once() -> None:
 
 
 def test_above_the_limit_it_is_refused_and_nothing_has_changed() -> None:
-    budget = ConcurrencyLimit(100, lambda: False)
+    budget = ConcurrencyLimit(100)
     first, second = HeldBody(budget, RED), HeldBody(budget, RED)
     first.grow(60)
     second.grow(30)
@@ -41,7 +41,7 @@ def test_above_the_limit_it_is_refused_and_nothing_has_changed() -> None:
 
 
 def test_what_is_announced_must_fit_and_is_not_held() -> None:
-    budget = ConcurrencyLimit(100, lambda: False)
+    budget = ConcurrencyLimit(100)
     held = HeldBody(budget, RED)
     held.expect(100)
     assert budget.held == 0
@@ -53,10 +53,10 @@ def test_what_is_announced_must_fit_and_is_not_held() -> None:
 
 
 def test_one_tenant_leaves_room_for_another() -> None:
-    budget = ConcurrencyLimit(100)
+    budget = ConcurrencyLimit(100, lambda: RED.weight + BLUE.weight)
     red, blue = HeldBody(budget, RED), HeldBody(budget, BLUE)
-    red.grow(50)
-    with pytest.raises(QueueFull, match="tenant red holds 50, all tenants together 50, of at most 100"):
+    red.grow(75)
+    with pytest.raises(QueueFull, match="tenant red holds 75, all tenants together 75, of at most 100"):
         red.grow(1)
     with pytest.raises(QueueFull):
         HeldBody(budget, RED).expect(1)
@@ -68,7 +68,7 @@ def test_one_tenant_leaves_room_for_another() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 60), st.booleans())))
 def test_never_more_than_the_limit_and_never_less_than_nothing(steps: list[tuple[int, int, bool]]) -> None:
-    budget = ConcurrencyLimit(100, lambda: False)
+    budget = ConcurrencyLimit(100)
     bodies = [HeldBody(budget, RED) for _ in range(5)]
     for number, size, release in steps:
         if release:

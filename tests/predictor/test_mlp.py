@@ -84,5 +84,5 @@ def test_texts_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_missing_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(MlpUnavailable, match="needs scikit-learn and torch"):
+    with pytest.raises(MlpUnavailable, match="needs torch and scikit-learn"):
         PaperMlp().fit(samples())

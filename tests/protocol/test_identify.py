@@ -3,9 +3,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from gateway.protocol import identify as module
 from gateway.protocol.errors import InvalidRequest
-from gateway.protocol.identify import Identity, Roots, identify
+from gateway.protocol.identify import Identity, identify
 
 
 def identified(headers: dict[str, str] | None = None, **fields: object) -> Identity:
@@ -162,56 +161,3 @@ def test_any_text_of_others_names_an_agent(key: str) -> None:
 )
 def test_whose_part_it_is(headers: dict[str, str], parent: str | None) -> None:
     assert identified(headers).parent == parent
-
-
-def test_sub_agents_of_any_depth_are_their_root() -> None:
-    roots = Roots()
-    assert roots.fold("t", "root", None) == "root"
-    assert roots.fold("t", "child", "root") == "root"
-    assert roots.fold("t", "grandchild", "child") == "root"
-    assert roots.fold("t", "grandchild", None) == "root", "also when it does not say so again"
-    assert roots.fold("other", "child", None) == "child", "of another tenant"
-
-
-def test_a_parent_that_turns_out_to_have_one_itself() -> None:
-    roots = Roots()
-    assert roots.fold("t", "c", "b") == "b"
-    assert roots.fold("t", "b", "a") == "a"
-    assert roots.fold("t", "c", None) == "a"
-
-
-def test_circles_are_cut() -> None:
-    roots = Roots()
-    assert roots.fold("t", "a", "a") == "a"
-    assert roots.fold("t", "a", "b") == "b"
-    assert roots.fold("t", "b", "c") == "c"
-    assert roots.fold("t", "c", "a") == "c"
-    assert {roots.fold("t", name, None) for name in "abc"} == {"c"}
-
-
-def test_a_long_chain_is_gone_through_once() -> None:
-    roots = Roots()
-    for number in range(20_000):  # each is told to be below the next, whose own parent comes later
-        roots.fold("t", str(number), str(number + 1))
-    for _ in range(2000):
-        assert roots.fold("t", "0", None) == "20000"
-    assert roots.fold("t", "10000", None) == "20000"
-
-
-def test_of_sub_agents_so_many_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_ALIASES", 2)
-    roots = Roots()
-    for child in ("c1", "c2"):
-        roots.fold("t", child, "root")
-    assert roots.fold("t", "c1", None) == "root"
-    roots.fold("t", "c3", "root")
-    assert [roots.fold("t", child, None) for child in ("c1", "c2", "c3")] == ["root", "c2", "root"]
-
-
-def test_no_tenant_makes_another_forget_its_sub_agents(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_ALIASES", 4)
-    roots = Roots()
-    roots.fold("red", "child", "root")
-    for number in range(10):
-        roots.fold("blue", f"c{number}", "root")
-    assert roots.fold("red", "child", None) == "root"

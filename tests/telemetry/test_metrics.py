@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry
 
-from gateway.protocol.errors import Outcome
-from gateway.telemetry.metrics import MAX_CLASSES, MAX_MODELS, Metrics
+from gateway.flowcontrol.records import UsageRow
+from gateway.protocol.errors import Outcome, Reason
+from gateway.telemetry.metrics import MAX_CLASSES, MAX_MODELS, MAX_TENANTS, Metrics
 
 
 @pytest.fixture
@@ -71,3 +72,21 @@ def test_a_tenant_that_makes_up_classes_leaves_labels_for_others(metrics: Metric
         for agent_class in ("run-0", f"run-{MAX_CLASSES - 1}", "rag", "other")
     }
     assert ended == {"run-0": 1, f"run-{MAX_CLASSES - 1}": None, "rag": 2, "other": MAX_CLASSES // 2}
+
+
+def test_labels_of_tenants_are_bounded(metrics: Metrics, registry: CollectorRegistry) -> None:
+    for number in range(MAX_TENANTS + 5):
+        metrics.rejected(f"t{number}", Reason.TASKS)
+        metrics.charged(UsageRow(f"t{number}", 0, 1, 10, 4, 2, 7.5))
+    metrics.charged(UsageRow("t0", 0, kv_cost=-1.5))
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"justitia_{name}", labels)
+
+    assert value("rejected_total", reason="tasks") == MAX_TENANTS + 5
+    assert value("rejected_total", reason="bytes") == 0, "there from the start"
+    assert (value("tenant_rejected_total", tenant="t0"), value("tenant_rejected_total", tenant="other")) == (1, 5)
+    assert value("tenant_requests_total", tenant="t0") == 1
+    kinds = [value("tenant_tokens_total", tenant="other", kind=kind) for kind in ("prompt", "cached", "completion")]
+    assert kinds == [50, 20, 10]
+    assert value("tenant_kv_token_iterations_total", tenant="t0") == 7.5

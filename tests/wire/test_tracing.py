@@ -281,7 +281,7 @@ from gateway.config.settings import GatewaySettings
 async def main():
     settings = {"engine": "http://127.0.0.1:1", "state": "memory:"}
     app = await create_app(GatewaySettings(**settings))
-    print(app.state.app.observer.tracing)
+    print(app.observer.tracing)
     try:
         await create_app(GatewaySettings(**settings, otlp_endpoint="http://127.0.0.1:1"))
     except NoOpenTelemetry as error:
