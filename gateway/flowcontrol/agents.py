@@ -149,14 +149,14 @@ class Agents:
             idle.pop(agent.id, None)
 
     def overdue(self, since_s: float) -> list[LiveAgent]:
-        """Idle agents whose last task ended at or before this time, and those that a tenant has too many of."""
-        found: list[LiveAgent] = []
-        for idle in self._idle.values():
-            for number, agent in enumerate(idle.values()):
-                if len(idle) - number <= MAX_IDLE and agent.last_end_s > since_s and not agent.record.final:
-                    break
-                found.append(agent)
-        return found
+        """Idle agents whose last task ended at or before this time, or that are final, and those that a tenant has too many
+        of."""
+        return [
+            agent
+            for idle in self._idle.values()
+            for number, agent in enumerate(idle.values())
+            if len(idle) - number > MAX_IDLE or agent.last_end_s <= since_s or agent.record.final
+        ]
 
     def remove(self, agent: LiveAgent) -> list[FinishedTask]:
         """Forgets an agent that has ended. Returns its tasks whose KV will not be known."""
