@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
-
 # Shares are rounded, and what is held is whole: so little more is never a unit more, and the last unit is not lost.
 ROUNDING = 1e-12
 

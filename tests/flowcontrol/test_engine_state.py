@@ -1,19 +1,26 @@
+"""What is known of an engine: its clock, capacity and counters over all of its lives, and when it takes tasks."""
+
 from __future__ import annotations
 
 import math
-from copy import deepcopy
 
 import msgspec
 import pytest
 
 from engine.link import PROTOCOL, Ended, Hello, Report
 from gateway.flowcontrol.engine_state import (
+    BACK_OFF_S,
     CAPACITY_ENOUGH,
     CAPACITY_HORIZON,
+    LONGEST_BACK_OFF_S,
+    RECOVERED_S,
     REMEMBERED_ENDS,
+    SLOTS_OF_STOCK,
+    SLOTS_WITHOUT_CAPACITY,
     Counters,
-    EngineView,
+    EngineState,
     ServedCapacity,
+    ServedRate,
 )
 
 
@@ -36,106 +43,56 @@ def report(iteration: int, life: str = "one", preempted: int = 0) -> Report:
 
 
 def test_a_report_before_hello_is_not_counted() -> None:
-    view = EngineView()
-    view.hear(report(5), 0)
-    assert view.iterations == 0
-    assert not view.reporting
+    state = EngineState()
+    state.take(report(5), 0)
+    assert state.iterations == 0
+    assert not state.reporting
 
 
-def test_hello_and_report_tell_capacity_clock_and_what_is_held() -> None:
-    view = EngineView()
-    view.hear(hello(), 0)
-    view.hear(report(1000), 0)
-    view.hear(report(1005), 0)
-    assert view.capacity_tokens == 127 * 32
-    assert (view.engine_max_num_seqs, view.max_model_len) == (64, 2048)
-    assert view.now == 5, "what the engine did before we came is not ours to count"
-    assert (view.running, view.waiting, view.held_tokens) == (2, 1, 27 * 32)
-    assert view.held[7].output_tokens == 3
+def test_hello_and_report_give_capacity_clock_and_what_is_held() -> None:
+    state = EngineState()
+    state.take(hello(), 0)
+    state.take(report(1000), 0)
+    state.take(report(1005), 0)
+    assert state.capacity_tokens == 127 * 32
+    assert (state.engine_max_num_seqs, state.max_model_len) == (64, 2048)
+    assert state.now == 5, "what the engine did before we came is not ours to count"
+    assert (state.running, state.waiting, state.held_tokens) == (2, 1, 27 * 32)
+    assert state.held[7].output_tokens == 3
 
 
 def test_the_clock_goes_on_over_restarts_and_never_back() -> None:
-    view = EngineView()
-    view.hear(hello(), 0)
-    view.hear(report(0), 0)
-    view.hear(report(100, preempted=4), 0)
-    view.hear(report(99), 0)  # late
-    assert view.now == 100
-    view.lost()
-    assert view.held == {}
-    view.hear(hello("two"), 0)
-    view.hear(report(101, "one"), 0)  # of the engine that is gone
-    view.hear(report(10, "two", preempted=1), 0)
-    assert (view.now, view.counters.preempted, view.restarts) == (110, 5, 1)
+    state = EngineState()
+    state.take(hello(), 0)
+    state.take(report(0), 0)
+    state.take(report(100, preempted=4), 0)
+    state.take(report(99), 0)  # late
+    assert state.now == 100
+    state.is_down()
+    assert state.held == {}
+    state.take(hello("two"), 0)
+    state.take(report(101, "one"), 0)  # of the engine that is gone
+    state.take(report(10, "two", preempted=1), 0)
+    assert (state.now, state.counters.preempted, state.restarts) == (110, 5, 1)
 
 
-def test_what_the_settings_declare_goes_over_what_the_engine_says() -> None:
-    view = EngineView(declared_capacity_tokens=1000)
-    view.hear(hello(), 0)
-    assert view.capacity_tokens == 1000
+def test_what_the_settings_declare_goes_before_what_the_engine_reports() -> None:
+    state = EngineState(declared_capacity_tokens=1000)
+    state.take(hello(), 0)
+    assert state.capacity_tokens == 1000
 
 
-METRICS = """\
-# TYPE vllm:cache_config_info gauge
-vllm:cache_config_info{{block_size="16",num_gpu_blocks="459",engine="0"}} 1.0
-# TYPE vllm:iteration_tokens_total histogram
-vllm:iteration_tokens_total_bucket{{engine="0",le="+Inf"}} {iterations}
-vllm:iteration_tokens_total_count{{engine="0"}} {iterations}
-vllm:num_requests_running{{engine="0"}} 3.0
-vllm:num_requests_waiting{{engine="0"}} 2.0
-vllm:kv_cache_usage_perc{{engine="0"}} 0.5
-# TYPE vllm:num_preemptions counter
-vllm:num_preemptions_total{{engine="0"}} 6.0
-vllm:num_preemptions_created{{engine="0"}} 1.7e9
-"""
-
-
-def test_a_stock_engine_is_read_from_its_metrics() -> None:
-    view = EngineView()
-    view.read_metrics(METRICS.format(iterations=40), 0)
-    view.read_metrics(METRICS.format(iterations=50), 0)
-    assert view.capacity_tokens == 459 * 16
-    assert (view.now, view.running, view.waiting, view.counters.preempted) == (10, 3, 2, 0)
-    assert view.held_tokens == 459 * 16 / 2
-    view.read_metrics(METRICS.format(iterations=8), 0)
-    assert (view.now, view.restarts) == (18, 1)
-
-
-@pytest.mark.parametrize("odd", ["<html>502 Bad Gateway</html>", '{"detail":"Not Found"}', "", "up 1\n"])
-def test_odd_metrics_are_refused_and_change_nothing(odd: str) -> None:
-    view = EngineView()
-    view.read_metrics(METRICS.format(iterations=40), 0)
-    with pytest.raises(ValueError, match=r".+"):
-        view.read_metrics(odd, 0)
-    view.read_metrics(METRICS.format(iterations=41), 0)
-    assert (view.now, view.restarts) == (1, 0)
-
-
-@pytest.mark.parametrize("value", ["NaN", "-100", "1e300", "1e17", "1.0.0"])
-@pytest.mark.parametrize(
-    "name", ["iteration_tokens_total_count", "num_requests_running", "kv_cache_usage_perc", "num_preemptions_total"]
-)
-def test_values_that_none_can_have_are_refused_and_change_nothing(name: str, value: str) -> None:
-    view = EngineView()
-    view.read_metrics(METRICS.format(iterations=40), 0)
-    before = deepcopy(view)
-    odd = f'vllm:cache_config_info{{num_gpu_blocks="9",block_size="9"}} 1\nvllm:{name} {value}\n'
-    with pytest.raises(ValueError, match=r".+"):
-        view.read_metrics(f"{odd}vllm:iteration_tokens_total_count 41", 1)
-    assert view == before
-
-
-def test_a_link_that_falls_silent_is_said_to_be_and_its_last_word_does_not_hold() -> None:
-    view = EngineView()
-    view.hear(hello(), 100)
-    view.hear(report(5), 100)
-    view.silent(104)
-    assert view.reporting
-    view.silent(106)
-    assert not view.reporting
-    assert (view.waiting, view.running, view.held) == (0, 0, {})
-    view.hear(report(6), 107)
-    assert view.reporting
+def test_a_link_that_falls_silent_does_not_report_and_its_last_report_does_not_hold() -> None:
+    state = EngineState()
+    state.take(hello(), 100)
+    state.take(report(5), 100)
+    state.check_silence(104)
+    assert state.reporting
+    state.check_silence(106)
+    assert not state.reporting
+    assert (state.waiting, state.running, state.held) == (0, 0, {})
+    state.take(report(6), 107)
+    assert state.reporting
 
 
 def test_the_effective_capacity_is_the_whole_until_there_is_enough_to_go_by() -> None:
@@ -178,7 +135,7 @@ def test_the_effective_capacity_is_at_most_the_whole() -> None:
 
 
 @pytest.mark.parametrize("iterations", [0.0, -3.0])
-def test_a_clock_that_stands_still_says_nothing_of_capacity(iterations: float) -> None:
+def test_a_clock_that_stands_still_shows_nothing_of_capacity(iterations: float) -> None:
     served = ServedCapacity()
     served.observe(1000, 600)
     served.observe(iterations, 0)
@@ -194,74 +151,140 @@ def counted(life: str, iteration: int, *counters: int) -> Report:
 
 
 def test_counters_go_on_over_the_lives_of_the_engine() -> None:
-    view = EngineView()
-    view.hear(hello("one"), 0)
-    view.hear(counted("one", 10, 5, 500, 2, 200, 7), 0)
-    assert view.counters == Counters(), "what was counted before we came"
-    view.hear(counted("one", 20, 6, 520, 3, 210, 7), 0)
-    assert view.counters == Counters(1, 20, 1, 10, 0)
-    view.hear(counted("one", 15, 1, 1, 1, 1, 1), 0)
-    assert view.counters == Counters(1, 20, 1, 10, 0), "an old word"
-    view.hear(counted("one", 20, 6, 520, 3, 210, 7), 0)
-    assert view.counters == Counters(1, 20, 1, 10, 0), "and the last one again"
-    view.hear(hello("one"), 0)  # for another subscriber
-    view.hear(counted("one", 30, 7, 530, 3, 210, 8), 0)
-    assert view.counters == Counters(2, 30, 1, 10, 1)
-    view.hear(hello("two"), 0)
-    view.hear(counted("two", 3, 4, 40, 1, 11, 2), 0)
-    assert (view.counters, view.restarts) == (Counters(6, 70, 2, 21, 3), 1)
-    view.hear(counted("one", 99, 99, 99, 99, 99, 99), 0)
-    assert view.counters == Counters(6, 70, 2, 21, 3), "of the engine that is gone"
+    state = EngineState()
+    state.take(hello("one"), 0)
+    state.take(counted("one", 10, 5, 500, 2, 200, 7), 0)
+    assert state.counters == Counters(), "what was counted before we came"
+    state.take(counted("one", 20, 6, 520, 3, 210, 7), 0)
+    assert state.counters == Counters(1, 20, 1, 10, 0)
+    state.take(counted("one", 15, 1, 1, 1, 1, 1), 0)
+    assert state.counters == Counters(1, 20, 1, 10, 0), "an old report"
+    state.take(counted("one", 20, 6, 520, 3, 210, 7), 0)
+    assert state.counters == Counters(1, 20, 1, 10, 0), "and the last one again"
+    state.take(hello("one"), 0)  # for another subscriber
+    state.take(counted("one", 30, 7, 530, 3, 210, 8), 0)
+    assert state.counters == Counters(2, 30, 1, 10, 1)
+    state.take(hello("two"), 0)
+    state.take(counted("two", 3, 4, 40, 1, 11, 2), 0)
+    assert (state.counters, state.restarts) == (Counters(6, 70, 2, 21, 3), 1)
+    state.take(counted("one", 99, 99, 99, 99, 99, 99), 0)
+    assert state.counters == Counters(6, 70, 2, 21, 3), "of the engine that is gone"
 
 
 def test_what_is_kept_is_in_tokens() -> None:
-    view = EngineView()
-    view.hear(hello(), 0)
-    view.hear(msgspec.structs.replace(report(1), kept_blocks=5), 0)
-    assert view.kept_tokens == 5 * 32
-    view.lost()
-    assert view.kept_tokens == 0
+    state = EngineState()
+    state.take(hello(), 0)
+    state.take(msgspec.structs.replace(report(1), kept_blocks=5), 0)
+    assert state.kept_tokens == 5 * 32
+    state.is_down()
+    assert state.kept_tokens == 0
 
 
 # What tasks held
 
 
-def test_what_a_task_held_is_the_sum_over_its_sequences_and_is_told_once() -> None:
-    view = EngineView()
-    view.hear(hello(), 0)
-    view.hear(Ended("one", {7: 100.0, 8: 5.0}), 0)
-    view.hear(Ended("one", {7: 20.5}), 0)
-    assert view.held_by(7) == 120.5
-    assert view.held_by(7) is None
-    assert view.held_by(99) is None
-    assert view.held_by(8) == 5.0
-    assert not view.ends
+def test_what_a_task_held_is_the_sum_over_its_sequences_and_is_returned_once() -> None:
+    state = EngineState()
+    state.take(hello(), 0)
+    state.take(Ended("one", {7: 100.0, 8: 5.0}), 0)
+    state.take(Ended("one", {7: 20.5}), 0)
+    assert state.take_counted(7) == 120.5
+    assert state.take_counted(7) is None
+    assert state.take_counted(99) is None
+    assert state.take_counted(8) == 5.0
+    assert not state.counted
 
 
-def test_the_ends_of_another_engine_are_not_heard() -> None:
-    view = EngineView()
-    view.hear(Ended("one", {7: 100.0}), 0)
-    view.hear(hello("one"), 0)
-    view.hear(Ended("two", {8: 100.0}), 0)
-    assert (view.held_by(7), view.held_by(8)) == (None, None)
+def test_the_ends_of_another_engine_are_passed_over() -> None:
+    state = EngineState()
+    state.take(Ended("one", {7: 100.0}), 0)
+    state.take(hello("one"), 0)
+    state.take(Ended("two", {8: 100.0}), 0)
+    assert (state.take_counted(7), state.take_counted(8)) == (None, None)
 
 
-def test_ends_that_nobody_asks_for_are_forgotten_the_oldest_first() -> None:
-    view = EngineView()
-    view.hear(hello(), 0)
+def test_ends_that_are_not_asked_for_are_forgotten_the_oldest_first() -> None:
+    state = EngineState()
+    state.take(hello(), 0)
     for task in range(REMEMBERED_ENDS + 10):
-        view.hear(Ended("one", {task: 1.0}), 0)
-    assert len(view.ends) == REMEMBERED_ENDS
-    assert (view.held_by(9), view.held_by(10), view.held_by(REMEMBERED_ENDS + 9)) == (None, 1.0, 1.0)
-    view.hear(Ended("one", dict.fromkeys(range(10**5, 10**5 + 2 * REMEMBERED_ENDS), 2.0)), 0)
-    assert len(view.ends) == REMEMBERED_ENDS
+        state.take(Ended("one", {task: 1.0}), 0)
+    assert len(state.counted) == REMEMBERED_ENDS
+    assert (state.take_counted(9), state.take_counted(10), state.take_counted(REMEMBERED_ENDS + 9)) == (None, 1.0, 1.0)
+    state.take(Ended("one", dict.fromkeys(range(10**5, 10**5 + 2 * REMEMBERED_ENDS), 2.0)), 0)
+    assert len(state.counted) == REMEMBERED_ENDS
 
 
-def test_what_agents_hold_stands_until_it_is_said_anew_or_nothing_runs() -> None:
-    view = EngineView()
-    view.hear(hello(), 0)
-    view.hear(msgspec.structs.replace(report(1), agents={"a": 12.5}), 0)
-    view.hear(report(2), 0)
-    assert view.agents == {"a": 12.5}
-    view.hear(msgspec.structs.replace(report(3), running=0, tasks=[], kv_tokens=[], output_tokens=[]), 0)
-    assert view.agents == {}
+def test_what_agents_hold_stands_until_it_is_reported_anew_or_nothing_runs() -> None:
+    state = EngineState()
+    state.take(hello(), 0)
+    state.take(msgspec.structs.replace(report(1), agents={"a": 12.5}), 0)
+    state.take(report(2), 0)
+    assert state.agents == {"a": 12.5}
+    state.take(msgspec.structs.replace(report(3), running=0, tasks=[], kv_tokens=[], output_tokens=[]), 0)
+    assert state.agents == {}
+
+
+# When it takes tasks
+
+
+def test_after_a_task_was_lost_none_is_taken_until_a_check_has_succeeded() -> None:
+    state = EngineState()
+    assert not state.takes_tasks(0)
+    state.answers()
+    assert state.takes_tasks(0)
+    state.lost_task(1, reached=True)
+    assert not state.takes_tasks(1)
+    state.answers()
+    assert state.takes_tasks(1), "it was there: nothing is to be waited for"
+
+
+def test_an_engine_that_takes_no_connections_is_tried_ever_more_seldom() -> None:
+    state, at_s, waits = EngineState(), 0.0, []
+    for _ in range(8):
+        state.answers()
+        assert state.takes_tasks(at_s)
+        state.lost_task(at_s, reached=False)
+        state.answers()  # its health is as good as ever
+        begin_s = at_s
+        while not state.takes_tasks(at_s):
+            at_s += BACK_OFF_S / 4
+        waits.append(at_s - begin_s)
+    assert waits == [min(LONGEST_BACK_OFF_S, BACK_OFF_S * 2**number) for number in range(8)]
+    at_s += RECOVERED_S
+    state.lost_task(at_s, reached=False)
+    state.answers()
+    assert state.takes_tasks(at_s + BACK_OFF_S), "after a while without a failure the first one counts again"
+
+
+def test_slots() -> None:
+    state = EngineState()
+    assert state.slots(4) == SLOTS_WITHOUT_CAPACITY
+    state.take(msgspec.structs.replace(hello(), max_num_seqs=0), 0, linked=False)
+    assert state.slots(4) == SLOTS_OF_STOCK + 4
+    state.take(hello(), 0)
+    assert state.slots(4) == 64 + 4
+    state.declared_max_num_seqs = 3
+    assert state.slots(4) == 3
+
+
+def test_only_over_the_link_an_engine_reports_what_tasks_held() -> None:
+    state = EngineState()
+    state.take(hello(), 0, linked=False)
+    assert state.reporting and not state.counts_held
+    state.take(hello(), 0)
+    assert state.counts_held
+    state.check_silence(10)
+    assert not state.counts_held
+
+
+def test_the_rate_is_known_after_a_second_and_follows_what_is_served() -> None:
+    rate = ServedRate()
+    rate.observe(0.5, 500)
+    assert rate.per_s() is None
+    rate.observe(1, 1000)
+    assert rate.per_s() == pytest.approx(1000)
+    for _ in range(1000):
+        rate.observe(1, 300)
+    assert rate.per_s() == pytest.approx(300)
+    rate.observe(0, 10**9)
+    assert rate.per_s() == pytest.approx(300), "no time has passed"
