@@ -45,7 +45,7 @@ def estimate_arrival(
     """progress: of the agent, before this task. max_model_len: tokens of the engine's longest sequence, if it is known: no
     prediction is longer."""
     arrival = predictor.arrive(content, progress)
-    if arrival is None or not (math.isfinite(arrival.task.cost) and math.isfinite(arrival.task.memory_tokens)):
+    if arrival is None or not _are_tokens(arrival.task.prompt_tokens, arrival.task.decode_tokens):
         arrival = None
         prediction = TaskPrediction(content.prompt_bytes / PRIOR_BYTES_PER_TOKEN, PRIOR_DECODE_TOKENS)
     else:
@@ -67,6 +67,10 @@ def estimate_arrival(
 def estimate_agent(predictor: Asked, progress: AgentProgress) -> float:
     """Ĉ in KV token·iterations, of an agent of which more is known now; at least what has arrived."""
     return _at_least(progress.cost_arrived, predictor.predict_agent(progress)).cost
+
+
+def _are_tokens(*numbers: float) -> bool:
+    return all(0 <= number < math.inf for number in numbers)
 
 
 def _at_least(cost_arrived: float, agent: AgentPrediction | None) -> AgentPrediction:

@@ -13,16 +13,15 @@ import msgspec
 
 from engine.lab.collector import collector_at_rest
 from engine.lab.profile import load_profile
-from gateway.agent_trace import AgentTrace, TaskTrace
+from gateway.agent_trace import AgentTrace
 from gateway.replay.evaluation import Evaluation, evaluate
 from gateway.replay.figures import mean
 from gateway.replay.predictors import (
     ABLATIONS,
     LEARNED,
-    Arrived,
-    Beliefs,
+    Believed,
     Exact,
-    Progress,
+    TracedTask,
     beliefs,
     serving,
 )
@@ -124,18 +123,17 @@ class Oracle(Exact):
         self._output_of = {(agent.agent_id, task.id): task.output_tokens for agent in implied for task in agent.tasks}
         self._shortest = {agent.agent_id: min(task.output_tokens for task in agent.tasks) for agent in implied}
 
-    def arrive(self, agent: AgentTrace, task: TaskTrace, progress: Progress) -> Arrived:
+    def total(self, agent: AgentTrace) -> float:
+        return self._cost_of[agent.agent_id]
+
+    def lengths(self, content: TracedTask) -> TaskPrediction:
         # There may be more tasks than are implied.
-        output = self._output_of.get((agent.agent_id, task.id), self._shortest[agent.agent_id])
-        prediction = TaskPrediction(task.prompt_tokens, output)
-        cost = max(self._cost_of[agent.agent_id], progress.cost + prediction.cost)
-        return Arrived(prediction, cost, cost)
-
-    def agent(self, agent: AgentTrace, progress: Progress) -> float:
-        return max(self._cost_of[agent.agent_id], progress.cost)
+        name = content.agent.agent_id
+        output = self._output_of.get((name, content.task.id), self._shortest[name])
+        return TaskPrediction(content.task.prompt_tokens, output)
 
 
-def _believed(job: Job, past: Sequence[AgentTrace]) -> Beliefs:
+def _believed(job: Job, past: Sequence[AgentTrace]) -> Believed:
     if job.predictor == "oracle":
         return Oracle(texts(job.seed, held_out=True, noise=0.0))
     return beliefs(job.predictor, seed=job.seed, past=past)

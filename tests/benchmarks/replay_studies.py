@@ -17,7 +17,7 @@ import msgspec
 from engine.lab.collector import collector_at_rest
 from engine.lab.profile import load_profile
 from gateway.replay.command import begin_alike, load_past, load_trace
-from gateway.replay.predictors import COSTS, LEARNED, Beliefs, beliefs
+from gateway.replay.predictors import COSTS, LEARNED, Believed, beliefs
 from gateway.replay.results import ReleaseName, Summary, own_release
 from gateway.replay.simulation import Setup, simulate
 
@@ -130,10 +130,10 @@ def run_one(job: Job) -> Row:
 
 
 # What was learned last, and from what: the next job often learns from the same agents.
-_learned: dict[tuple[Any, ...], Beliefs] = {}
+_learned: dict[tuple[Any, ...], Believed] = {}
 
 
-def _believed(job: Job) -> Beliefs:
+def _believed(job: Job) -> Believed:
     cost = COSTS[job.cost]
     if job.predictor not in LEARNED:
         return beliefs(job.predictor, seed=job.seed, cost=cost)

@@ -62,10 +62,11 @@ def test_what_cannot_be_is_no_prediction(number: float) -> None:
     task, agent = TaskPrediction(10, 10), AgentPrediction(100.0, 200.0, "ladder")
     sketch = Learned().arrive(TaskContent(400), progress).sketch
     without = estimate_arrival(Fixed(), TaskContent(400), progress, None)
-    arrival = Arrival(TaskPrediction(10, number), agent, sketch)
-    assert estimate_arrival(Fixed(arrival), TaskContent(400), progress, None) == without
+    for lengths in (TaskPrediction(10, number), TaskPrediction(number, 10), TaskPrediction(-1, 10)):
+        arrival = Arrival(lengths, agent, sketch, b"")
+        assert estimate_arrival(Fixed(arrival), TaskContent(400), progress, None) == without
     for odd in (AgentPrediction(number, 200.0, "ladder"), AgentPrediction(100.0, number, "ladder")):
-        estimate = estimate_arrival(Fixed(Arrival(task, odd, sketch)), TaskContent(400), progress, None)
+        estimate = estimate_arrival(Fixed(Arrival(task, odd, sketch, b"")), TaskContent(400), progress, None)
         assert estimate.cost == task_cost(10, 10, 0), "the task's own prediction holds"
         assert (estimate.agent.cost, estimate.agent.source) == (77 + estimate.cost, NO_SOURCE)
         assert estimate_agent(Fixed(agent=odd), progress) == 77.0

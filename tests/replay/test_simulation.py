@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 from engine.lab.profile import StepProfile
 from gateway.agent_trace import AgentTrace, Prefix, TaskTrace, TraceError
 from gateway.flowcontrol.fairqueue import POLICIES
-from gateway.replay.predictors import Beliefs, Exact, Noise, Serving, compute_cost
+from gateway.replay.predictors import Believed, Exact, Noise, Serving, compute_cost
 from gateway.replay.record import MEMORY_EVERY
 from gateway.replay.results import AgentResult, Run, own_release
 from gateway.replay.simulation import ReleaseName, Setup, simulate
@@ -56,7 +56,7 @@ def run(
     agents: list[AgentTrace],
     policy: str = "justitia",
     release: ReleaseName | None = None,
-    beliefs: Beliefs | None = None,
+    beliefs: Believed | None = None,
     finished: Callable[[int], None] = lambda agents: None,
     **setup: Any,
 ) -> Run:
@@ -311,7 +311,7 @@ def test_the_stock_scheduler_serves_as_well(policy: str, crowded: list[AgentTrac
 
 
 @pytest.mark.parametrize("beliefs", [lambda: Noise(1.0, 0), lambda: Serving(Learned())], ids=["noise", "ladder"])
-def test_everything_ends_whatever_is_believed(beliefs: Callable[[], Beliefs], crowded: list[AgentTrace]) -> None:
+def test_everything_ends_whatever_is_believed(beliefs: Callable[[], Believed], crowded: list[AgentTrace]) -> None:
     one = run(crowded, beliefs=beliefs())
     assert [each.cost for each in one.agents] == [each.cost for each in crowded]
     assert any(each.predicted_cost != each.cost for each in one.agents)
