@@ -6,7 +6,6 @@ agents without end has its longest idle ones ended.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -125,7 +124,7 @@ class Agents:
         self.roots = Roots()
         # Completed tasks whose KV the engine has not reported yet: of which agent, at which place, and with its texts.
         self.awaited: dict[TaskId, tuple[LiveAgent, int, FinishedTask]] = {}
-        self._idle: dict[str, OrderedDict[AgentId, LiveAgent]] = {}  # by tenant, the longest idle one first
+        self._idle: dict[str, dict[AgentId, LiveAgent]] = {}  # by tenant, the longest idle one first
 
     def __iter__(self) -> Iterator[LiveAgent]:
         return iter(self.by_id.values())
@@ -146,9 +145,7 @@ class Agents:
 
     def is_idle(self, agent: LiveAgent) -> None:
         """Nothing of the agent waits, and nothing is in flight."""
-        idle = self._idle.setdefault(agent.record.tenant, OrderedDict())
-        idle[agent.id] = agent
-        idle.move_to_end(agent.id)
+        self._idle.setdefault(agent.record.tenant, {})[agent.id] = agent
 
     def is_busy(self, agent: LiveAgent) -> None:
         if (idle := self._idle.get(agent.record.tenant)) is not None:

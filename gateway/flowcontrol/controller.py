@@ -19,6 +19,7 @@ from gateway.flowcontrol.fairqueue import (
     Iterations,
     KvTokenIterations,
     Policy,
+    QueueError,
     ReleaseLimits,
     Spent,
     Task,
@@ -232,12 +233,12 @@ class FlowController:
         if it may be tried again, and the engine has not lost it before. Raises `KeyError` for a task that is not here, and
         `QueueError` for one that waits; then nothing has changed."""
         task = self.tasks[task_id]
-        waits = retry and not self.cut_off and not (reached and task.retried)
-        if waits:
-            self.queue.requeue(self.clock, task_id)
+        if task.waiting:
+            raise QueueError(f"task {task_id} is not in flight")
         self.engines[task.engine].lost_task(now.s, reached=reached)
-        if not waits:
+        if not retry or self.cut_off or (reached and task.retried):
             return False
+        self.queue.requeue(self.clock, task_id)
         self.quotas.requeued(task.account, task.body_bytes)
         task.retried = task.retried or reached
         task.waiting, task.since_s, task.released_at = True, now.s, None

@@ -140,11 +140,8 @@ class Lives:
     def dismiss(self, clock: Iterations, agent: LiveAgent, effects: Effects) -> None:
         """No further task of this agent will come."""
         agent.record.final = True
-        if not self.is_busy(agent.id):
-            if agent.awaited:
-                self.agents.is_idle(agent)
-            else:
-                self._end(clock, agent, None, effects)
+        if not agent.awaited and not self.is_busy(agent.id):
+            self._end(clock, agent, None, effects)
 
     def sweep(self, clock: Iterations, silent_since_s: float, effects: Effects) -> None:
         """Ends the agents that have been idle since then, or are final."""

@@ -248,6 +248,8 @@ class Scene:
             idle = flow.agents._idle.get(record.tenant, {})
             assert (agent.id in idle) == (not known.busy)
             assert agent.idle_since is None or not known.busy
+        for agent, _, _ in flow.agents.awaited.values():
+            assert flow.agents.by_id[agent.id] is agent, "what has ended has been charged"
         self._check_charges()
 
     def check_over(self) -> None:

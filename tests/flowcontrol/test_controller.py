@@ -350,15 +350,19 @@ def test_a_task_that_never_reached_the_engine_does_not_use_up_its_retry() -> Non
 
 
 @pytest.mark.parametrize("retry", [True, False])
-def test_a_waiting_task_cannot_be_lost(retry: bool) -> None:
+@pytest.mark.parametrize("retried", [True, False])
+def test_a_waiting_task_cannot_be_lost(retry: bool, retried: bool) -> None:
     scene = Scene()
-    task = scene.arrive()
+    task = scene.released() if retried else scene.arrive()
+    if retried:
+        scene.lose(task)
+        scene.flow.engine_checked(scene.now, True)
     before = scene.contents()
     with pytest.raises(KeyError):
         scene.lose(TaskId(999), retry=retry)
     assert scene.contents() == before
     with pytest.raises(ValueError, match="not in flight"):
-        scene.lose(task)
+        scene.lose(task, retry=retry)
     assert scene.contents() == before
 
 

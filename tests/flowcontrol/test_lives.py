@@ -322,17 +322,20 @@ def test_an_agent_that_never_ends_does_not_grow(monkeypatch: pytest.MonkeyPatch)
     for module in (gateway.flowcontrol.agents, gateway.flowcontrol.lives):
         monkeypatch.setattr(module, "MAX_TASKS", 3)
     scene = Scene()
-    for number in range(3):
-        agent = scene.serve(held=float(number))
+    first = scene.released()
+    scene.settle(first)
+    for _ in range(2):
+        agent = scene.serve(held=2.0)
     assert len(agent.tasks) == 3 and agent.record.whole
     task = scene.released()
     scene.settle(task)
     assert not agent.tasks and not agent.record.whole and agent.record.answered == 4
     scene.serve(held=9.0)
     scene.counts({task: 5.0})
-    assert not agent.tasks and agent.cost_ended == 0 + 1 + 2 + 5 + 9
-    assert [step.task is not None for step in scene.seen.steps] == [True] * 3 + [False] * 3
-    assert {step.place for step in scene.seen.steps[3:]} == {0}
+    scene.counts({first: 1.0})
+    assert not agent.tasks and agent.cost_ended == 1 + 2 + 2 + 5 + 9
+    assert [step.task is not None for step in scene.seen.steps] == [True] * 3 + [False] * 3 + [True]
+    assert [step.place for step in scene.seen.steps] == [0, 1, 2, 0, 0, 0, 0]
     scene.check_over()
     anew = scene.restarted()
     again = anew.agent()

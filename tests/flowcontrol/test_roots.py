@@ -59,6 +59,21 @@ def test_a_circle_that_two_requests_make_together_is_cut() -> None:
     assert roots.root_of("t", "a", None) == roots.root_of("t", "b", None) == "b"
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.none() | st.sampled_from("abcdef"), st.booleans()), max_size=40)
+)
+def test_every_name_has_a_root_that_is_its_own(steps: list[tuple[str, str | None, bool]]) -> None:
+    roots = Roots()
+    for name, parent, restored in steps:
+        if restored and parent is not None:
+            roots.remember("t", name, parent)
+        else:
+            fold(roots, "t", name, parent)
+        for each in "abcdef":
+            root = roots.root_of("t", each, None)
+            assert roots.root_of("t", root, None) == root
+
+
 def test_a_long_chain_is_gone_through_once() -> None:
     class Counting(Shares[str, str]):
         gets = 0

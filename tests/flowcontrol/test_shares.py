@@ -15,17 +15,17 @@ from tests.flowcontrol.scene import COST, WALL, Scene
 OTHER = {"red": NO_LIMITS, "blue": NO_LIMITS}
 
 
+def is_taken(scene: Scene, agent: str, tenant: str, **more: Any) -> bool:
+    try:
+        scene.arrive(agent, tenant, **more)
+    except QueueFull as full:
+        return full.reason not in (Reason.QUEUE_FULL, Reason.BYTES)
+    return True
+
+
 def flood(scene: Scene, tenant: str, **more: Any) -> int:
     """As many tasks of a tenant as are taken, each of an agent of its own."""
-    taken = 0
-    while taken < 1000:
-        try:
-            scene.arrive(f"{tenant}{taken}", tenant, **more)
-        except QueueFull as full:
-            assert full.reason in (Reason.QUEUE_FULL, Reason.BYTES)
-            return taken
-        taken += 1
-    raise AssertionError("the queue has no bound")
+    return next(number for number in range(1000) if not is_taken(scene, f"{tenant}{number}", tenant, **more))
 
 
 @pytest.mark.parametrize(
