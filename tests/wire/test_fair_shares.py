@@ -77,12 +77,12 @@ async def test_bodies_that_never_end_leave_room_for_another_tenant(
         for _ in range(4):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             stack.callback(writer.close)
-            before = gateway.parts.bodies.held
+            before = gateway.app.bodies.held
             writer.write(head.encode() + b"%x\r\n" % (2 * size) + b" " * size)
             refused = asyncio.create_task(reader.read(1))
-            await gateway.until(lambda: refused.done() or gateway.parts.bodies.held == before + size)  # noqa: B023
+            await gateway.until(lambda: refused.done() or gateway.app.bodies.held == before + size)  # noqa: B023
             refused.cancel()
-        assert gateway.parts.bodies.held >= size
+        assert gateway.app.bodies.held >= size
         answer = await gateway.client.post("/v1/chat/completions", json=body, headers={"x-api-key": keys["blue"]})
         assert answer.status_code == 200, answer.text
-    await gateway.until(lambda: gateway.parts.bodies.held == 0)
+    await gateway.until(lambda: gateway.app.bodies.held == 0)
