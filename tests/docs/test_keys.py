@@ -114,7 +114,8 @@ async def test_the_commands_do_what_they_say(gateway: GatewayUnderTest, shell: S
     assert (hours["by"], days["by"]) == ("hour", "day")
     (row,) = csv.DictReader((await shell.run("cat usage.csv")).splitlines())
     assert (row["tenant"], row["requests"]) == ("red", "1")
-    gateway.has_agent("red", "run-1")
+    (key_of_red,) = (await shell.run('echo "$KEY"')).split()
+    assert (await gateway.chat("run-1", headers={"x-api-key": key_of_red})).status_code == 200
     listed_agents, agent, ended = documents(await shell.run(agents))
     assert [each["id"] for each in listed_agents["data"]] == [agent["id"]] == [ended["id"]] == ["run-1"]
     assert ended["deleted"]

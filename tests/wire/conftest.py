@@ -13,12 +13,8 @@ import pytest
 from gateway import supervise
 from gateway.app import Gateway
 from gateway.config.settings import GatewaySettings
-from gateway.flowcontrol import Arriving
-from gateway.flowcontrol.fairqueue import TaskId
 from gateway.relay import engine_monitor
-from gateway.relay.dispatcher import now
 from gateway.server import RunningGateway, start_gateway
-from predictor.types import TaskContent
 from tests.wire.scripted_engine import ScriptedEngine
 
 # Of a gateway in the test's process, so that no test waits long for it to look: at its engine, its agents and its keys.
@@ -50,12 +46,6 @@ class GatewayUnderTest:
                 for task in tasks:
                     assert not task.done(), task.exception() or task.result().text
                 await asyncio.sleep(0.01)
-
-    def has_agent(self, tenant: str, name: str) -> None:
-        """A tenant has an agent, which has done nothing yet."""
-        flow = self.app.flow
-        arriving = Arriving(TaskId(0), tenant, name, "x-agent-id", TaskContent(40))
-        flow.agents.add(flow.lives.known_or_new(now(), arriving))
 
     def is_empty(self) -> bool:
         queue = self.app.flow.queue

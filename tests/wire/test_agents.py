@@ -100,7 +100,7 @@ async def test_an_agent_that_is_ended_lets_go_of_the_queue_and_the_engine(
     load = busy.app.flow.quotas.load
     assert (load.waiting, load.in_flight, load.waiting_bytes) == (0, 0, 0)
     assert (await busy.chat("a")).status_code == 200, "a new agent"
-    assert busy.app.flow.agents.by_id[AgentId("default/a")].tasks_arrived == 1
+    assert busy.app.flow.agents.by_id[AgentId("default/a")].arrived == 1
 
 
 async def test_a_stream_that_is_ended_says_so_and_what_it_held_is_charged(
@@ -172,10 +172,10 @@ def secrets(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 async def keyed(start: StartGateway, tmp_path: Path, secrets: dict[str, str]) -> GatewayUnderTest:
-    """Red and blue have an agent `a` each, which have done nothing yet."""
+    """Red and blue have an agent `a` each, which waits for its tool."""
     gateway = await start(keys=tmp_path / "keys.json", tenants={"boss": TenantSettings(admin=True)})
     for tenant in ("red", "blue"):
-        gateway.has_agent(tenant, "a")
+        assert (await gateway.chat("a", headers=bearer(secrets[tenant]))).status_code == 200
     return gateway
 
 
@@ -248,7 +248,7 @@ async def test_keys_that_change_count_within_seconds(
         else:
             path.write_text(broken)
         async with asyncio.timeout(KEYS_S + 5):
-            while "the keys that there were still count" not in caplog.text:
+            while "the keys have not changed" not in caplog.text:
                 await asyncio.sleep(0.05)
         assert (await status(green), await status("none")) == (200, 401)
     path.write_text(text)
