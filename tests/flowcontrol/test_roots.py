@@ -152,18 +152,3 @@ def test_the_names_that_are_kept_with_an_agent_are_bounded(monkeypatch: pytest.M
 
 def test_a_name_counts_together_with_its_tenant() -> None:
     assert agent_id_of("red", "a/b") == "red/a/b"
-
-
-@given(
-    st.lists(st.tuples(st.sampled_from("abcdef"), st.none() | st.sampled_from("abcdef"), st.booleans()), max_size=40)
-)
-def test_every_name_has_a_root_that_is_its_own(steps: list[tuple[str, str | None, bool]]) -> None:
-    roots = Roots()
-    for name, parent, restored in steps:
-        if restored and parent is not None:
-            roots.remember("t", name, parent)
-        else:
-            fold(roots, "t", name, parent)
-        for each in "abcdef":
-            root = roots.root_of("t", each, None)
-            assert roots.root_of("t", root, None) == root

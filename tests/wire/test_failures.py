@@ -179,7 +179,7 @@ async def test_a_task_broken_off_is_charged_what_it_held_and_not_learned(
             break
     await gateway.until(gateway.is_empty)
     record = gateway.app.flow.agents.by_id["default/a"]  # type: ignore[index]
-    assert (record.tasks, record.record.whole) == ([], False)
+    assert (record.tasks, record.record.whole) == ((), False)
     assert gateway.app.flow.queue.agents["default/a"].arrived == 2 * (10 * 2 + 3)  # type: ignore[index]
 
 
