@@ -345,18 +345,15 @@ class FlowController:
     def _observe(self, now: Now, engine: EngineState) -> None:
         """Takes over what the engine's tasks hold, and what it was seen to serve."""
         queue, clock = self.queue, self.clock
-        decoding = decoding_tokens = 0
-        for task_id, holding in engine.held.items():
-            if holding.output_tokens:
-                queue.observe(clock, TaskId(task_id), holding.kv_tokens, holding.output_tokens)
-                decoding += 1
-                decoding_tokens += holding.kv_tokens
+        decoding = [(TaskId(task), kv_tokens, output) for task, (kv_tokens, output) in engine.held.items() if output]
+        queue.observe_all(clock, decoding)
         if (
-            decoding and decoding == queue.in_flight
-        ):  # else the queue counts tasks that are not there yet, or not any more
+            decoding and len(decoding) == queue.in_flight
+        ):  # else tasks are counted that are not there yet, or not any more
             queue.calibrate(clock, engine.held_tokens)
         passed = clock - self._observed_at
         if decoding and queue.waiting:
+            decoding_tokens = sum([kv_tokens for _, kv_tokens, _ in decoding])
             engine.served.observe(passed, min(decoding_tokens, engine.held_tokens))
         if queue.in_flight and self._observed_s is not None:
             engine.rate.observe(now.s - self._observed_s, passed * engine.held_tokens)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.link import Ended, Hello, Holding, Message, Report
+from engine.link import Ended, Hello, Message, Report
 from gateway.flowcontrol.fairqueue import Iterations
 
 # Seconds without a report after which the reports count as ceased; an engine whose state does not change repeats its last.
@@ -114,7 +115,7 @@ class EngineState:
     counters: Counters = NO_COUNTERS  # over all lives of the engine
     restarts: int = 0
     kept_tokens: float = 0.0  # free, with the KV of agents who wait for their tools
-    held: dict[int, Holding] = field(default_factory=dict)  # by task
+    held: Mapping[int, tuple[int, int]] = field(default_factory=dict)  # by task: KV tokens, and output tokens
     agents: dict[str, float] = field(default_factory=dict)  # KV tokens by agent, a shared block in part; now and then
     counted: OrderedDict[int, float] = field(default_factory=OrderedDict)  # by ended task, KV token·iterations held
     rate: ServedRate = field(default_factory=ServedRate)
@@ -209,7 +210,10 @@ class EngineState:
     def _take_report(self, report: Report) -> None:
         counters = Counters(*(getattr(report, name) for name in Counters._fields))
         self._count(report.iteration, counters)
-        self.running, self.waiting, self.held = report.running, report.waiting, report.held
+        self.running, self.waiting = report.running, report.waiting
+        held = dict(zip(report.tasks, zip(report.kv_tokens, report.output_tokens, strict=True), strict=True))
+        # A task of several sequences is there several times, and what is not the gateway's has a number below 0.
+        self.held = held if len(held) == len(report.tasks) and -1 not in held else report.held
         self.held_tokens = (self._blocks - report.free_blocks) * self._block_size
         self.prefill_iterations = report.prefill_iterations
         self.kept_tokens = report.kept_blocks * self._block_size

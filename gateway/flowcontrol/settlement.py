@@ -121,8 +121,9 @@ def cost_of_broken_off(task: LiveTask, ending: Ending, engine: EngineState, cost
     prompt_tokens = (task.estimate.prompt_tokens if usage is None else usage.prompt_tokens) / sequences
     holding = engine.held.get(task.id)
     if holding is not None:
-        decoded = holding.output_tokens / sequences
-        return sequences * cost(max(0.0, holding.kv_tokens / sequences - decoded), decoded, 0.0)
+        kv_tokens, output_tokens = holding
+        decoded = output_tokens / sequences
+        return sequences * cost(max(0.0, kv_tokens / sequences - decoded), decoded, 0.0)
     if ending.events:
         return sequences * cost(prompt_tokens, ending.events / sequences, 0.0)
     if ending.outcome is Outcome.COMPLETED or ending.made:

@@ -267,30 +267,29 @@ class _Simulation:
 
     def _report(self, step: Step) -> None:
         """What the engine's scheduler reports after an iteration, and what is noted of it."""
-        engine, flow = self._engine, self._flow
-        decoding = sum(kv_tokens + 1 for _, kv_tokens, output_tokens in step.running if output_tokens)
-        ended = sum(self._tasks[number][1].prompt_tokens + output for number, output, *_ in step.ended)
-        shared = max(0, decoding - engine.held_tokens)  # blocks that tasks share are held once
-        waits = flow.queue.waiting > 0
+        engine, flow, now_s = self._engine, self._flow, self._engine.now_s
+        held_tokens, iterations = engine.held_tokens, engine.iterations
+        numbers, kv_tokens, output_tokens = zip(*step.running, strict=True) if step.running else ((), (), ())
+        decoding = sum([kv + 1 for kv, output in zip(kv_tokens, output_tokens, strict=True) if output])
+        ended = sum(self._tasks[one.key][1].prompt_tokens + one.output_tokens for one in step.ended)
+        shared = max(0, decoding - held_tokens)  # blocks that tasks share are held once
         self._record.stepped(
-            engine.now_s,
+            now_s,
             (decoding + ended) * self._unit,
-            engine.held_tokens / engine.capacity_tokens,
-            flow.shared_tokens if waits else None,
+            held_tokens / engine.capacity_tokens,
+            flow.shared_tokens if flow.queue.waiting else None,
             shared * self._unit,
         )
-        busy_s = engine.now_s - self._record.idle_s
-        running = [(number, kv_tokens, output) for number, kv_tokens, output in step.running]
         report = Report(
             engine_id=ENGINE,
-            iteration=engine.iterations,
-            free_blocks=(engine.capacity_tokens - engine.held_tokens) // self._block_size,
-            running=len(running),
+            iteration=iterations,
+            free_blocks=(engine.capacity_tokens - held_tokens) // self._block_size,
+            running=len(numbers),
             waiting=engine.waiting,
-            prefill_iterations=self._setup.profile.per_prefill_token_s * engine.iterations / busy_s,
-            tasks=[number for number, _, _ in running],
-            kv_tokens=[kv_tokens for _, kv_tokens, _ in running],
-            output_tokens=[output for _, _, output in running],
+            prefill_iterations=self._setup.profile.per_prefill_token_s * iterations / (now_s - self._record.idle_s),
+            tasks=list(numbers),
+            kv_tokens=list(kv_tokens),
+            output_tokens=list(output_tokens),
         )
         flow.engine_reports(self._now, report, linked=self._setup.engine_scheduler == "justitia")
         if self._setup.memory_over_time and engine.iterations % MEMORY_EVERY == 0:

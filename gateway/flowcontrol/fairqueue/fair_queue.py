@@ -7,7 +7,7 @@ engine lost is requeued. An agent that has nothing waiting and nothing in flight
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 from gateway.flowcontrol.fairqueue.forecast import Forecast
@@ -233,18 +233,27 @@ class FairQueue:
     def observe(self, now: Iterations, task_id: TaskId, kv_tokens: float, output_tokens: float) -> None:
         """The engine reports the KV tokens that a task in flight holds, and the output tokens that it has produced, over all of
         its sequences. Unknown tasks are ignored, since reports arrive late."""
+        self.observe_all(now, [(task_id, kv_tokens, output_tokens)])
+
+    def observe_all(self, now: Iterations, reported: Iterable[tuple[TaskId, float, float]]) -> None:
+        """The same of many tasks: after an iteration, of all that decode. (Written out, since a replay calls it each time.)"""
         self._reference.advance(now)
-        agent = self._tasks.get(task_id)
-        flight = agent.in_flight.get(task_id) if agent else None
-        if agent is None or flight is None:
-            return
-        if output_tokens > flight.output_tokens:
-            self._forecast.observe(now, task_id, kv_tokens, output_tokens)
+        tasks, forecast = self._tasks, self._forecast
+        by_progress = self._ranking.policy.by_progress
+        for task_id, kv_tokens, output_tokens in reported:
+            agent = tasks.get(task_id)
+            flight = None if agent is None else agent.in_flight.get(task_id)
+            if agent is None or flight is None or output_tokens <= flight.output_tokens:
+                continue
+            forecast.observe(now, task_id, kv_tokens, output_tokens)
             # The formula of a cost, with the tokens so far, as if the sequences were equally long.
             each = output_tokens / flight.task.sequences
             done = max(0.0, kv_tokens - output_tokens) * each + output_tokens * (each + 1) / 2
-            self._count_progress(agent, flight, max(done, flight.attained), flight.prompt_tokens, output_tokens)
-            if self._ranking.policy.by_progress and agent.waiting:
+            attained = KvTokenIterations(max(done, flight.attained))
+            agent.attained = KvTokenIterations(agent.attained + attained - flight.attained)
+            agent.output_tokens += output_tokens - flight.output_tokens
+            flight.attained, flight.output_tokens = attained, output_tokens
+            if by_progress and agent.waiting:
                 self._ranking.place(agent)
 
     def reserve(self, now: Iterations, agent_id: AgentId, tokens: float, iterations: float) -> None:
