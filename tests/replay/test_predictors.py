@@ -123,7 +123,9 @@ def test_a_predictor_learns_from_those_that_finish_net_of_what_was_cached() -> N
     arrived = arrive(serving, asking)
     assert arrived.task.decode_tokens == pytest.approx(20, rel=0.05)
     assert arrived.task.prompt_tokens == 64
-    assert serving.predict_agent(AgentProgress("k", "", 1, 0, 1.0)).cost == pytest.approx(task_cost(64, 20, 48), rel=0.05)
+    assert serving.predict_agent(AgentProgress("k", "", 1, 0, 1.0)).cost == pytest.approx(
+        task_cost(64, 20, 48), rel=0.05
+    )
 
 
 def test_what_it_has_served_is_kept_with_the_rows_of_each_arrival_in_order() -> None:

@@ -70,7 +70,7 @@ def large_answer(size: int) -> bytes:
 @pytest.fixture
 def no_room(gateway: GatewayUnderTest) -> None:
     """Nothing that is large is gathered."""
-    gateway.app.gathered.limit_bytes = 0
+    gateway.app.gathered.limit = 0
 
 
 @pytest.mark.usefixtures("no_room")
