@@ -11,9 +11,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.flowcontrol import agent_id_of
+from gateway.flowcontrol.agents import Roots
 from gateway.protocol.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
 from gateway.protocol.endpoints import CHAT, COMPLETIONS, Endpoint
-from gateway.protocol.identify import ID_FIELDS, Roots
+from gateway.protocol.identify import ID_FIELDS
+from tests.flowcontrol.test_roots import fold
 from tests.fuzz.bounds import bounded
 from tests.fuzz.properties import body_holds, identity_holds, metrics_hold, stream_holds, usage_holds
 from tests.fuzz.values import HEADERS, any_body, endpoints, header_values, json_text
@@ -45,17 +47,17 @@ def test_folding_makes_no_circles(folds: list[tuple[str, str, str | None]]) -> N
     """An agent's root is its own root, and who names one has it, unless it is below oneself."""
     roots = Roots()
     for tenant, name, parent in folds:
-        root = roots.fold(tenant, name, parent)
-        assert roots.fold(tenant, root, None) == root
-        assert roots.fold(tenant, name, None) == root
+        root = fold(roots, name, parent, tenant)
+        assert fold(roots, root, None, tenant) == root
+        assert fold(roots, name, None, tenant) == root
         if parent is not None:
-            assert roots.fold(tenant, parent, None) == root
+            assert fold(roots, parent, None, tenant) == root
     alone = Roots()
     for tenant, name, parent in folds:
         if tenant == "red":
-            alone.fold(tenant, name, parent)
+            fold(alone, name, parent, tenant)
     for name in "abcdef":
-        assert alone.fold("red", name, None) == roots.fold("red", name, None), "another tenant's say changes nothing"
+        assert fold(alone, name, None, "red") == fold(roots, name, None, "red"), "another tenant's say changes nothing"
 
 
 tenants = st.text(string.ascii_letters + string.digits + "._-", min_size=1, max_size=5)
