@@ -17,9 +17,8 @@ from typing import Any
 
 import msgspec
 
-from gateway.flowcontrol.agents import AgentRecord, state_of
 from gateway.flowcontrol.fairqueue import POLICIES, AgentId, FairQueue, Iterations, KvTokenIterations, Task, TaskId
-from gateway.flowcontrol.records import Step, UsageRow
+from gateway.flowcontrol.records import AgentRecord, Step, UsageRow
 from gateway.replay import environment
 from gateway.replay.figures import percentile
 from gateway.state import Journal
@@ -49,14 +48,25 @@ async def measure(directory: Path, in_flight: int, steps: int) -> dict[str, Any]
     queue = queue_with(in_flight)
     prediction = AgentPrediction(1e6, 2e6, "xgboost-000001")
     record = AgentRecord(
-        AGENT, "agent-17", "x-agent-id", "kind", "default", 0.0, 9.0, 1e9, journal.new_run(), tasks_settled=3
+        run=f"{journal.id}-1",
+        journal=journal.id,
+        id=AGENT,
+        name="agent-17",
+        tenant="default",
+        source="x-agent-id",
+        standing=None,
+        arrived_at=1e9,
+        last_end_at=1e9 + 9,
+        settled=3,
+        agent_class="kind",
     )
     record.prediction, record.judged, record.predicted = prediction, prediction, 1e6
     task = FinishedTask(4000, 1000, 200, 100, arrived_s=1.5, ended_s=3.25, row=bytes(range(256)) * (len(COLUMNS) // 64))
     usage = UsageRow("default", 3600, 1, 1000, 200, 100, 123456.75)
 
     def made() -> Step:
-        return Step(state_of(record, queue.standing(AGENT), journal.id), False, task, 0, False, usage)
+        record.standing = queue.standing(AGENT)
+        return Step(record, False, task, 0, False, usage)
 
     step = made()
     parts: dict[str, Callable[[], object]] = {
