@@ -269,7 +269,8 @@ class _Simulation:
         """What the engine's scheduler reports after an iteration, and what is noted of it."""
         engine, flow, now_s = self._engine, self._flow, self._engine.now_s
         held_tokens, iterations = engine.held_tokens, engine.iterations
-        numbers, kv_tokens, output_tokens = zip(*step.running, strict=True) if step.running else ((), (), ())
+        numbers = [number for number, _, _ in step.running]
+        kv_tokens, output_tokens = [kv for _, kv, _ in step.running], [output for _, _, output in step.running]
         decoding = sum([kv + 1 for kv, output in zip(kv_tokens, output_tokens, strict=True) if output])
         ended = sum(self._tasks[one.key][1].prompt_tokens + one.output_tokens for one in step.ended)
         shared = max(0, decoding - held_tokens)  # blocks that tasks share are held once
@@ -287,9 +288,9 @@ class _Simulation:
             running=len(numbers),
             waiting=engine.waiting,
             prefill_iterations=self._setup.profile.per_prefill_token_s * iterations / (now_s - self._record.idle_s),
-            tasks=list(numbers),
-            kv_tokens=list(kv_tokens),
-            output_tokens=list(output_tokens),
+            tasks=numbers,
+            kv_tokens=kv_tokens,
+            output_tokens=output_tokens,
         )
         flow.engine_reports(self._now, report, linked=self._setup.engine_scheduler == "justitia")
         if self._setup.memory_over_time and engine.iterations % MEMORY_EVERY == 0:

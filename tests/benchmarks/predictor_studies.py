@@ -27,7 +27,7 @@ from gateway.replay.predictors import (
 )
 from gateway.replay.simulation import Setup, simulate
 from gateway.replay.traces import texts, texts_per_class
-from predictor.types import TaskPrediction
+from predictor.types import AgentPrediction, AgentProgress, Arrival, TaskContent, TaskPrediction
 
 PROFILE = "llama-7b-a100"
 SEEDS = range(5)
@@ -122,6 +122,11 @@ class Oracle(Exact):
         self._cost_of = {agent.agent_id: float(agent.cost) for agent in implied}
         self._output_of = {(agent.agent_id, task.id): task.output_tokens for agent in implied for task in agent.tasks}
         self._shortest = {agent.agent_id: min(task.output_tokens for task in agent.tasks) for agent in implied}
+
+    def arrive(self, content: TaskContent, progress: AgentProgress) -> Arrival:
+        arrival = super().arrive(content, progress)
+        cost = max(arrival.agent.cost, progress.cost_arrived + arrival.task.cost)
+        return msgspec.structs.replace(arrival, agent=AgentPrediction(cost, cost, arrival.agent.source))
 
     def total(self, agent: AgentTrace) -> float:
         return self._cost_of[agent.agent_id]

@@ -10,9 +10,10 @@ import pytest
 pytest.importorskip("vllm")  # the studies replay
 
 from gateway.replay.evaluation import Evaluation
-from gateway.replay.predictors import Progress
+from gateway.replay.predictors import content_of
 from gateway.replay.traces import texts
 from predictor.evaluate import ClassQuality, Quality
+from predictor.types import AgentProgress
 from tests.benchmarks.predictor_costs import Costs
 from tests.benchmarks.predictor_report import Report, page, pictures
 from tests.benchmarks.predictor_studies import LIARS, Job, Oracle, Row, _with_liars, jobs
@@ -56,10 +57,12 @@ def test_the_oracle_knows_what_is_implied_and_sees_what_has_arrived() -> None:
     agents, implied = texts(3, agents=30), texts(3, agents=30, noise=0.0)
     oracle = Oracle(implied)
     for agent, without_noise in zip(agents, implied, strict=True):
-        arrived = oracle.arrive(agent, agent.tasks[0], Progress(0, 0, 0.0))
+        content = content_of(agent, agent.tasks[0])
+        arrived = oracle.arrive(content, AgentProgress(None, "t"))
         assert arrived.task.decode_tokens == without_noise.tasks[0].output_tokens
-        assert arrived.agent_cost >= without_noise.cost
-        assert oracle.agent(agent, Progress(9, 9, 1e12)) == 1e12
+        assert arrived.agent.cost >= without_noise.cost
+        late = oracle.arrive(content, AgentProgress(None, "t", 9, 9, 1e12))
+        assert late.agent.cost == 1e12 + late.task.cost
 
 
 @pytest.mark.parametrize(("hints", "factor"), [("true", 1.0), ("few", 0.1), ("many", 10.0)])

@@ -137,6 +137,16 @@ class ScriptedEngine:
 @asynccontextmanager
 async def serving_asgi(application: Any, port: int = 0) -> AsyncIterator[str]:
     """The URL at which it is served."""
+    async with serving_server(application, port) as server:
+        yield url_of(server)
+
+
+def url_of(server: uvicorn.Server) -> str:
+    return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+
+@asynccontextmanager
+async def serving_server(application: Any, port: int = 0) -> AsyncIterator[uvicorn.Server]:
     config = uvicorn.Config(
         application, port=port, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=0
     )
@@ -146,7 +156,7 @@ async def serving_asgi(application: Any, port: int = 0) -> AsyncIterator[str]:
     while not server.started:
         await asyncio.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield server
     finally:
         server.should_exit = server.force_exit = True
         await task

@@ -86,3 +86,24 @@ async def test_bodies_that_never_end_leave_room_for_another_tenant(
         answer = await gateway.client.post("/v1/chat/completions", json=body, headers={"x-api-key": keys["blue"]})
         assert answer.status_code == 200, answer.text
     await gateway.until(lambda: gateway.app.bodies.held == 0)
+
+
+async def test_a_queue_that_one_tenant_fills_has_room_for_another(
+    start: StartGateway, scripted: ScriptedEngine, keys: dict[str, str], tmp_path: Path
+) -> None:
+    scripted.default = wait_for_word
+    gateway = await start(keys=tmp_path / "keys.json", max_waiting=8, max_in_flight=1, max_engine_waiting=0)
+    queue = gateway.app.flow.queue
+    red, blue = ({"x-api-key": keys[tenant]} for tenant in ("red", "blue"))
+    first = asyncio.create_task(gateway.chat("first", headers=red))
+    await gateway.until(lambda: queue.in_flight == 1, first)
+    flood = [asyncio.create_task(gateway.chat(f"a{number}", headers=red)) for number in range(12)]
+    await gateway.until(lambda: queue.waiting + sum(task.done() for task in flood) == len(flood))
+    assert queue.waiting == 6, "half, and its share of the other half"
+    others = [asyncio.create_task(gateway.chat(f"b{number}", headers=blue)) for number in range(2)]
+    await gateway.until(lambda: queue.waiting == 8, *others)
+    refused = await gateway.chat("b2", headers=blue)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    scripted.go.set()
+    assert {answer.status_code for answer in await asyncio.gather(first, *others)} == {200}
+    assert sorted(answer.status_code for answer in await asyncio.gather(*flood)) == [200] * 6 + [429] * 6

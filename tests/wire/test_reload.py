@@ -345,12 +345,12 @@ async def test_keys_that_would_let_everybody_in_are_refused_and_all_else_with_th
     reloader = reloader_of(gateway.app, checked(given), lambda: checked(new, keys))
     await reload(reloader)
     assert (gateway.app.live.settings.policy, reloads(gateway)) == ("justitia", {"applied": 0, "refused": 1})
-    red = gateway.app.tenants.named("red")
-    assert red.settings.max_tasks is None
+    tenants, red = gateway.app.tenants, gateway.app.flow.quotas.account("red", 0)
+    assert tenants.named("red").settings.max_tasks is red.limits.max_tasks is None
     keys = Keys.load(tmp_path / "keys")
     await reload(reloader)
     assert (gateway.app.live.settings.policy, reloads(gateway)) == ("las", {"applied": 1, "refused": 1})
-    assert red.settings.max_tasks == 3
+    assert tenants.named("red").settings.max_tasks == red.limits.max_tasks == 3
     assert (await gateway.chat()).status_code == 401
     assert (await gateway.chat(headers={"Authorization": f"Bearer {secret}"})).status_code == 200
 

@@ -184,8 +184,9 @@ async def test_a_gateway_starts_while_redis_is_away(start: StartGateway, server:
     await gateway.chat("c", headers=FINAL)
     server.start()
     await until_state(gateway, "ok")
-    records = gateway.app.flow.agents.by_id
-    assert {record.name: len(record.tasks) for record in records.values()} == {"a": 2, "b": 1}, "b was cut in two"
+    assert {agent.record.name: len(agent.tasks) for agent in gateway.app.flow.agents} == {"a": 2, "b": 1}, (
+        "b was cut in two"
+    )
     assert gateway.app.flow.queue.agents.keys() == {"default/a", "default/b"}
     await gateway.chat("a", headers=FINAL)
     await gateway.running.stop()
