@@ -270,8 +270,8 @@ class _Simulation:
         engine, flow, now_s = self._engine, self._flow, self._engine.now_s
         held_tokens, iterations = engine.held_tokens, engine.iterations
         numbers = [number for number, _, _ in step.running]
-        kv_tokens, output_tokens = [kv for _, kv, _ in step.running], [output for _, _, output in step.running]
-        decoding = sum([kv + 1 for kv, output in zip(kv_tokens, output_tokens, strict=True) if output])
+        kv_tokens, output_tokens = [kv for _, kv, _ in step.running], [made for _, _, made in step.running]
+        decoding = sum([kv + 1 for kv, made in zip(kv_tokens, output_tokens, strict=True) if made])
         ended = sum(self._tasks[one.key][1].prompt_tokens + one.output_tokens for one in step.ended)
         shared = max(0, decoding - held_tokens)  # blocks that tasks share are held once
         self._record.stepped(
@@ -295,8 +295,8 @@ class _Simulation:
         flow.engine_reports(self._now, report, linked=self._setup.engine_scheduler == "justitia")
         if self._setup.memory_over_time and engine.iterations % MEMORY_EVERY == 0:
             held: dict[str, int] = defaultdict(int)
-            for number, kv_tokens, _ in step.running:
-                held[self._tasks[number][0].trace.agent_id] += kv_tokens
+            for number, kv, _ in step.running:
+                held[self._tasks[number][0].trace.agent_id] += kv
             self._record.memory(held)
 
     def _settle(self, ended: Ended) -> None:
