@@ -37,15 +37,14 @@ class Tenants:
 
     @property
     def limits(self) -> dict[str, TenantSettings]:
-        """Of every tenant that has a key or is named in the settings."""
-        return {name: self.settings.get(name, _NO_LIMITS) for name in (*self.settings, *self.keys.tenants)}
+        """Of every tenant that can come: that has a key; the default one, while there are no keys."""
+        names = self.keys.tenants if self.keys.configured else {DEFAULT_TENANT}
+        return {name: self.settings.get(name, _NO_LIMITS) for name in names}
 
     @property
     def total_weight(self) -> float:
-        """Of all tenants that have a key; of the default one, while there are no keys."""
-        if not self.keys.configured:
-            return self.named(DEFAULT_TENANT).weight
-        return sum(self.named(name).weight for name in self.keys.tenants)
+        """Of every tenant that can come."""
+        return sum(limits.weight for limits in self.limits.values())
 
     def authenticate(self, headers: Mapping[str, str]) -> Tenant:
         """The tenant of the key in `Authorization: Bearer`, `x-api-key` or `api-key`; headers: by lower-case name. While there

@@ -95,12 +95,13 @@ def test_a_reload_changes_limits_and_never_opens_the_door(tmp_path: Path) -> Non
         tenants.authenticate({})
 
 
-def test_limits_are_of_all_that_have_a_key_or_stand_in_the_settings(tmp_path: Path) -> None:
+def test_limits_are_of_the_tenants_that_can_come(tmp_path: Path) -> None:
     add_key(tmp_path / "k.json", "red", "", NOW)
     add_key(tmp_path / "k.json", "blue", "", NOW)
     named = TenantSettings(max_tasks=3)
     tenants = made(Keys.load(tmp_path / "k.json"), red=named, later=named)
-    assert tenants.limits == {"red": named, "blue": TenantSettings(), "later": named}
+    assert tenants.limits == {"red": named, "blue": TenantSettings()}
+    assert made(Keys(), default=named, later=named).limits == {"default": named}, "without keys there is one tenant"
 
 
 def test_the_weight_of_all_is_of_those_that_may_come_in(tmp_path: Path) -> None:
