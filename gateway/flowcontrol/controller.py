@@ -301,10 +301,10 @@ class FlowController:
 
     def _forget_wait(self, task: LiveTask) -> None:
         left_s = task.max_queue_s - task.queued_s
-        tasks = self._waiting.get(left_s, {})
-        tasks.pop(task.id, None)
-        if not tasks:
-            self._waiting.pop(left_s, None)
+        if (tasks := self._waiting.get(left_s)) is not None:
+            tasks.pop(task.id, None)
+            if not tasks:
+                del self._waiting[left_s]
 
     def _finished(self, now: Now, task: LiveTask, ending: Ending, engine: EngineState) -> FinishedTask:
         assert ending.usage is not None

@@ -7,8 +7,8 @@ statement left out. It is compiled in a process forked from one that has loaded 
 there until the first of them fails: that takes about a second, and writes nothing to the disk.
 
 Prints one line of JSON for each mutant that survives, and one with the counts of each file. The mutants that no test can
-notice, and why, are in docs/benchmarks/mutants.md. Constants of a module, texts and decorators are left alone: a test that repeats them
-proves nothing.
+notice, and why, are in docs/benchmarks/mutants.md. Constants of a module, texts, annotations and decorators are left alone: a
+test that repeats them proves nothing.
 """
 
 from __future__ import annotations

@@ -243,6 +243,18 @@ def test_a_late_count_corrects_the_agent_and_ends_one_that_is_done() -> None:
     scene.check_over()
 
 
+def test_an_agent_that_ends_without_its_counts_leaves_those_of_others_awaited() -> None:
+    scene = Scene()
+    scene.serve("a", final=True)
+    scene.serve("b")
+    scene.sweep()
+    assert scene.there() == {"t/b"} and scene.charged == [COST]
+    (task,) = scene.flow.agents.awaited
+    scene.counts({task: 7.0})
+    assert scene.charged == [COST, 7.0]
+    scene.check_over()
+
+
 def test_a_late_count_does_not_end_an_agent_that_is_busy() -> None:
     scene = Scene()
     first = scene.released(final=True)
