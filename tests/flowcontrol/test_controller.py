@@ -399,8 +399,8 @@ def test_what_is_held_moves_the_prediction_only_when_all_in_flight_decode() -> N
     for held in ({1: (64, 0)}, {1: (101, 1), 2: (50, 0)}, {1: (102, 2)}, {}):
         scene.report({TaskId(number): holding for number, holding in held.items()}, held_blocks=50)
         assert scene.queue.peak_tokens == pytest.approx(before), held
-    scene.report({tasks[0]: (102, 2), tasks[1]: (101, 1)}, held_blocks=50)
-    assert scene.queue.peak_tokens > before * 1.01
+    scene.report({tasks[0]: (102, 2), tasks[1]: (101, 1)}, held_blocks=100)
+    assert scene.queue.peak_tokens > before * 1.03
 
 
 def test_a_task_that_only_reads_its_prompt_is_not_taken_for_one_that_decodes() -> None:
