@@ -75,6 +75,8 @@ def changes(tree: ast.Module) -> Iterator[Change]:
     for node in ast.walk(tree):
         for made in (*getattr(node, "decorator_list", ()), *(node.keywords if isinstance(node, ast.ClassDef) else ())):
             left_alone |= {id(part) for part in ast.walk(made)}
+        if isinstance(node, ast.FunctionDef) and node.returns is not None:
+            left_alone |= {id(part) for part in ast.walk(node.returns)}
         if isinstance(node, ast.AnnAssign | ast.arg) and node.annotation is not None:
             left_alone |= {id(part) for part in ast.walk(node.annotation)}
     for node in ast.walk(tree):

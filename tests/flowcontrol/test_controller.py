@@ -545,6 +545,13 @@ def test_the_served_rate_is_what_was_held_over_the_time_it_took() -> None:
     assert rate.per_s() == pytest.approx(1000, rel=0.01), "and what is long ago is forgotten"
 
 
+def test_an_engine_that_has_done_nothing_has_no_rate_and_no_other_capacity() -> None:
+    served, rate = ServedCapacity(), ServedRate()
+    served.observe(0.0, 5.0)
+    rate.observe(10.0, 0.0)
+    assert (served.tokens(M), rate.per_s()) == (M, None)
+
+
 def test_reservations_end_when_reports_cease() -> None:
     """The clock stands still then, and what is kept at the engine is not known."""
     scene = Scene(prefix_caching=True)
