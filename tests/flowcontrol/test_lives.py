@@ -12,7 +12,7 @@ import gateway.flowcontrol.lives
 from gateway.flowcontrol.agents import MAX_IDLE
 from gateway.flowcontrol.fairqueue import AgentId, KvTokenIterations, Standing, VirtualTime
 from gateway.flowcontrol.records import AgentRecord
-from gateway.flowcontrol.tool_waits import UNKNOWN
+from gateway.flowcontrol.tool_waits import UNKNOWN, ToolWaits
 from gateway.protocol.body import parse_body
 from gateway.protocol.errors import Outcome
 from gateway.protocol.texts import content_of
@@ -243,6 +243,18 @@ def test_a_late_count_corrects_the_agent_and_ends_one_that_is_done() -> None:
     scene.check_over()
 
 
+def test_an_agent_that_ends_without_its_counts_leaves_those_of_others_awaited() -> None:
+    scene = Scene()
+    scene.serve("a", final=True)
+    scene.serve("b")
+    scene.sweep()
+    assert scene.there() == {"t/b"} and scene.charged == [COST]
+    (task,) = scene.flow.agents.awaited
+    scene.counts({task: 7.0})
+    assert scene.charged == [COST, 7.0]
+    scene.check_over()
+
+
 def test_a_late_count_does_not_end_an_agent_that_is_busy() -> None:
     scene = Scene()
     first = scene.released(final=True)
@@ -313,6 +325,13 @@ def test_how_long_agents_wait_and_whether_they_come_back_is_learned_by_class() -
     scene.sweep()
     scene.serve("c", held=1.0, final=True)
     assert list(known.came_back) == [True, False], "one that says that it is done teaches nothing"
+
+
+def test_kv_is_kept_until_nine_in_ten_are_back_and_not_for_the_longest() -> None:
+    waits = ToolWaits()
+    for iterations in range(1, 21):
+        waits.came_back("t", "kind", float(iterations))
+    assert waits.worth_keeping("t", "kind") == 1 + 19
 
 
 # What is kept in memory

@@ -251,9 +251,10 @@ def test_nothing_is_awaited_of_an_engine_that_has_stopped_reporting() -> None:
 
 def test_a_completed_task_is_kept_with_its_place_in_its_agents_life() -> None:
     scene = Scene()
-    first = scene.arrive(arrived_s=-0.5)
+    scene.pass_s(10)
+    first = scene.arrive(arrived_s=9.5)
     scene.pass_s(2)
-    second = scene.arrive(content=msgspec.structs.replace(CONTENT, max_tokens=7), arrived_s=1.5)
+    second = scene.arrive(content=msgspec.structs.replace(CONTENT, max_tokens=7), arrived_s=11.5)
     assert scene.release() == [first, second]
     scene.pass_s(3)
     scene.settle(second, prompt="asked", system="told")

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
+from gateway.config.settings import TenantSettings
+from gateway.flowcontrol.concurrency import ConcurrencyLimit
 from gateway.flowcontrol.quotas import DAY_S, MIB, NO_LIMITS, NoLimits, Quotas
 from gateway.flowcontrol.records import TenantUsage, UsageRow
 from gateway.protocol.errors import BodyTooLarge, GatewayError, Outcome, QueueFull, QuotaSpent, Reason
 from gateway.protocol.usage import Usage
+from gateway.tenancy.tenants import Tenant
 from tests.flowcontrol.scene import COST, WALL, Scene
 
 OTHER = {"red": NO_LIMITS, "blue": NO_LIMITS}
@@ -213,3 +216,10 @@ def test_other_limits_leave_what_is_there_and_what_was_used() -> None:
     scene.arrive()
     scene.settle(task, Outcome.CANCELLED, None)
     scene.check()
+
+
+def test_where_no_tenants_are_known_the_first_may_have_all() -> None:
+    limit = ConcurrencyLimit(10)
+    tenant = Tenant("red", TenantSettings())
+    assert limit.take(tenant, 6) and limit.take(tenant, 4) and not limit.take(tenant)
+    assert (limit.held, limit.held_by("red")) == (10, 10)
