@@ -26,6 +26,8 @@ tenant.
     agents        the agents that have not ended, and the roots of sub-agents
     estimate      predicted cost at arrival
     settlement    the cost of a task, however it ended
+    deadlines     how long tasks may wait
+    following     carries what an engine reports into the queue
     engine_state  what is known of an engine: τ, M, what it holds and serves
     quotas        what tenants may have, and what they have used
     concurrency   the rule by which tenants share a bound

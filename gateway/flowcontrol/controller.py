@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from dataclasses import replace
 
 import msgspec
 
 from engine.link import Ended as EngineEnded
 from engine.link import Hello, Message
 from gateway.flowcontrol.agents import LiveAgent
+from gateway.flowcontrol.deadlines import Deadlines
 from gateway.flowcontrol.effects import ENGINE, Arriving, Effects, Ending, EngineId, Now, Rejected, Settlement
-from gateway.flowcontrol.engine_state import CAPACITY_ITERATIONS, EngineState
+from gateway.flowcontrol.engine_state import EngineState
 from gateway.flowcontrol.estimate import Asked, Cost, estimate_agent, estimate_arrival
 from gateway.flowcontrol.fairqueue import (
     FairQueue,
@@ -26,6 +25,7 @@ from gateway.flowcontrol.fairqueue import (
     TaskId,
     TenantId,
 )
+from gateway.flowcontrol.following import Following
 from gateway.flowcontrol.lives import Lives
 from gateway.flowcontrol.quotas import MAX_RETRY_AFTER_S, Quotas
 from gateway.flowcontrol.records import AgentRecord, UsageRow
@@ -58,7 +58,10 @@ class Options(msgspec.Struct, frozen=True):
 
 
 class FlowController:
-    """Tasks, agents, quotas and engines, and the fair queue that orders them. See the package for the rules."""
+    """Tasks, agents, quotas and engines, and the fair queue that orders them. See the package for the rules.
+
+    It is one class, though a long one: its verbs move a task through one state machine, and what each of them does is done by
+    the parts beside it."""
 
     def __init__(
         self, queue: FairQueue, quotas: Quotas, predictor: Asked, options: Options | None = None, *, journal: str = ""
@@ -71,13 +74,11 @@ class FlowController:
         self.agents = self.lives.agents
         self.tasks: dict[TaskId, LiveTask] = {}
         self.engines: dict[EngineId, EngineState] = {ENGINE: EngineState()}
-        self.shared_tokens = 0.0  # the capacity that the reference shares out
         self.draining = self.cut_off = False
         self._drained_by_s = 0.0
         # By seconds that they may wait from now on, the one that waits longest first.
-        self._waiting: dict[float, OrderedDict[TaskId, LiveTask]] = {}
-        self._observed_at = self._capacity_at = self.clock
-        self._observed_s: float | None = None
+        self._deadlines = Deadlines()
+        self.following = Following(queue)
 
     @property
     def engine(self) -> EngineState:
@@ -179,22 +180,15 @@ class FlowController:
 
     def expire(self, now: Now) -> list[Rejected]:
         """The tasks that have waited for as long as they may. Each is named once, and is still to be settled."""
-        expired: list[Rejected] = []
-        for left_s, tasks in self._waiting.items():
-            for task in tasks.values():
-                if now.s - task.since_s < left_s:
-                    break
-                why = f"the task waited for {task.max_queue_s:g} s and was not reached"
-                expired.append(Rejected(task.id, WaitedTooLong(why)))
-        for rejected in expired:
-            self._forget_wait(self.tasks[rejected.task_id])
-        return expired
+        return [
+            Rejected(task.id, WaitedTooLong(f"the task waited for {task.max_queue_s:g} s and was not reached"))
+            for task in self._deadlines.expired(now.s)
+        ]
 
     @property
     def next_expiry_s(self) -> float | None:
         """When, on the monotonic clock, the next task will have waited for too long. None while none waits."""
-        oldest = ((left_s, next(iter(tasks.values()))) for left_s, tasks in self._waiting.items())
-        return min((task.since_s + left_s for left_s, task in oldest), default=None)
+        return self._deadlines.next_s
 
     # Engines
 
@@ -212,7 +206,7 @@ class FlowController:
             return effects
         if isinstance(message, Hello):
             engine.listens = linked
-        self._observe(now, engine)
+        self.following.observe(now.s, engine)
         self._follow(engine)
         return effects
 
@@ -294,20 +288,12 @@ class FlowController:
     # How it works
 
     def _await(self, task: LiveTask) -> None:
-        task.max_queue_s = task.account.limits.max_queue_s or self.options.max_queue_s
-        self._waiting.setdefault(task.max_queue_s - task.queued_s, OrderedDict())[task.id] = task
+        self._deadlines.add(task, task.account.limits.max_queue_s or self.options.max_queue_s)
 
     def _stop_waiting(self, now: Now, task: LiveTask) -> None:
-        self._forget_wait(task)
+        self._deadlines.remove(task)
         task.queued_s += now.s - task.since_s
         task.since_s = now.s
-
-    def _forget_wait(self, task: LiveTask) -> None:
-        left_s = task.max_queue_s - task.queued_s
-        if (tasks := self._waiting.get(left_s)) is not None:
-            tasks.pop(task.id, None)
-            if not tasks:
-                del self._waiting[left_s]
 
     def _finished(self, now: Now, task: LiveTask, ending: Ending, row: bytes, engine: EngineState) -> FinishedTask:
         assert ending.usage is not None
@@ -342,37 +328,11 @@ class FlowController:
         iterations = self.lives.waits.worth_reserving(*kind, engine.refill_iterations)
         self.queue.reserve(self.clock, agent.id, done.prompt_tokens + done.decode_tokens, iterations)
 
-    def _observe(self, now: Now, engine: EngineState) -> None:
-        """Takes over what the engine's tasks hold, and what it was seen to serve."""
-        queue, clock = self.queue, self.clock
-        decoding = [(TaskId(task), kv_tokens, output) for task, (kv_tokens, output) in engine.held.items() if output]
-        queue.observe_all(clock, decoding)
-        if (
-            decoding and len(decoding) == queue.in_flight
-        ):  # else tasks are counted that are not there yet, or not any more
-            queue.calibrate(clock, engine.held_tokens)
-        passed = clock - self._observed_at
-        if decoding and queue.waiting:
-            decoding_tokens = sum([kv_tokens for _, kv_tokens, _ in decoding])
-            engine.served.observe(passed, min(decoding_tokens, engine.held_tokens))
-        if queue.in_flight and self._observed_s is not None:
-            engine.rate.observe(now.s - self._observed_s, passed * engine.held_tokens)
-        self._observed_at, self._observed_s = clock, now.s
-
     def _follow(self, engine: EngineState) -> None:
-        """Takes over M and the engine's slots."""
-        queue, clock, options = self.queue, self.clock, self.options
-        if not engine.reporting:
-            queue.unreserve()  # the clock stands still, and what is kept is not known
-        if engine.capacity_tokens != queue.capacity_tokens or clock - self._capacity_at >= CAPACITY_ITERATIONS:
-            self._capacity_at = clock
-            served = engine.served.tokens(engine.capacity_tokens) if options.share_served else engine.capacity_tokens
-            self.shared_tokens = served * options.cost_per_held
-            queue.set_capacity(clock, engine.capacity_tokens, self.shared_tokens)
+        options = self.options
+        self.following.capacity(engine, share_served=options.share_served, cost_per_held=options.cost_per_held)
         if options.follow_engine:
-            slots = engine.slots(options.limits.engine_waiting or 0)
-            if queue.limits.in_flight != slots or queue.limits.displace_margin != engine.displace_margin:
-                queue.limits = replace(options.limits, in_flight=slots, displace_margin=engine.displace_margin)
+            self.following.slots(engine, options.limits)
 
 
 def _shutting_down(retry_after_s: int) -> ShuttingDown:

@@ -278,7 +278,7 @@ class _Simulation:
             now_s,
             (decoding + ended) * self._unit,
             held_tokens / engine.capacity_tokens,
-            flow.shared_tokens if flow.queue.waiting else None,
+            flow.following.shared_tokens if flow.queue.waiting else None,
             shared * self._unit,
         )
         report = Report(

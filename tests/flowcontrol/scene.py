@@ -237,7 +237,7 @@ class Scene:
         agents = queue.agents.values()
         assert {task_id for agent in agents for task_id in agent.waiting} == waiting
         assert {task_id for agent in agents for task_id in agent.in_flight} == flow.tasks.keys() - waiting
-        assert set().union(*flow._waiting.values()) <= waiting
+        assert set().union(*flow._deadlines.waiting.values()) <= waiting
         assert queue.agents.keys() == flow.agents.by_id.keys()
         self._check_loads()
         for agent in flow.agents:
@@ -256,7 +256,7 @@ class Scene:
         """Nothing of any task is left."""
         self.check()
         assert (self.queue.waiting, self.queue.in_flight, len(self.flow.tasks)) == (0, 0, 0)
-        assert not self.flow._waiting
+        assert not self.flow._deadlines.waiting
         load = self.quotas.load
         assert (load.waiting, load.in_flight, load.waiting_bytes) == (0, 0, 0)
 

@@ -417,7 +417,7 @@ def test_a_task_that_only_reads_its_prompt_is_not_taken_for_one_that_decodes() -
 
 
 def capacity(scene: Scene) -> tuple[float, float]:
-    return scene.queue.capacity_tokens, scene.flow.shared_tokens
+    return scene.queue.capacity_tokens, scene.flow.following.shared_tokens
 
 
 def test_the_effective_capacity_is_taken_over_now_and_then() -> None:

@@ -288,8 +288,10 @@ class FlowMachine(RuleBasedStateMachine):
     @invariant()
     def what_grows_is_bounded(self) -> None:
         scene = self.scene
-        assert not scene.flow._waiting or max(map(len, scene.flow._waiting.values())) <= 8 + 4 * len(self.arrived)
-        assert all(scene.flow._waiting.values())
+        assert not scene.flow._deadlines.waiting or max(
+            map(len, scene.flow._deadlines.waiting.values())
+        ) <= 8 + 4 * len(self.arrived)
+        assert all(scene.flow._deadlines.waiting.values())
         for agent in scene.flow.agents:
             assert all(task.prompt is None for task in agent.tasks)
 
