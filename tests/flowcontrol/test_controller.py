@@ -15,6 +15,8 @@ from gateway.flowcontrol.engine_state import (
     CAPACITY_ITERATIONS,
     SLOTS_OF_STOCK,
     SLOTS_WITHOUT_CAPACITY,
+    ServedCapacity,
+    ServedRate,
 )
 from gateway.flowcontrol.fairqueue import POLICIES, AgentId, ReleaseLimits, TaskId, TenantId
 from gateway.flowcontrol.quotas import NoLimits
