@@ -21,7 +21,8 @@ class Following:
         """After a report: what the engine's tasks hold, and what it was seen to serve."""
         queue, clock = self._queue, engine.now
         decoding = [(TaskId(task), kv_tokens, output) for task, (kv_tokens, output) in engine.held.items() if output]
-        queue.observe_all(clock, decoding)
+        if decoding:
+            queue.observe_all(clock, decoding)
         # Else the queue counts tasks that are not at the engine yet, or not any more.
         if decoding and len(decoding) == queue.in_flight:
             queue.calibrate(clock, engine.held_tokens)

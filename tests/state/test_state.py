@@ -338,7 +338,7 @@ async def test_damaged_live_agents_are_passed_over_and_counted(tmp_path: Path, r
         found = {agent.run: agent for agent in await store.agents()}
         assert found.keys() == {"sound", "in-part"}
         assert found["sound"] == sound.living
-        assert (found["in-part"].tasks, found["in-part"].whole) == (in_part.tasks[1:], False)
+        assert (list(found["in-part"].tasks), found["in-part"].whole) == (in_part.tasks[1:], False)
         assert store.unreadable >= 2
         added = await store.added()
         await store.apply(fold([damaged.end(), in_part.end()], "j", 2))

@@ -17,7 +17,7 @@ from gateway.learning.export import traced
 from gateway.protocol.body import parse_body
 from gateway.protocol.texts import content_of
 from gateway.state import open_store
-from predictor.features import COLUMN, SCHEMA, is_kept
+from predictor.features import COLUMN, SCHEMA, is_kept, row
 from predictor.learned import Learned
 from predictor.registry import Registry
 from predictor.types import AgentProgress, FinishedAgent
@@ -49,11 +49,13 @@ async def test_the_row_that_is_kept_is_that_of_the_request(start: StartGateway, 
     first, second = agent.tasks
     content = content_of(parse_body(msgspec.json.encode({"model": "tiny", **fields})))
     progress = AgentProgress("kind", "default", expected_tasks=3)
-    assert first.row == Learned().arrive(content, progress).row
-    row = np.frombuffer(second.row, np.float32)
-    assert row[COLUMN["tasks_arrived"]] == pytest.approx(math.log1p(2))
-    assert row[COLUMN["expected_tasks"]] == pytest.approx(math.log1p(3))
-    assert row[COLUMN["opening_max_tokens"]] == pytest.approx(math.log1p(77))
+    arrival = Learned().arrive(content, progress)
+    assert arrival.sketch is not None
+    assert first.row == row(arrival.sketch, arrival.sketch, arrival.numbers).tobytes()
+    columns = np.frombuffer(second.row, np.float32)
+    assert columns[COLUMN["tasks_arrived"]] == pytest.approx(math.log1p(2))
+    assert columns[COLUMN["expected_tasks"]] == pytest.approx(math.log1p(3))
+    assert columns[COLUMN["opening_max_tokens"]] == pytest.approx(math.log1p(77))
     assert (first.prompt_tokens, first.decode_tokens, first.max_tokens) == (10, 4, 77)
     assert 0 == first.arrived_s <= first.ended_s <= second.arrived_s <= second.ended_s
     assert {task.prompt for task in agent.tasks} == {None}, "nobody asked for texts to be kept"
