@@ -44,19 +44,19 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# By what a test may do: tests/kinds.py. Those with an engine share one, so they run in one process.
+# By what a test may do: tests/kinds.py (`--kind=engine`: apart, pytest would take `engine` for the folder). Those with an engine share one, so they run in one process.
 test: test-fast test-wire test-engine
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest --kind fast $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest --kind=fast $(PARALLEL) $(ARGS)
 
 test-wire: $(READY)
 	@sh tests/install-servers.sh
-	$(BIN)/python -m pytest --kind wire $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest --kind=wire $(PARALLEL) $(ARGS)
 
 test-engine: $(READY)
 	@sh tests/install-servers.sh
-	$(BIN)/python -m pytest --kind engine $(ARGS)
+	$(BIN)/python -m pytest --kind=engine $(ARGS)
 
 # What a user installs: the wheel in a clean environment, its size, its commands, and an answer through it.
 test-wheel: $(READY)
