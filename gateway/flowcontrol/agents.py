@@ -21,6 +21,9 @@ MAX_NAMES, MAX_ALIASES = 100_000, 256
 MAX_IDLE = 10_000
 # Tasks of an agent that are kept to learn from. An id with more is a service's, and no agent's.
 MAX_TASKS = 4096
+# Completed tasks of all agents whose KV the engine has not reported. It reports within moments; what it does not report then
+# is lost.
+MAX_AWAITED = 4096
 
 
 def agent_id_of(tenant: str, name: str) -> AgentId:

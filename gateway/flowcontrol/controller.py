@@ -197,7 +197,10 @@ class FlowController:
     ) -> Effects:
         """A message of the link, or, not `linked`, one made from a stock engine's `/metrics`."""
         effects, engine = Effects(), self.engines[engine_id]
+        restarts = engine.restarts
         engine.take(message, now.s, linked=linked)
+        if engine.restarts > restarts:
+            self.lives.give_up_counts(self.clock, effects)
         if isinstance(message, EngineEnded):
             for task_id in message.costs.keys() & self.agents.awaited.keys():
                 counted = engine.take_counted(task_id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from gateway.flowcontrol.agents import MAX_TASKS, Agents, LiveAgent, agent_id_of
+from gateway.flowcontrol.agents import MAX_AWAITED, MAX_TASKS, Agents, LiveAgent, agent_id_of
 from gateway.flowcontrol.effects import Arriving, Charged, Effects, Ended, Now
 from gateway.flowcontrol.fairqueue import (
     AgentId,
@@ -105,6 +105,7 @@ class Lives:
             if done.held is None and reported:
                 self.agents.awaited[task.id] = agent, place, done
                 agent.awaited += 1
+                self.give_up_counts(clock, effects, keep=MAX_AWAITED)
             else:
                 effects.charged.append(Charged(record.tenant, record.agent_class, done))
         usage = self._quotas.charge(now, task.account, used)
@@ -136,6 +137,15 @@ class Lives:
             self._end(clock, agent, step, effects)
         else:
             effects.steps.append(step)
+
+    def give_up_counts(self, clock: Iterations, effects: Effects, *, keep: int = 0) -> None:
+        """The engine will not report any more what tasks held, but for the latest ones: they cost what they were charged."""
+        while len(self.agents.awaited) > keep:
+            agent, _, charged = self.agents.awaited.pop(next(iter(self.agents.awaited)))
+            agent.awaited -= 1
+            effects.charged.append(Charged(agent.record.tenant, agent.record.agent_class, charged))
+            if agent.record.final and not agent.awaited and not self.is_busy(agent.id):
+                self._end(clock, agent, None, effects)
 
     def dismiss(self, clock: Iterations, agent: LiveAgent, effects: Effects) -> None:
         """No further task of this agent will come."""

@@ -255,6 +255,24 @@ def test_an_agent_that_ends_without_its_counts_leaves_those_of_others_awaited() 
     scene.check_over()
 
 
+def test_counts_that_will_not_come_are_not_awaited_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither when the engine starts anew, nor when more of them are missing than can be on their way."""
+    scene = Scene()
+    for name in ("done", "lasting"):
+        task = scene.released(name, final=name == "done")
+        scene.settle(task)
+    assert len(scene.flow.agents.awaited) == 2 and scene.there() == {"t/done", "t/lasting"}
+    scene.life, scene.iteration = "life-2", 0
+    scene.hello()
+    assert not scene.flow.agents.awaited and scene.there() == {"t/lasting"}
+    lasting = scene.agent("lasting")
+    assert lasting is not None and lasting.awaited == 0 and len(scene.seen.charged) == 2
+    monkeypatch.setattr("gateway.flowcontrol.lives.MAX_AWAITED", 3)
+    for _ in range(5):
+        scene.settle(scene.released("lasting"))
+    assert len(scene.flow.agents.awaited) == lasting.awaited == 3 and len(scene.seen.charged) == 4
+
+
 def test_a_late_count_does_not_end_an_agent_that_is_busy() -> None:
     scene = Scene()
     first = scene.released(final=True)
