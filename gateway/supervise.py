@@ -25,7 +25,7 @@ async def keep_running(loop: Callable[[], Awaitable[None]]) -> None:
         try:
             await loop()
         except Exception as error:
-            logger.error("%s; it starts again in %g s", error or type(error).__name__, RETRY_S, exc_info=True)
+            logger.error("%s; it starts again in %g s", str(error) or type(error).__name__, RETRY_S, exc_info=True)
         await asyncio.sleep(RETRY_S)
 
 

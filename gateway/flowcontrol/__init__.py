@@ -1,4 +1,4 @@
-"""Flow control: who goes next, what it costs, and who is charged. One pure object for the life of a task and its agent.
+"""Flow control: which task goes next, what it costs, which tenant is charged. One pure object for a task's life.
 
 `FlowController` takes the facts of a request and leaves off at its settlement. Three drivers use the same object: the gateway
 (futures, the real clock, the link, the journal), the replay (a virtual clock and engine), and the tests (tables and a fake
@@ -11,14 +11,14 @@ clock). So what is measured is what is served.
                   └──── engine_lost ───┘
 
 A task is arrived once and settled once, whatever happens between: it is completed, its client leaves, its agent is ended, it
-has waited for too long, the engine refuses it or loses it, the gateway stops. Who drives the controller owns the task: it
-settles each task that `arrive` has returned, and never awaits anything between the end of an answer and `settle`.
+has waited for too long, the engine refuses it or loses it, the gateway stops. The driver owns the task: it settles each task
+that `arrive` has returned, and never awaits anything between the end of an answer and `settle`.
 
 **Rules of this package.** No I/O, no clock, no asyncio, no logging, no metrics. A call takes `now` and returns `Effects`: tasks
-to release, ranks that have changed, KV to keep, steps for the journal, agents that have ended. It calls nobody, except that it
-asks the predictor, which answers at once. The driver applies all effects before its next call; steps are written before the
-end of an answer is sent. A call that is not allowed raises an error, and nothing has changed. What grows is bounded for each
-tenant.
+to release, ranks that have changed, KV to keep, steps for the journal, agents that have ended. It calls nothing
+outside but the predictor, which answers at once. The driver applies all effects before its next call; steps are written
+before the end of an answer is sent. A call that is not allowed raises an error, and nothing has changed. What grows is
+bounded for each tenant.
 
     controller    the verbs: arrive, release, settle, and what engines report
     effects       what goes in and what comes out

@@ -77,9 +77,9 @@ class LiveAgent(msgspec.Struct, eq=False):
         self.cost_ended += task.cost
         if place >= MAX_TASKS:
             self.kept, self.record.whole = None, False
-        elif self.kept is None:
+        elif place == 0:
             self.kept = [task]
-        else:
+        elif self.kept is not None:  # else some before it are missing, after a restart
             self.kept.append(task)
         return place
 

@@ -150,7 +150,7 @@ class Lives:
     def dismiss(self, clock: Iterations, agent: LiveAgent, effects: Effects) -> None:
         """No further task of this agent will come."""
         agent.record.final = True
-        if not agent.awaited and not self.is_busy(agent.id):
+        if not self.is_busy(agent.id):
             self._end(clock, agent, None, effects)
 
     def sweep(self, clock: Iterations, silent_since_s: float, effects: Effects) -> None:
@@ -183,7 +183,10 @@ class Lives:
         first_arrival_s = now.s - max(0.0, now.wall_s - record.arrived_at)
         last_end_s = first_arrival_s + record.last_end_at - record.arrived_at
         agent = LiveAgent(agent_id, record, first_arrival_s, last_end_s, record.settled)
-        agent.kept = [_without_texts(task) for task in tasks]
+        if len(tasks) == record.answered:
+            agent.kept = [_without_texts(task) for task in tasks]
+        else:  # the store has lost some, or there were too many to keep
+            record.whole = False
         agent.cost_ended = sum(task.cost for task in tasks)
         if not record.final:
             agent.idle_since = clock  # the time before the restart cannot be known

@@ -32,7 +32,7 @@ class LiveTask(msgspec.Struct, eq=False):
     account: Account
     estimate: Estimate
     engine: EngineId
-    prompt_bytes: int  # of one prompt
+    prompt_bytes: int  # of all prompts
     prompts: int
     sequences: int
     max_tokens: int | None
@@ -118,7 +118,7 @@ def cost_of_broken_off(task: LiveTask, ending: Ending, engine: EngineState, cost
     # A stream of Anthropic's begins with a usage that knows the prompt only.
     if usage is not None and (usage.completion_tokens or not task.decodes):
         return cost_of_finished(finished_task(task, usage, None), cost)
-    prompt_tokens = (task.estimate.prompt_tokens if usage is None else usage.prompt_tokens) / sequences
+    prompt_tokens = task.estimate.prompt_tokens / sequences if usage is None else usage.prompt_tokens / task.prompts
     holding = engine.held.get(task.id)
     if holding is not None:
         kv_tokens, output_tokens = holding
@@ -138,7 +138,7 @@ def use_of(task: LiveTask, ending: Ending, cost: float) -> TenantUsage:
     """What the task adds to its tenant's use."""
     usage = ending.usage
     if usage is None and ending.made:
-        usage = Usage(round(task.estimate.prompt_tokens), 0, 0)
+        usage = Usage(round(task.estimate.prompt_tokens * task.prompts / task.sequences), 0, 0)
     if usage is None:
         return TenantUsage(requests=1, kv_cost=cost)
     return TenantUsage(1, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, cost)

@@ -112,7 +112,7 @@ class EngineClient:
         try:
             return await self._control.get(path, headers=relayed)
         except httpx.HTTPError as error:
-            raise EngineUnreachable(f"the engine cannot be reached: {error or type(error).__name__}") from error
+            raise EngineUnreachable(f"the engine cannot be reached: {str(error) or type(error).__name__}") from error
 
     async def health(self) -> Health:
         try:

@@ -94,6 +94,8 @@ class Relay:
             await self._serve(send)
         except asyncio.CancelledError:
             if not client.left:  # the gateway ends
+                self._outcome = ShuttingDown.outcome
+                self._settle_unless_it_goes_on()
                 await self._send_error(ShuttingDown("the gateway is shutting down", retry_after_s=RESTART_S), send)
                 raise
             self._outcome = Outcome.CANCELLED
@@ -125,10 +127,12 @@ class Relay:
             self._outcome = error.outcome
             if error.reason is not None:
                 self._engine.dispatcher.metrics.tenants.rejected(self._request.tenant.name, error.reason)
+            self._settle_unless_it_goes_on()
             await self._send_error(error, send)
         except Exception:
             logger.exception("a task failed")
             self._outcome = Outcome.FAILED
+            self._settle_unless_it_goes_on()
             await self._send_error(GatewayError("internal error"), send)
 
     def _note_release(self, release: Release, turn: Turn) -> None:
@@ -188,8 +192,9 @@ class Relay:
         await send(answers.body(data, more=False))
 
     async def _relay_large(self, answer: Answer, data: bytes, send: Send) -> None:
-        """As it comes, so that an engine does not outrun who reads slowly. data: what has come already. If the client leaves,
-        it has been made all the same, and is charged: by its usage, if that has come by, else by what was predicted."""
+        """As it comes, so that an engine does not outrun a client that reads slowly. data: what has come already. If the client
+        leaves, the answer has been made all the same, and is charged: by its usage, if that has come by, else by what was
+        predicted."""
         search = UsageSearch()
         self._made = answer.status == 200
         if answer.metadata and self._made:
@@ -300,6 +305,11 @@ class Relay:
             self._request.span.charged(self._usage, None if self._settlement is None else self._settlement.cost)
             queue_s = None if task is None else task.queued_s
             self._request.span.ended(self._outcome, at_s=ended_s, queue_s=queue_s, engine_s=self._engine_s)
+
+    def _settle_unless_it_goes_on(self) -> None:
+        """Before an error is sent: a client that does not read it would hold the turn."""
+        if not self._goes_on:
+            self._settle()
 
     def _settle(self) -> None:
         """Settle the turn, once. Awaits nothing. Of an answer it is done before its end is sent: what a client has seen the end
