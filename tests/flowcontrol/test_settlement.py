@@ -16,6 +16,7 @@ from gateway.flowcontrol.records import UsageRow
 from gateway.protocol.errors import Outcome
 from gateway.protocol.usage import Usage
 from predictor.cost import task_cost
+from predictor.types import TaskContent
 from tests.flowcontrol.scene import CONTENT, COST, ROW, USAGE, Scene
 
 
@@ -391,3 +392,20 @@ def test_a_task_that_was_lost_and_served_again_is_not_charged_by_its_first_count
     scene.counts({task: 77.0})
     assert scene.charged == [77.0]
     scene.check_over()
+
+
+def test_a_prompt_of_which_several_answers_are_made_counts_once() -> None:
+    """Of a request with n = 4 that was broken off: its usage counts the one prompt, the estimate that of each sequence."""
+    scene = Scene()
+    task = scene.released(content=TaskContent(40, sequences=4))
+    settlement = scene.settle(task, Outcome.CANCELLED, Usage(1000, 0, 0), events=40)
+    assert settlement.cost == 4 * task_cost(1000, 10)
+    scene.check_over()
+
+
+def test_a_made_answer_without_usage_uses_each_prompt_once() -> None:
+    scene = Scene()
+    task = scene.released(content=TaskContent(40, sequences=6), prompts=3)
+    scene.settle(task, Outcome.CANCELLED, None, made=True)
+    (usage,) = [step.usage for step in scene.seen.steps if step.usage is not None]
+    assert usage.prompt_tokens == 3 * 10, "40 bytes each, at 4 bytes a token"
