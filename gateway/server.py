@@ -92,7 +92,7 @@ class GatewayServer(uvicorn.Server):
 
     async def _drained(self) -> None:
         await self._app.dispatcher.drained()
-        while self._connections.answering:  # noqa: ASYNC110  # a buffer tells nobody that it is empty
+        while self._connections.answering:  # noqa: ASYNC110  # a buffer has no event for it
             await asyncio.sleep(POLL_S)
 
 
@@ -115,7 +115,7 @@ class RunningGateway:
             asyncio.get_running_loop().add_signal_handler(number, self._stop_soon)
 
     def reload_on_hangup(self, begun: Checked[Any], check: Check) -> None:
-        """SIGHUP has the settings read anew. Where it says that our terminal is gone, it stops the gateway."""
+        """SIGHUP has the settings read anew. Where it means that our terminal is gone, it stops the gateway."""
         app = self.app
         reloader = Reloader(app.dispatcher, app.tenants, app.bodies, app.observer, app.live, begun, check)
         ours = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()  # it is ignored under nohup
@@ -131,7 +131,7 @@ class RunningGateway:
     async def engine_is_seen(self) -> None:
         """Until the gateway knows that its engine serves: from then on it takes tasks."""
         self.app.dispatcher.engine_in_doubt.set()  # it looks at once
-        while not self.app.flow.engine.up:  # noqa: ASYNC110  # nobody waits for that but who starts both
+        while not self.app.flow.engine.up:  # noqa: ASYNC110  # only `justitia serve` waits here
             await asyncio.sleep(POLL_S)
 
     async def stop(self) -> None:

@@ -1,7 +1,7 @@
 """Training: a challenger learns from the older agents, and is judged on the newest against the champion.
 
-Who orders the newest agents better at their first task takes over, for that is what the fair queue needs; of two that order
-alike, who errs less. A challenger that wins learns once more, from all agents. How far the truth lies from what is said is
+The model that orders the newest agents better at their first task takes over, for that is what the fair queue needs; of two
+that order alike, the one with the smaller error. A challenger that wins learns once more, from all agents. How far the truth lies from what is said is
 taken from agents that were left out in turn (cross-conformal prediction; Vovk, 2015): the newest alone are too few for a
 ninth decile.
 

@@ -125,7 +125,7 @@ class TaskRoute:
 
 
 def _must_own(tenant: str, body: Body) -> None:
-    """Nobody goes on from another's response."""
+    """A tenant continues only its own responses."""
     raw = body.fields.get("previous_response_id")
     if raw is None:
         return

@@ -50,7 +50,7 @@ usage: justitia COMMAND [OPTIONS]
 STOP_GRACE_S = 20.0
 
 Settings = TypeVar("Settings", bound=GatewaySettings)
-# What keeps a gateway from starting, and is told in a line.
+# What keeps a gateway from starting, and is reported in one line.
 CANNOT_START = (PortTaken, KeysError, RequestLogError, NoOpenTelemetry, UvicornDoesNotFit)
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -140,7 +140,7 @@ async def _gateway(begun: Checked[GatewaySettings], check_again: Check) -> int:
 
 
 async def _serve(begun: Checked[ServeSettings], check_again: Check) -> int:
-    """The gateway listens at once, and says 503 until the engine is there. It goes first at the end, the engine after it."""
+    """The gateway listens at once, and answers 503 until the engine is there. It goes first at the end, the engine after it."""
     settings = begun.settings
     with tempfile.TemporaryDirectory(prefix="justitia-") as temporary:
         model = settings.model

@@ -61,8 +61,8 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Reading(Generic[Settings]):
-    """The settings, and who says what, whose word goes over the others' first. file: the one that was read. found: it was
-    not named."""
+    """The merged settings and their sources, highest precedence first. file: the settings file that was read. found: it was
+    found, and not named."""
 
     settings: Settings
     sources: tuple[Source, ...]

@@ -114,7 +114,7 @@ class EngineState:
     held_tokens: float = 0.0
     counters: Counters = NO_COUNTERS  # over all lives of the engine
     restarts: int = 0
-    kept_tokens: float = 0.0  # free, with the KV of agents who wait for their tools
+    kept_tokens: float = 0.0  # free, with the KV of agents that wait for their tools
     held: Mapping[int, tuple[int, int]] = field(default_factory=dict)  # by task: KV tokens, and output tokens
     agents: dict[str, float] = field(default_factory=dict)  # KV tokens by agent, a shared block in part; now and then
     counted: OrderedDict[int, float] = field(default_factory=OrderedDict)  # by ended task, KV token·iterations held
@@ -135,7 +135,7 @@ class EngineState:
 
     @property
     def capacity_tokens(self) -> float:
-        """M. 0 when neither the settings nor the engine have said it."""
+        """M. 0 when neither the settings nor the engine give it."""
         return self.declared_capacity_tokens or self.engine_capacity_tokens
 
     @property

@@ -20,7 +20,7 @@ class PredictionMetrics(Protocol):
 
 
 class GuardedPredictor:
-    """Answers None where the predictor raises, and says so in the log."""
+    """Answers None where the predictor raises, and logs it."""
 
     def __init__(self, predictor: Predictor, metrics: PredictionMetrics) -> None:
         self._predictor, self._metrics = predictor, metrics

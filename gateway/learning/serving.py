@@ -26,8 +26,8 @@ POLL_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Serves:
-    """created_at: seconds since 1970, 0 if nobody says. error: median of |predicted - observed| / observed of agents that
-    were held out; NaN if nobody says."""
+    """The model that serves. created_at: seconds since 1970, 0 if not recorded. error: median of |predicted - observed| /
+    observed of agents that were held out; NaN if not recorded."""
 
     name: str
     version: int

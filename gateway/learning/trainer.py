@@ -60,7 +60,7 @@ def step_back(limit_s: float, memory_mib: int) -> None:
         Path("/proc/self/oom_score_adj").write_text(str(FIRST_TO_GO))
     # Data, not addresses: XGBoost and BLAS reserve far more of those than they come to use.
     wanted, (_, hard) = memory_mib * 2**20, resource.getrlimit(resource.RLIMIT_DATA)
-    # Where somebody has set a limit already, nobody may ask for more.
+    # A hard limit that is set already cannot be raised.
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
     # Without a handler the alarm ends the process, also in the midst of native code.
     signal.setitimer(signal.ITIMER_REAL, limit_s)
@@ -160,7 +160,7 @@ async def _read(store: Store) -> Kept:
 
 
 def _champion(registry: Registry) -> Boosted | None:
-    """Whom the new model has to beat: none, if the current one cannot be used. Raises `RegistryError`."""
+    """The model that a new one must beat: none, if the current one cannot be used. Raises `RegistryError`."""
     version = registry.current()
     try:
         return None if version is None else load(registry.path(version))

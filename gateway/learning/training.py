@@ -157,7 +157,7 @@ class Training:
         if serves is None or math.isnan(serves.error):
             return False
         agents, error = self._accuracy.error(serves.name)
-        # Who predicts far too little has an error of 1, however much too little: half way there is too far, too.
+        # A model that predicts far too little has an error of 1, however much too little: half way there is too far, too.
         if agents < DRIFT_AGENTS or error < max(DRIFT_ERROR, min(2 * serves.error, (1 + serves.error) / 2)):
             return False
         logger.info("the model %s has drifted: its error is %.2f, and was %.2f", serves.name, error, serves.error)

@@ -1,7 +1,7 @@
 """Responses that the engine makes in the background: answered at once, fetched later, and held in its memory meanwhile.
 
-The engine says nothing when one is done, so it is asked. An answer's id tells whose it is, so that nobody else can fetch it,
-cancel it, or go on from it, and no list has to be kept.
+The engine does not report when one is done, so it is asked. An answer's id contains its tenant, so that no other tenant can
+fetch it, cancel it, or go on from it, and no list has to be kept.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Setup:
     cost: Cost = task_cost
     capacity: Literal["blocks", "served"] = "served"
     prefix_caching: bool = False
-    # Of our scheduler: KV of agents that wait for tools, and who may push others aside; and what a task is charged.
+    # Of our scheduler: KV of agents that wait for tools, and which tasks may displace others; and what a task is charged.
     keep: bool = True
     displace_margin: float | None = None
     charge: Literal["held", "formula"] = "held"
@@ -185,7 +185,7 @@ class _Simulation:
         options = Options(
             limits=replace(release_limits(release, setup.beta, slots), displace_margin=setup.displace_margin),
             follow_engine=False,
-            # Who takes what the engine has room for does not ask for more.
+            # A policy that takes what the engine has room for does not ask for more.
             keep_kv=setup.keep and setup.engine_scheduler == "justitia" and release == "memory",
             cost=setup.cost,
             charge_held=setup.charge == "held" and setup.cost is task_cost,
