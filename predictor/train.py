@@ -1,9 +1,9 @@
 """Training: a challenger learns from the older agents, and is judged on the newest against the champion.
 
 The model that orders the newest agents better at their first task takes over, for that is what the fair queue needs; of two
-that order alike, the one with the smaller error. A challenger that wins learns once more, from all agents. How far the truth lies from what is said is
-taken from agents that were left out in turn (cross-conformal prediction; Vovk, 2015): the newest alone are too few for a
-ninth decile.
+that order alike, the one with the smaller error. A challenger that wins learns once more, from all agents. How far the
+truth lies from what is said is taken from agents that were left out in turn (cross-conformal prediction; Vovk, 2015): the
+newest alone are too few for a ninth decile.
 
 That a class has changed is the ladder's to notice: its guesses are what a model corrects. Newer agents do not weigh more:
 that was no better after a change, and worse without one.
