@@ -171,7 +171,7 @@ async def test_one_that_is_cancelled_frees_its_turn_and_is_charged_what_it_held(
     await real.until(real.is_empty)
     await real.until(lambda: real.app.flow.engine.held_tokens == 0 and real.app.flow.engine.running == 0)
     record = real.app.flow.agents.by_id[f"default/{RUN}"]  # type: ignore[index]
-    assert (record.tasks, record.whole) == ([], False)
+    assert (record.tasks, record.record.whole) == ((), False)
     assert outcomes_of_responses(real) == {"cancelled": 1}
 
 
