@@ -76,7 +76,6 @@ class FlowController:
         self.engines: dict[EngineId, EngineState] = {ENGINE: EngineState()}
         self.draining = self.cut_off = False
         self._drained_by_s = 0.0
-        # By seconds that they may wait from now on, the one that waits longest first.
         self._deadlines = Deadlines()
         self.following = Following(queue)
 

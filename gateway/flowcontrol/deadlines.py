@@ -18,15 +18,14 @@ class Deadlines:
     def add(self, task: LiveTask, max_queue_s: float) -> None:
         """The task waits from `since_s` on; it may wait for so long, in all."""
         task.max_queue_s = max_queue_s
-        self.waiting.setdefault(max_queue_s - task.queued_s, OrderedDict())[task.id] = task
+        self.waiting.setdefault(task.left_s, OrderedDict())[task.id] = task
 
     def remove(self, task: LiveTask) -> None:
         """The task does not wait any more. Does nothing for one that has expired."""
-        left_s = task.max_queue_s - task.queued_s
-        if (tasks := self.waiting.get(left_s)) is not None:
+        if (tasks := self.waiting.get(task.left_s)) is not None:
             tasks.pop(task.id, None)
             if not tasks:
-                del self.waiting[left_s]
+                del self.waiting[task.left_s]
 
     def expired(self, now_s: float) -> list[LiveTask]:
         """The tasks that have waited for as long as they may. Each is named once."""
@@ -43,5 +42,4 @@ class Deadlines:
     @property
     def next_s(self) -> float | None:
         """When, on the monotonic clock, the next task will have waited for too long. None while none waits."""
-        oldest = ((left_s, next(iter(tasks.values()))) for left_s, tasks in self.waiting.items())
-        return min((task.since_s + left_s for left_s, task in oldest), default=None)
+        return min((next(iter(tasks.values())).expires_s for tasks in self.waiting.values()), default=None)

@@ -133,7 +133,7 @@ class Lives:
         account = self._quotas.account(record.tenant, now.ns)
         usage = self._quotas.charge(now, account, TenantUsage(kv_cost=difference))
         step = self._step(agent, done, place, usage)
-        if record.final and not agent.awaited and not self.is_busy(agent.id):
+        if self._is_over(agent):
             self._end(clock, agent, step, effects)
         else:
             effects.steps.append(step)
@@ -144,8 +144,12 @@ class Lives:
             agent, _, charged = self.agents.awaited.pop(next(iter(self.agents.awaited)))
             agent.awaited -= 1
             effects.charged.append(Charged(agent.record.tenant, agent.record.agent_class, charged))
-            if agent.record.final and not agent.awaited and not self.is_busy(agent.id):
+            if self._is_over(agent):
                 self._end(clock, agent, None, effects)
+
+    def _is_over(self, agent: LiveAgent) -> bool:
+        """Whether the agent's last task has ended and no count of an engine is awaited."""
+        return agent.record.final and not agent.awaited and not self.is_busy(agent.id)
 
     def dismiss(self, clock: Iterations, agent: LiveAgent, effects: Effects) -> None:
         """No further task of this agent will come."""

@@ -69,6 +69,16 @@ class LiveTask(msgspec.Struct, eq=False):
             now_s,
         )
 
+    @property
+    def left_s(self) -> float:
+        """Seconds that it may still wait, from `since_s` on."""
+        return self.max_queue_s - self.queued_s
+
+    @property
+    def expires_s(self) -> float:
+        """When, on the monotonic clock, it will have waited for too long."""
+        return self.since_s + self.left_s
+
 
 def check_usage(usage: Usage | None) -> None:
     """Raises `ValueError` for numbers that no engine can have counted."""

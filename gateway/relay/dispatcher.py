@@ -162,7 +162,7 @@ class Dispatcher:
         self._all_ended.clear()
         self.pump(arrived)
         if task.waiting:
-            self._expire_at(task.since_s + task.max_queue_s - task.queued_s, arrived)
+            self._expire_at(task.expires_s, arrived)
         return turn
 
     def pump(self, at: Now | None = None) -> None:
@@ -206,7 +206,7 @@ class Dispatcher:
         waits = self.flow.engine_lost(at, turn.task.id, reached=reached, retry=retry)
         self.engine_in_doubt.set()
         if waits:
-            self._expire_at(turn.task.since_s + turn.task.max_queue_s - turn.task.queued_s, at)
+            self._expire_at(turn.task.expires_s, at)
         return waits
 
     def end_agent(self, agent: LiveAgent, error: GatewayError) -> list[asyncio.Future[None]]:

@@ -80,7 +80,7 @@ def test_another_formula_of_the_cost() -> None:
 
 
 def test_an_agents_prediction_is_never_below_what_has_arrived_with_this_task() -> None:
-    """Also where the engine's longest sequence bounds what the predictor was told."""
+    """The engine's longest sequence also bounds the predictor's answer."""
     body = content(b'{"messages": "abcd"}')
     estimate = estimate_arrival(Learned(), body, AgentProgress("class", "tenant", 1, cost_arrived=1e9), 2048)
     assert estimate.agent.p90 >= estimate.agent.cost >= 1e9 + estimate.cost
